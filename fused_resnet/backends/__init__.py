@@ -1,0 +1,84 @@
+"""The backends, their order, and the choice among them.
+
+A backend is a module with NAME, `unavailable()` (why it cannot run here), `declines(op, *args)` (why it cannot run this
+call) and a function for each op it has. An automatic choice takes the first that neither is unavailable nor declines; on
+a GPU a kernel is compared with the reference on its first call of every signature before it is trusted. A forced choice
+(`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs that backend or raises its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+from . import cpu, cuda, cudnn, reference, triton
+from .verify import verified
+
+logger = logging.getLogger("fused_resnet")
+
+BACKENDS = {b.NAME: b for b in (cuda, triton, cudnn, cpu, reference)}
+ORDER = {"cuda": (cuda, triton, cudnn), "cpu": (cpu,)}
+ENVIRONMENT = "FUSED_RESNET_BACKEND"
+
+_forced: list[str] = [os.environ[ENVIRONMENT]] if os.environ.get(ENVIRONMENT) else []
+_told: set[str] = set()
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """Force a backend inside a `with` block, for the whole process (autograd's threads included).
+
+    name: 'cuda', 'triton', 'cudnn', 'cpu' or 'reference'. An op that it cannot run raises RuntimeError with the reason.
+    The environment variable FUSED_RESNET_BACKEND does the same for a whole run.
+    """
+    _named(name, "backend(name)")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _named(name: str, source: str):
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: there is no backend {name!r}; there are {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def forced() -> str | None:
+    """The name of the backend that is forced now, or None."""
+    return _forced[-1] if _forced else None
+
+
+def refuses(candidate, op: str, args: tuple) -> str | None:
+    """Why this backend does not run this call, as '<name>: <reason>'; None if it does."""
+    reason = candidate.unavailable() or candidate.declines(op, *args)
+    return reason and f"{candidate.NAME}: {reason}"
+
+
+def run(op: str, *args):
+    """Run an op on the backend that is forced, or else on the first that can."""
+    if _forced:
+        chosen = _named(_forced[-1], ENVIRONMENT)
+        if reason := refuses(chosen, op, args):
+            raise RuntimeError(f"fused_resnet::{op}: {reason} (this backend is forced)")
+        return getattr(chosen, op)(*args)
+    device = args[0].device.type
+    for candidate in ORDER.get(device, ()):
+        if reason := refuses(candidate, op, args):
+            _tell_once(logging.INFO, f"{op}: {reason}")
+        elif device == "cpu":
+            return getattr(candidate, op)(*args)
+        else:
+            result, reason = verified(candidate, op, args)
+            if reason is None:
+                return result
+            _tell_once(logging.WARNING, f"{op}: {candidate.NAME}: {reason}; the next backend serves")
+    return getattr(reference, op)(*args)
+
+
+def _tell_once(level: int, message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        logger.log(level, "%s", message)

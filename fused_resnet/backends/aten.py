@@ -1,0 +1,117 @@
+"""PyTorch's own kernels, composed: what the backends `cpu` and `cudnn` share. Not a backend by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..folding import fold, scale_shift
+from .layout import output_format
+from .reference import accumulator
+
+_aten = torch.ops.aten
+
+
+def conv_bn_act(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
+):
+    folded, bias = fold(weight, bn_weight, bn_bias, running_mean, running_var, eps)
+    y = torch.conv2d(x, folded, bias, stride, padding, dilation, groups)
+    return _add_relu_(y.contiguous(memory_format=output_format(x, weight)), residual, relu)
+
+
+def _add_relu_(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        y.add_(residual)
+    return y.relu_() if relu else y
+
+
+def relu_bwd(grad: Tensor, y: Tensor | None, relu: bool) -> Tensor:
+    """grad * mask; zero where y <= 0, so that a NaN output passes its gradient on, as PyTorch's ReLU does."""
+    return _aten.threshold_backward(grad, y, 0) if relu else grad
+
+
+def conv_bn_act_bwd(
+    grad,
+    y,
+    x,
+    weight,
+    bn_weight,
+    running_mean,
+    running_var,
+    eps,
+    stride,
+    padding,
+    dilation,
+    groups,
+    relu,
+    output_mask,
+):
+    need_x, need_weight, need_bn_weight, need_bn_bias, need_residual = output_mask
+    acc = accumulator(x.dtype)
+    format = output_format(x, weight)
+    g = relu_bwd(grad, y, relu).contiguous(memory_format=format)
+    folded = fold(weight, bn_weight, None, running_mean, running_var, eps)[0] if need_x else weight
+    need_raw = need_weight or need_bn_weight
+    dx = dweight = dbn_weight = dbn_bias = None
+    if need_x or need_raw:
+        dx, raw, _ = _aten.convolution_backward(
+            g, x, folded, None, stride, padding, dilation, False, [0, 0], groups, [need_x, need_raw, False]
+        )
+    if need_x:
+        dx = dx.contiguous(memory_format=format)
+    if need_bn_weight or need_bn_bias:
+        dbn_bias = g.sum((0, 2, 3), dtype=acc)
+    if need_raw:
+        raw = raw.to(acc)
+        if need_bn_weight:
+            inv = torch.rsqrt(running_var.to(acc) + eps)
+            dbn_weight = inv * ((raw * weight).sum((1, 2, 3)) - running_mean.to(acc) * dbn_bias)
+        if need_weight:
+            if running_mean is not None:
+                scale, _ = scale_shift(bn_weight, None, running_mean, running_var, eps)
+                raw = raw.mul_(scale.to(acc).view(-1, 1, 1, 1))
+            dweight = torch.empty_like(weight).copy_(raw)
+    return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, _fresh(g, grad) if need_residual else None
+
+
+def _fresh(g: Tensor, grad: Tensor) -> Tensor:
+    """g, copied if it is still the gradient that came in: an op's output may not be its input."""
+    return g.clone() if g.data_ptr() == grad.data_ptr() else g
+
+
+def bn_stats(x):
+    # The running statistics passed are dummies: their dtype decides the dtype of what comes back.
+    dummy = x.new_zeros(x.shape[1], dtype=accumulator(x.dtype))
+    return torch.batch_norm_update_stats(x, dummy, dummy, 0.0)
+
+
+def _to(acc: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.to(acc) for t in tensors]
+
+
+def bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
+    bn_weight, bn_bias, mean, var = _to(accumulator(x.dtype), bn_weight, bn_bias, mean, var)
+    y = torch.native_batch_norm(x, bn_weight, bn_bias, mean, var, False, 0.0, eps)[0]
+    return _add_relu_(y.contiguous(memory_format=output_format(x)), residual, relu)
+
+
+def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask):
+    need_x, need_bn_weight, need_bn_bias, need_residual = output_mask
+    g = relu_bwd(grad, y, relu).contiguous(memory_format=output_format(x))
+    bn_weight, mean, var = _to(accumulator(x.dtype), bn_weight, mean, var)
+    dx, dbn_weight, dbn_bias = _aten.native_batch_norm_backward(
+        g,
+        x,
+        bn_weight,
+        mean,
+        var,
+        mean,
+        torch.rsqrt(var + eps),
+        batch_stats,
+        eps,
+        [need_x, need_bn_weight, need_bn_bias],
+    )
+    if need_x:
+        dx = dx.contiguous(memory_format=output_format(x))
+    return dx, dbn_weight, dbn_bias, _fresh(g, grad) if need_residual else None

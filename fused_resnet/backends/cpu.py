@@ -1,0 +1,127 @@
+"""oneDNN's fused convolutions: weight, BN, shortcut and ReLU in one call, on folded and prepacked weights.
+
+One folded copy of a weight is kept, weakly by the weight tensor. Before every use the raw bytes of the weight and of its
+BN are fingerprinted (128 bits) and compared with what the copy was made of: code that writes through `.data` bumps no
+version counter, so nothing less would do. Without the compiled fingerprint nothing is kept and every call folds anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..folding import fold
+from . import aten, cuda
+from .aten import bn_act, bn_act_bwd, bn_stats, conv_bn_act_bwd  # noqa: F401  (the backend's functions)
+from .layout import output_format
+
+NAME = "cpu"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_mkldnn = torch.ops.mkldnn
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def declines(op: str, x, *args) -> str | None:
+    if x.device.type != "cpu":
+        return f"needs CPU tensors, got {x.device}"
+    if x.dtype not in DTYPES:
+        return f"needs {', '.join(str(d) for d in DTYPES)}, got {x.dtype}"
+    if x.numel() == 0:
+        return "needs a non-empty batch"
+    return None
+
+
+@functools.cache
+def onednn_lacks(dtype: torch.dtype) -> str | None:
+    """Why oneDNN's fused convolution does not serve this dtype here, by running it; None if it does."""
+    if dtype is torch.float64:
+        return "oneDNN has no float64"
+    try:
+        x = torch.linspace(-1, 1, 4 * 25).to(dtype).view(1, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+        weight = torch.linspace(1, -1, 4 * 36).to(dtype).view(4, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+        bias = torch.linspace(-1, 1, 4).to(dtype)
+        conv = ([1, 1], [1, 1], [1, 1], 1)
+        packed = _pack(weight, *conv, list(x.shape))
+        got = _pointwise(x, packed, bias, x, *conv, True)
+        expected = torch.relu(torch.conv2d(x.double(), weight.double(), bias.double(), padding=1) + x.double())
+        error = ((got.double() - expected).norm() / expected.norm()).item()
+        return None if error < 8 * torch.finfo(dtype).eps else f"oneDNN's fused convolution is off by {error:.1e}"
+    except (AttributeError, RuntimeError) as error:
+        return f"oneDNN's fused convolution: {str(error).splitlines()[0]}"
+
+
+def _pack(weight, stride, padding, dilation, groups, input_shape):
+    return _mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, input_shape)
+
+
+def _pointwise(x, packed, bias, residual, stride, padding, dilation, groups, relu):
+    conv = (padding, stride, dilation, groups)
+    if residual is None:
+        return _mkldnn._convolution_pointwise.default(x, packed, bias, *conv, "relu" if relu else "none", [], "")
+    unary = "relu" if relu else None
+    return _mkldnn._convolution_pointwise.binary(x, residual, packed, bias, *conv, "add", 1.0, unary, [], "")
+
+
+class _Folded(NamedTuple):
+    proof: Tensor  # fingerprints of the weight and the BN tensors that the copy was made of
+    config: tuple  # what else it depends on
+    packed: Tensor
+    bias: Tensor | None
+
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _folded(x, weight, bn, eps, stride, padding, dilation, groups) -> tuple[Tensor, Tensor | None]:
+    def make():
+        folded, bias = fold(weight, *bn, eps)
+        folded = folded.contiguous(memory_format=torch.channels_last)
+        return _pack(folded, stride, padding, dilation, groups, list(x.shape)), bias
+
+    sources = [weight, *(t for t in bn if t is not None)]
+    proof = cuda.fingerprint(sources)
+    if proof is None:
+        return make()
+    config = (eps, *stride, *padding, *dilation, groups, tuple(t is None for t in bn))
+    entry = _kept.get(weight)
+    if entry is None or entry.config != config or not torch.equal(entry.proof, proof):
+        _kept.pop(weight, None)  # the old copy goes before the new one is made
+        entry = _kept[weight] = _Folded(proof, config, *make())
+    return entry.packed, entry.bias
+
+
+def conv_bn_act(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
+):
+    format = output_format(x, weight)
+    # On contiguous tensors oneDNN's blocked layouts, which PyTorch's own convolution uses, beat two conversions.
+    if format is torch.contiguous_format or not torch.backends.mkldnn.enabled or onednn_lacks(x.dtype):
+        return aten.conv_bn_act(
+            x,
+            weight,
+            bn_weight,
+            bn_bias,
+            running_mean,
+            running_var,
+            eps,
+            residual,
+            stride,
+            padding,
+            dilation,
+            groups,
+            relu,
+        )
+    x = x.contiguous(memory_format=format)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=format)
+    bn = (bn_weight, bn_bias, running_mean, running_var)
+    packed, bias = _folded(x, weight, bn, eps, stride, padding, dilation, groups)
+    y = _pointwise(x, packed, bias, residual, stride, padding, dilation, groups, relu)
+    return y.contiguous(memory_format=format)

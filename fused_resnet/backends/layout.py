@@ -1,0 +1,33 @@
+"""Memory layout: one rule for the output of every op, the same in every backend and in the fakes.
+
+An output is channels_last if one of the tensors that decide is *unambiguously* channels_last, else contiguous. A tensor of
+one channel, or of 1x1 maps, is contiguous and channels_last at once and decides nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """True for a 4-D tensor that is channels_last and not contiguous as well."""
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def output_format(*tensors: Tensor) -> torch.memory_format:
+    """The memory format of an output that these tensors decide."""
+    return torch.channels_last if any(is_channels_last(t) for t in tensors) else torch.contiguous_format
+
+
+def conv_output_size(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
+    """[N, K, P, Q] of a 2-D convolution of x: [N, C, H, W] with weight: [K, C/groups, R, S]."""
+    maps = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    return [x.shape[0], weight.shape[0], *maps]
+
+
+def as_channels(v: Tensor) -> Tensor:
+    """A per-channel vector [C] as [1, C, 1, 1], to broadcast over x: [N, C, H, W]."""
+    return v.view(1, -1, 1, 1)

@@ -1,0 +1,146 @@
+"""Plain PyTorch: the definition of correct. Runs on every device and dtype, and is differentiable any number of times.
+
+Computes in float32 (float64 for float64 inputs) and casts once at the end, as the fused kernels do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import as_channels, output_format
+
+NAME = "reference"
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def declines(op: str, *args) -> str | None:
+    return None
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scale(acc, bn_weight, var, eps):
+    inv = torch.rsqrt(var.to(acc) + eps)
+    return inv, inv if bn_weight is None else inv * bn_weight.to(acc)
+
+
+def _masked(grad: Tensor, y: Tensor | None, relu: bool, acc: torch.dtype) -> Tensor:
+    """grad where the ReLU let it through: a NaN output lets it through, as in PyTorch."""
+    grad = grad.to(acc)
+    return grad.masked_fill(y <= 0, 0) if relu else grad
+
+
+def conv_bn_act(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
+):
+    acc = accumulator(x.dtype)
+    y = torch.conv2d(x.to(acc), weight.to(acc), None, stride, padding, dilation, groups)
+    if running_mean is not None:
+        _, scale = _scale(acc, bn_weight, running_var, eps)
+        y = (y - as_channels(running_mean.to(acc))) * as_channels(scale)
+        if bn_bias is not None:
+            y = y + as_channels(bn_bias.to(acc))
+    if residual is not None:
+        y = y + residual.to(acc)
+    if relu:
+        y = torch.relu(y)
+    return y.to(x.dtype).contiguous(memory_format=output_format(x, weight))
+
+
+def conv_bn_act_bwd(
+    grad,
+    y,
+    x,
+    weight,
+    bn_weight,
+    running_mean,
+    running_var,
+    eps,
+    stride,
+    padding,
+    dilation,
+    groups,
+    relu,
+    output_mask,
+):
+    """The raw convolution is neither stored nor recomputed: with g = grad * mask and G = wgrad(x, g), its product with a
+    gradient summed over N, P, Q is the product of W and G summed over C, R, S."""
+    need_x, need_weight, need_bn_weight, need_bn_bias, need_residual = output_mask
+    acc = accumulator(x.dtype)
+    g = _masked(grad, y, relu, acc)
+    w = weight.to(acc)
+    scale = None
+    if running_mean is not None:
+        inv, scale = _scale(acc, bn_weight, running_var, eps)
+    folded = w if scale is None else w * scale.view(-1, 1, 1, 1)
+    conv = (stride, padding, dilation, False, [0, 0], groups)
+    dx = dweight = dbn_weight = dbn_bias = None
+    if need_x:
+        dx = torch.ops.aten.convolution_backward(g, x.to(acc), folded, None, *conv, [True, False, False])[0]
+        dx = dx.to(x.dtype).contiguous(memory_format=output_format(x, weight))
+    if need_weight or need_bn_weight:
+        raw = torch.ops.aten.convolution_backward(g, x.to(acc), w, None, *conv, [False, True, False])[1]
+        if need_weight:
+            scaled = raw if scale is None else raw * scale.view(-1, 1, 1, 1)
+            dweight = _with_strides_of(scaled.to(weight.dtype), weight)
+    if need_bn_weight or need_bn_bias:
+        total = g.sum((0, 2, 3))
+    if need_bn_weight:
+        dbn_weight = inv * ((w * raw).sum((1, 2, 3)) - running_mean.to(acc) * total)
+    if need_bn_bias:
+        dbn_bias = total
+    dresidual = g.to(x.dtype).contiguous(memory_format=output_format(x, weight)) if need_residual else None
+    return dx, dweight, dbn_weight, dbn_bias, dresidual
+
+
+def _with_strides_of(t: Tensor, like: Tensor) -> Tensor:
+    format = output_format(like)
+    if like.is_contiguous(memory_format=format):
+        return t.contiguous(memory_format=format)
+    return torch.empty_like(like, requires_grad=False).copy_(t)
+
+
+def bn_stats(x):
+    acc = accumulator(x.dtype)
+    var, mean = torch.var_mean(x.to(acc), (0, 2, 3), correction=0)
+    return mean, var
+
+
+def bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
+    acc = accumulator(x.dtype)
+    _, scale = _scale(acc, bn_weight, var, eps)
+    y = (x.to(acc) - as_channels(mean.to(acc))) * as_channels(scale)
+    if bn_bias is not None:
+        y = y + as_channels(bn_bias.to(acc))
+    if residual is not None:
+        y = y + residual.to(acc)
+    if relu:
+        y = torch.relu(y)
+    return y.to(x.dtype).contiguous(memory_format=output_format(x))
+
+
+def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask):
+    need_x, need_bn_weight, need_bn_bias, need_residual = output_mask
+    acc = accumulator(x.dtype)
+    g = _masked(grad, y, relu, acc)
+    inv, scale = _scale(acc, bn_weight, var, eps)
+    centred = x.to(acc) - as_channels(mean.to(acc))
+    total = g.sum((0, 2, 3))
+    moment = (g * centred).sum((0, 2, 3))
+    dx = dresidual = None
+    if need_x:
+        dx = g
+        if batch_stats:
+            count = x.numel() // x.shape[1]
+            dx = dx - as_channels(total / count) - centred * as_channels(inv * inv * moment / count)
+        dx = (dx * as_channels(scale)).to(x.dtype).contiguous(memory_format=output_format(x))
+    if need_residual:
+        dresidual = g.to(x.dtype).contiguous(memory_format=output_format(x))
+    return dx, moment * inv if need_bn_weight else None, total if need_bn_bias else None, dresidual

@@ -1,0 +1,148 @@
+"""FusedBasicBlock and FusedBottleneck: torchvision's residual blocks with every conv-BN-ReLU and the shortcut add fused.
+
+They are subclasses that replace `forward` alone: constructor, parameters and state_dict are torchvision's. Each BN
+decides for itself whether it is frozen (running statistics, folded into the convolution) or uses the batch's. What the
+fused path cannot honour (hooks, parametrizations, foreign norm layers) runs through torchvision's own forward.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
+
+from .functional import batch_norm_act, conv_bn_act, uses_batch_statistics
+
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
+PARTS = {BasicBlock: ("conv1", "bn1", "conv2", "bn2"), Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
+
+
+class FusedBasicBlock(BasicBlock):
+    """torchvision's BasicBlock (two 3x3 convolutions; He et al., arXiv 1512.03385, figure 5 left), fused.
+
+    The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
+    dilation=1, norm_layer=None. forward: x [N, inplanes, H, W] -> [N, planes, H/stride, W/stride], any floating dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if unfusable(self) is not None:
+            return super().forward(x)
+        out = _conv_bn(x, self.conv1, self.bn1)
+        return _conv_bn(out, self.conv2, self.bn2, _shortcut(x, self.downsample))
+
+
+class FusedBottleneck(Bottleneck):
+    """torchvision's Bottleneck (1x1, 3x3 with the stride, 1x1; ResNet V1.5), fused.
+
+    The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
+    dilation=1, norm_layer=None. forward: x [N, inplanes, H, W] -> [N, 4 * planes, H/stride, W/stride], any floating dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if unfusable(self) is not None:
+            return super().forward(x)
+        out = _conv_bn(x, self.conv1, self.bn1)
+        out = _conv_bn(out, self.conv2, self.bn2)
+        return _conv_bn(out, self.conv3, self.bn3, _shortcut(x, self.downsample))
+
+
+def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    if _needs_collective(bn):
+        y = bn(conv(x))
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
+    if uses_batch_statistics(bn):
+        return batch_norm_act(conv(x), bn, residual, relu=relu)
+    return conv_bn_act(
+        x,
+        conv.weight,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        bn.eps,
+        residual,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        relu=relu,
+    )
+
+
+def _shortcut(x: Tensor, downsample: nn.Module | None) -> Tensor:
+    if downsample is None:
+        return x
+    if projection_unfusable(downsample) is not None:
+        return downsample(x)
+    return _conv_bn(x, downsample[0], downsample[1], relu=False)
+
+
+def _needs_collective(bn: nn.Module) -> bool:
+    """SyncBatchNorm over several processes: its statistics are a collective's business."""
+    return (
+        type(bn) is nn.SyncBatchNorm
+        and bn.training
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size(bn.process_group) > 1
+    )
+
+
+# --- what may be fused: asked at every forward, since hooks and parametrizations come and go; convert.py tells the reasons
+
+
+def unfusable(block: nn.Module) -> str | None:
+    """Why a block must run torchvision's forward, or None if its convolutions, BNs and ReLU may be fused."""
+    if _module._has_any_global_hook():
+        return "a global module hook is registered"
+    parts = PARTS[Bottleneck if isinstance(block, Bottleneck) else BasicBlock]
+    modules = block._modules
+    for name in parts:
+        reason = _unfusable_conv(modules[name]) if name[0] == "c" else _unfusable_norm(modules[name])
+        if reason is not None:
+            return f"{name}: {reason}"
+    relu = modules["relu"]
+    if type(relu) is not nn.ReLU:
+        return f"relu: {type(relu).__name__} is not ReLU"
+    return f"relu: {_HOOKED}" if _has_hooks(relu) else None
+
+
+def projection_unfusable(downsample: nn.Module) -> str | None:
+    """Why a downsample is called as the module it is, or None if it is a 1x1 convolution and a BN to be fused."""
+    if type(downsample) is not nn.Sequential or len(downsample) != 2:
+        return f"{type(downsample).__name__} is not Sequential(Conv2d, BatchNorm2d)"
+    if _has_hooks(downsample):
+        return _HOOKED
+    conv, bn = downsample[0], downsample[1]
+    reason = _unfusable_conv(conv)
+    if reason is None and conv.kernel_size != (1, 1):
+        reason = f"kernel_size is {conv.kernel_size}, not (1, 1)"
+    return reason or _unfusable_norm(bn)
+
+
+_HOOKED = "has hooks"
+
+
+def _has_hooks(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _unfusable_conv(conv: nn.Module) -> str | None:
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is not Conv2d"
+    if conv.bias is not None:
+        return "has a bias"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode is {conv.padding_mode!r}, not 'zeros'"
+    if isinstance(conv.padding, str):
+        return f"padding is {conv.padding!r}, not two integers"
+    return _HOOKED if _has_hooks(conv) else None
+
+
+def _unfusable_norm(bn: nn.Module) -> str | None:
+    if type(bn) not in NORMS:
+        return f"{type(bn).__name__} is none of {', '.join(t.__name__ for t in NORMS)}"
+    return _HOOKED if _has_hooks(bn) else None

@@ -1,0 +1,166 @@
+"""swap_blocks, restore_blocks, swap_report: torchvision's residual blocks in a model become fused ones, in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, projection_unfusable, unfusable
+
+FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+ORIGINAL = {fused: original for original, fused in FUSED.items()}
+_RELAID = "_contiguous_before_swap"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One residual block: its name in the model ('' for the model itself), its class, and what became of it.
+
+    status: 'fused', 'fusable' (swap_blocks would swap it) or 'left'. reason: why it is left, or why a fused block runs
+    torchvision's forward at present; '' otherwise. note: what inside a fused block stays as it is.
+    """
+
+    name: str
+    type: str
+    status: str
+    reason: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_report` found; `str()` of it is a table for people."""
+
+    blocks: tuple[BlockReport, ...]
+
+    @property
+    def fused(self) -> tuple[BlockReport, ...]:
+        """The blocks that are fused ones."""
+        return tuple(b for b in self.blocks if b.status == "fused")
+
+    @property
+    def left(self) -> tuple[BlockReport, ...]:
+        """The blocks that stay what they were, each with its reason."""
+        return tuple(b for b in self.blocks if b.status == "left")
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} of {len(self.blocks)} residual blocks fused"]
+        width = max((len(b.name) for b in self.blocks), default=0)
+        for b in self.blocks:
+            lines.append(
+                f"  {b.name:<{width}}  {b.type:<16}  {'; '.join(t for t in (b.status, b.reason, b.note) if t)}"
+            )
+        return "\n".join(lines)
+
+
+def swap_blocks(model: nn.Module, *, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
+    """Turn every torchvision BasicBlock and Bottleneck inside `model` into its fused twin, in place.
+
+    model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Parameters, buffers, hooks of
+    the blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A block that cannot be
+    fused without changing what it computes is left alone; `swap_report(model)` tells which and why.
+
+    memory_format: layout given to the convolution weights of the swapped blocks. The default, channels_last, makes the
+    activations behind them channels_last too: the layout in which the fused kernels read and write. Values and shapes do
+    not change, but `.view()` on such an activation may need `.reshape()`; torch.preserve_format leaves every layout alone.
+
+    Returns the same model. Raises TypeError if model is not a module.
+    """
+    if memory_format not in (torch.channels_last, torch.contiguous_format, torch.preserve_format):
+        raise ValueError(
+            "memory_format: expected torch.channels_last, torch.contiguous_format or torch.preserve_format, "
+            f"got {memory_format}"
+        )
+    shared = _shared_convolutions(_module(model))
+    for _, block in _blocks(model):
+        if type(block) in FUSED and _why_left(block, shared) is None:
+            block.__class__ = FUSED[type(block)]
+            if memory_format is not torch.preserve_format:
+                _lay_out(block, memory_format)
+    return model
+
+
+def restore_blocks(model: nn.Module) -> nn.Module:
+    """Undo `swap_blocks`: every fused block inside `model` is torchvision's again, in place. Returns the same model."""
+    for _, block in _blocks(_module(model)):
+        if type(block) in ORIGINAL:
+            block.__class__ = ORIGINAL[type(block)]
+            if block.__dict__.pop(_RELAID, False):
+                _lay_out(block, torch.contiguous_format)
+                block.__dict__.pop(_RELAID, None)
+    return model
+
+
+def swap_report(model: nn.Module) -> SwapReport:
+    """Every residual block inside `model`: fused, fusable, or left and why. Asks the model as it is now; `str()` prints."""
+    shared = _shared_convolutions(_module(model))
+    return SwapReport(tuple(_report(name, block, shared) for name, block in _blocks(model)))
+
+
+def _module(model) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck)))
+
+
+def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
+    type_name = type(block).__name__
+    if type(block) in ORIGINAL:
+        reason = unfusable(block)
+        note = _downsample_note(block)
+        return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
+    reason = _why_left(block, shared)
+    if reason is None:
+        return BlockReport(name, type_name, "fusable", note=_downsample_note(block))
+    return BlockReport(name, type_name, "left", reason)
+
+
+def _downsample_note(block: nn.Module) -> str:
+    reason = None if block.downsample is None else projection_unfusable(block.downsample)
+    return f"downsample is called as it is: {reason}" if reason else ""
+
+
+def _why_left(block: nn.Module, shared: set[int]) -> str | None:
+    if type(block) not in FUSED:
+        return f"{type(block).__name__} is not exactly BasicBlock or Bottleneck"
+    if "forward" in block.__dict__:
+        return "forward is overridden on the instance"
+    for name, conv in _convolutions(block):
+        if id(conv) in shared:
+            return f"{name}: is shared with another batch norm"
+    return unfusable(block)
+
+
+def _convolutions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    parts = next(parts for original, parts in PARTS.items() if isinstance(block, original))
+    yield from ((name, getattr(block, name)) for name in parts if name.startswith("conv"))
+    if isinstance(block.downsample, nn.Sequential) and len(block.downsample):
+        yield "downsample.0", block.downsample[0]
+
+
+def _shared_convolutions(model: nn.Module) -> set[int]:
+    """ids of the convolutions that stand in more than one place among the blocks."""
+    uses = Counter(id(conv) for _, block in _blocks(model) for _, conv in _convolutions(block))
+    return {conv for conv, count in uses.items() if count > 1}
+
+
+def _lay_out(block: nn.Module, memory_format: torch.memory_format) -> None:
+    for _, conv in _convolutions(block):
+        weight = getattr(conv, "weight", None)
+        if (
+            isinstance(weight, nn.Parameter)
+            and weight.dim() == 4
+            and not weight.is_contiguous(memory_format=memory_format)
+        ):
+            if weight.is_contiguous():
+                block.__dict__[_RELAID] = True
+            weight.data = weight.data.contiguous(memory_format=memory_format)

@@ -1,0 +1,79 @@
+"""The public functions: convolution, batch norm, shortcut add and ReLU as single ops.
+
+x: [N, C, H, W]; float16, bfloat16, float32 or float64; on any device; contiguous or channels_last (the output is
+channels_last if x or weight is). Differentiable twice over. Statistics and sums are kept in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_ops = torch.ops.fused_resnet
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    relu: bool = True,
+) -> Tensor:
+    """Convolution, batch norm with given statistics, shortcut add and ReLU in one op.
+
+    y = relu((conv(x, weight) - running_mean) * bn_weight / sqrt(running_var + eps) + bn_bias + residual)
+
+    x: [N, C, H, W]. weight: [K, C/groups, R, S], the dtype of x. bn_weight, bn_bias: [K], or None for 1 and 0.
+    running_mean, running_var: [K], any floating dtype; all four None is a plain convolution. residual: [N, K, P, Q],
+    the dtype of x, or None. Returns y: [N, K, P, Q] in the dtype of x.
+
+    Gradients reach x, weight, bn_weight, bn_bias and residual; running statistics are constants (BN in eval mode, or
+    frozen: Ioffe & Szegedy, arXiv 1502.03167, section 3.1). BN is folded inside the op from the tensors as they are at
+    the call, so nothing goes stale.
+
+    Raises ValueError for an x that is not 4-D and RuntimeError for any other mismatch, naming the argument.
+    """
+    conv = (_pair(stride), _pair(padding), _pair(dilation), groups, relu)
+    return _ops.conv_bn_act.default(x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv)
+
+
+def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
+    """Batch norm by the module's state, shortcut add and ReLU: relu(bn(x) + residual).
+
+    x, residual: [N, C, H, W] of one dtype. bn: nn.BatchNorm2d, torchvision's FrozenBatchNorm2d, or nn.SyncBatchNorm in a
+    single process. Uses the batch's statistics, and updates the running ones, exactly when `bn` itself would. Returns
+    [N, C, H, W] in the dtype of x.
+
+    Raises ValueError for an x that is not 4-D or, with batch statistics, has one value a channel.
+    """
+    if not uses_batch_statistics(bn):
+        return _ops.bn_act.default(
+            x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, residual, relu, False
+        )
+    mean, var = _ops.bn_stats.default(x)
+    if bn.training and bn.track_running_stats and bn.running_mean is not None:
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        _ops.update_running_stats_.default(
+            bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, count, bn.momentum
+        )
+    return _ops.bn_act.default(x, mean, var, bn.weight, bn.bias, bn.eps, residual, relu, True)
+
+
+def uses_batch_statistics(bn: nn.Module) -> bool:
+    """Whether this BN normalises with the batch's statistics: decided by the BN, never by the block around it."""
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        return False  # FrozenBatchNorm2d
+    return bn.training or bn.running_mean is None
+
+
+def _pair(v) -> list[int]:
+    return [v, v] if isinstance(v, int) else list(v)

@@ -1,0 +1,423 @@
+"""The ops under the package: schema, fake, autograd, autocast and validation of each, registered as torch.ops.fused_resnet.*.
+
+    conv_bn_act             y = act(BN(conv(x, weight)) + residual) with given (running) statistics
+    bn_stats                mean and biased variance per channel
+    bn_act                  y = act(BN(x) + residual) with given statistics
+    update_running_stats_   the only op that mutates
+    conv_bn_act_bwd, bn_act_bwd
+
+To autograd, the statistics of `bn_stats` are constants: `bn_act(..., batch_stats=True)` carries their derivative. The
+`_bwd` ops are differentiable in turn, through the reference. vmap and forward-mode AD raise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import backends
+from .backends import reference
+from .backends.layout import conv_output_size, output_format
+from .backends.reference import accumulator
+
+_lib = torch.library.Library("fused_resnet", "DEF")
+
+_CONV = "int[] stride, int[] padding, int[] dilation, int groups, bool relu"
+_SCHEMAS = {
+    "conv_bn_act": "(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
+    f"Tensor? running_var, float eps, Tensor? residual, {_CONV}) -> Tensor",
+    "conv_bn_act_bwd": "(Tensor grad, Tensor? y, Tensor x, Tensor weight, Tensor? bn_weight, Tensor? running_mean, "
+    f"Tensor? running_var, float eps, {_CONV}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bn_stats": "(Tensor x) -> (Tensor, Tensor)",
+    "bn_act": "(Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? residual, "
+    "bool relu, bool batch_stats) -> Tensor",
+    "bn_act_bwd": "(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, float eps, bool relu, "
+    "bool batch_stats, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "update_running_stats_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
+    "Tensor mean, Tensor var, SymInt count, float? momentum) -> ()",
+}
+
+
+def _register(name: str, kernel, fake) -> None:
+    _lib.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+
+    def checked(*args):
+        # Tangents live below the autograd key and would be dropped in silence.
+        if forward_ad._current_level >= 0 and any(
+            isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+        ):
+            raise NotImplementedError(f"fused_resnet::{name} has no forward-mode derivative; use reverse mode")
+        return kernel(*args)
+
+    def batched(info, in_dims, *args):
+        raise NotImplementedError(
+            f"fused_resnet::{name} has no batching rule for vmap; put the batch into x: [N, C, H, W]"
+        )
+
+    _lib.impl(name, checked, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_resnet::{name}", fake, lib=_lib)
+    torch.library.register_vmap(f"fused_resnet::{name}", batched, lib=_lib)
+
+
+# --- validation: the same in the op and in its fake; every message names the argument ------------------------------------
+
+
+def _check_4d(x: Tensor, name: str) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4D input [N, C, H, W] (got {x.dim()}D input)")
+    if not x.is_floating_point():
+        raise RuntimeError(f"{name}: expected a floating dtype, got {x.dtype}")
+
+
+def _check_like(t: Tensor, name: str, x: Tensor) -> None:
+    if t.dtype != x.dtype:
+        raise RuntimeError(f"{name}: expected {x.dtype}, the type of x, got {t.dtype}")
+    _check_device(t, name, x)
+
+
+def _check_device(t: Tensor, name: str, x: Tensor) -> None:
+    if t.device != x.device:
+        raise RuntimeError(f"{name}: expected on {x.device}, the device of x, got {t.device}")
+
+
+def _check_vectors(channels, owner: str, x: Tensor, **vectors: Tensor | None) -> None:
+    for name, v in vectors.items():
+        if v is None:
+            continue
+        if v.dim() != 1 or v.shape[0] != channels:
+            raise RuntimeError(f"{name}: expected [{channels}], one value a channel of {owner}, got {list(v.shape)}")
+        if not v.is_floating_point():
+            raise RuntimeError(f"{name}: expected a floating dtype, got {v.dtype}")
+        _check_device(v, name, x)
+
+
+def _check_residual(residual: Tensor | None, shape, x: Tensor) -> None:
+    if residual is None:
+        return
+    if residual.dim() != 4 or any(a != b for a, b in zip(residual.shape, shape, strict=True)):
+        raise RuntimeError(
+            f"residual: expected the output's shape {list(shape)}, got {list(residual.shape)}; where a block changes "
+            "channels or size, its shortcut needs a projection (1x1 convolution) or zero_pad"
+        )
+    _check_like(residual, "residual", x)
+
+
+def _check_conv(x, weight, bn_weight, bn_bias, running_mean, running_var, residual, stride, padding, dilation, groups):
+    """Raise for what no backend could compute; return the output's shape [N, K, P, Q]."""
+    _check_4d(x, "x")
+    if weight.dim() != 4:
+        raise RuntimeError(f"weight: expected [K, C/groups, R, S], got {list(weight.shape)}")
+    _check_like(weight, "weight", x)
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(pair) != 2 or min(pair) < least:
+            raise RuntimeError(f"{name}: expected two integers of at least {least}, got {list(pair)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise RuntimeError(f"groups: expected a divisor of the {weight.shape[0]} output channels, got {groups}")
+    if x.shape[1] != weight.shape[1] * groups:
+        raise RuntimeError(
+            f"x: expected {weight.shape[1] * groups} channels for weight {list(weight.shape)} and groups={groups}, "
+            f"got {list(x.shape)}"
+        )
+    if (running_mean is None) != (running_var is None):
+        raise RuntimeError("running_mean and running_var: expected both or neither")
+    if running_mean is None and not (bn_weight is None and bn_bias is None):
+        raise RuntimeError("running_mean: bn_weight and bn_bias need running_mean and running_var")
+    bn = dict(bn_weight=bn_weight, bn_bias=bn_bias, running_mean=running_mean, running_var=running_var)
+    _check_vectors(weight.shape[0], "the output", x, **bn)
+    shape = conv_output_size(x, weight, stride, padding, dilation)
+    if shape[2] <= 0 or shape[3] <= 0:
+        raise RuntimeError(
+            f"x: after padding, maps of {x.shape[2]}x{x.shape[3]} are smaller than the kernel {list(weight.shape[2:])}"
+        )
+    _check_residual(residual, shape, x)
+    return shape
+
+
+def _check_bn(x, mean, var, bn_weight, bn_bias, residual) -> None:
+    _check_4d(x, "x")
+    _check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
+    _check_residual(residual, x.shape, x)
+
+
+def _check_stats(x) -> None:
+    _check_4d(x, "x")
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"x: expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+
+# --- outputs: shapes and strides, for the fakes -------------------------------------------------------------------------
+
+
+def _empty(shape, like: Tensor, format: torch.memory_format, dtype=None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format)
+
+
+def _optional(result, output_mask, like: Tensor):
+    """An op cannot return None: gradients that nobody asked for are empty."""
+    return tuple(r if on else like.new_empty(0) for r, on in zip(result, output_mask, strict=True))
+
+
+# --- conv_bn_act --------------------------------------------------------------------------------------------------------
+
+
+def _conv_bn_act(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
+):
+    bn = (bn_weight, bn_bias, running_mean, running_var)
+    _check_conv(x, weight, *bn, residual, stride, padding, dilation, groups)
+    return backends.run("conv_bn_act", x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu)
+
+
+def _conv_bn_act_fake(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
+):
+    bn = (bn_weight, bn_bias, running_mean, running_var)
+    shape = _check_conv(x, weight, *bn, residual, stride, padding, dilation, groups)
+    return _empty(shape, x, output_format(x, weight))
+
+
+def _conv_bn_act_bwd(grad, y, x, *args):
+    acc, output_mask = accumulator(x.dtype), args[-1]
+    dx, dweight, *of_bn, dresidual = backends.run("conv_bn_act_bwd", grad, y, x, *args)
+    return _optional((dx, dweight, *(d if d is None else d.to(acc) for d in of_bn), dresidual), output_mask, x)
+
+
+def _conv_bn_act_bwd_fake(grad, y, x, weight, *args):
+    acc, format = accumulator(x.dtype), output_format(x, weight)
+    channel = x.new_empty(weight.shape[0], dtype=acc)
+    result = (
+        _empty(x.shape, x, format),
+        torch.empty_like(weight),
+        channel,
+        torch.empty_like(channel),
+        _empty(grad.shape, x, format),
+    )
+    return _optional(result, args[-1], x)
+
+
+def _conv_setup(ctx, inputs, output):
+    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv = inputs
+    ctx.save_for_backward(x, weight, bn_weight, running_mean, running_var, output if conv[-1] else None)
+    ctx.options = (eps, *conv)
+    ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _conv_backward(ctx, grad):
+    none = (None,) * 13
+    if grad is None:
+        return none
+    x, weight, bn_weight, running_mean, running_var, y = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    mask = [needs[0], needs[1], needs[2], needs[3], needs[7] and ctx.options[-1]]
+    dx = dweight = dbn_weight = dbn_bias = None
+    dresidual = grad if needs[7] else None
+    if any(mask):
+        dx, dweight, dbn_weight, dbn_bias, masked = torch.ops.fused_resnet.conv_bn_act_bwd.default(
+            grad, y, x, weight, bn_weight, running_mean, running_var, *ctx.options, mask
+        )
+        dresidual = masked if mask[4] else dresidual
+    return (
+        dx if mask[0] else None,
+        dweight if mask[1] else None,
+        dbn_weight.to(bn_weight.dtype) if mask[2] else None,
+        dbn_bias.to(ctx.bias_dtype) if mask[3] else None,
+        *none[4:7],
+        dresidual,
+        *none[8:],
+    )
+
+
+# --- batch norm ---------------------------------------------------------------------------------------------------------
+
+
+def _bn_stats(x):
+    _check_stats(x)
+    return backends.run("bn_stats", x)
+
+
+def _bn_stats_fake(x):
+    _check_stats(x)
+    mean = x.new_empty(x.shape[1], dtype=accumulator(x.dtype))
+    return mean, torch.empty_like(mean)
+
+
+def _bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
+    _check_bn(x, mean, var, bn_weight, bn_bias, residual)
+    return backends.run("bn_act", x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats)
+
+
+def _bn_act_fake(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
+    _check_bn(x, mean, var, bn_weight, bn_bias, residual)
+    return _empty(x.shape, x, output_format(x))
+
+
+def _bn_act_bwd(grad, y, x, *args):
+    acc, output_mask = accumulator(x.dtype), args[-1]
+    dx, *of_bn, dresidual = backends.run("bn_act_bwd", grad, y, x, *args)
+    return _optional((dx, *(d if d is None else d.to(acc) for d in of_bn), dresidual), output_mask, x)
+
+
+def _bn_act_bwd_fake(grad, y, x, *args):
+    format = output_format(x)
+    channel = x.new_empty(x.shape[1], dtype=accumulator(x.dtype))
+    result = (_empty(x.shape, x, format), channel, torch.empty_like(channel), _empty(x.shape, x, format))
+    return _optional(result, args[-1], x)
+
+
+def _bn_setup(ctx, inputs, output):
+    x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats = inputs
+    ctx.save_for_backward(x, mean, var, bn_weight, output if relu else None)
+    ctx.options = (eps, relu, batch_stats)
+    ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _bn_backward(ctx, grad):
+    if grad is None:
+        return (None,) * 9
+    x, mean, var, bn_weight, y = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    mask = [needs[0], needs[3], needs[4], needs[6] and ctx.options[1]]
+    dx = dbn_weight = dbn_bias = None
+    dresidual = grad if needs[6] else None
+    if any(mask):
+        dx, dbn_weight, dbn_bias, masked = torch.ops.fused_resnet.bn_act_bwd.default(
+            grad, y, x, mean, var, bn_weight, *ctx.options, mask
+        )
+        dresidual = masked if mask[3] else dresidual
+    return (
+        dx if mask[0] else None,
+        None,
+        None,
+        dbn_weight.to(bn_weight.dtype) if mask[1] else None,
+        dbn_bias.to(ctx.bias_dtype) if mask[2] else None,
+        None,
+        dresidual,
+        None,
+        None,
+    )
+
+
+def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if count == 0:
+        return
+    if momentum is None:  # the cumulative average over all batches so far
+        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+    unbiased = var * (count / (count - 1))
+    running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+    running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+
+
+# --- double backward: the derivative of a `_bwd` op is that of its reference --------------------------------------------
+
+
+def _vjp(function, tensors: dict[int, Tensor | None], args: tuple, grads, needs):
+    """Gradients of function(*args) by the tensors at these positions; differentiable in turn."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {i: t.view_as(t) if t.requires_grad else t.detach() for i, t in tensors.items() if t is not None}
+        wanted = [i for i in leaves if needs[i]]
+        for i in wanted:
+            if not leaves[i].requires_grad:
+                leaves[i].requires_grad_()
+        outputs = function(*(leaves.get(i, a) for i, a in enumerate(args)))
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None and o.requires_grad
+        ]
+        result = [None] * len(args)
+        if wanted and pairs:
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [leaves[i] for i in wanted],
+                [g.to(o.dtype) for o, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            for i, g in zip(wanted, found, strict=True):
+                result[i] = g
+        return tuple(result)
+
+
+def _batch_norm_bwd_from_input(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask):
+    """The reference with the statistics as functions of x, where they are."""
+    if batch_stats:
+        mean, var = reference.bn_stats(x)
+    return reference.bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask)
+
+
+def _register_double_backward(name: str, function, differentiable: tuple[int, ...]) -> None:
+    def setup(ctx, inputs, output):
+        tensors = [a for a in inputs if isinstance(a, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
+        ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, *grads):
+        saved = iter(ctx.saved_tensors)
+        args = tuple(next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.rest, strict=True))
+        grads = [g if on else None for g, on in zip(grads, args[-1], strict=True)]
+        return _vjp(function, {i: args[i] for i in differentiable}, args, grads, ctx.needs_input_grad)
+
+    torch.library.register_autograd(f"fused_resnet::{name}", backward, setup_context=setup, lib=_lib)
+
+
+# --- autocast: activations, weights and the shortcut are cast; BN's vectors stay as they are ----------------------------
+
+
+def _register_autocast(name: str, cast) -> None:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+    op = getattr(torch.ops.fused_resnet, name).default
+
+    def kernel(device):
+        def autocast(keyset, *args):
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*cast(torch.get_autocast_dtype(device), args))
+
+        return autocast
+
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _lib.impl(name, kernel(device), key, with_keyset=True)
+
+
+def _lowered(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype is torch.float64 or not t.is_floating_point() else t.to(dtype)
+
+
+def _cast_conv(dtype, args):
+    x, weight, *bn, residual, stride, padding, dilation, groups, relu = args
+    x, weight, residual = (_lowered(t, dtype) for t in (x, weight, residual))
+    return x, weight, *bn, residual, stride, padding, dilation, groups, relu
+
+
+def _cast_bn(dtype, args):
+    x, *middle, residual, relu, batch_stats = args
+    return x, *middle, residual if residual is None else residual.to(x.dtype), relu, batch_stats
+
+
+_register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
+_register("conv_bn_act_bwd", _conv_bn_act_bwd, _conv_bn_act_bwd_fake)
+_register("bn_stats", _bn_stats, _bn_stats_fake)
+_register("bn_act", _bn_act, _bn_act_fake)
+_register("bn_act_bwd", _bn_act_bwd, _bn_act_bwd_fake)
+_register("update_running_stats_", _update_running_stats_, lambda *args: None)
+
+
+def _stats_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output)
+    ctx.set_materialize_grads(False)
+
+
+torch.library.register_autograd("fused_resnet::conv_bn_act", _conv_backward, setup_context=_conv_setup, lib=_lib)
+torch.library.register_autograd("fused_resnet::bn_act", _bn_backward, setup_context=_bn_setup, lib=_lib)
+torch.library.register_autograd("fused_resnet::bn_stats", lambda ctx, *g: None, setup_context=_stats_setup, lib=_lib)
+_register_double_backward("conv_bn_act_bwd", reference.conv_bn_act_bwd, (0, 2, 3, 4))
+_register_double_backward("bn_act_bwd", _batch_norm_bwd_from_input, (0, 2, 5))
+_register_autocast("conv_bn_act", _cast_conv)
+_register_autocast("bn_act", _cast_bn)
