@@ -1,0 +1,208 @@
+// Launchers of bn_stats, bn_act, bn_act_bwd and relu_bwd_sum: check, guard the device, allocate, launch, check the launch.
+
+#include "bn_act.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "kernels/bn_act.cuh"
+#include "launch.h"
+
+namespace fused_resnet {
+namespace {
+
+// Blocks of 256 threads a multiprocessor; three or four are resident at once. A reduction pays for every block with a partial
+// result, and one wave of three blocks, with two to six loads of 16 bytes in flight a thread, is enough to hide the memory's
+// latency. Twelve are whole waves of three and of four.
+constexpr int kReductionBlocks = 3;
+constexpr int kStreamBlocks = 12;
+
+struct Geometry {
+  int64_t rows;
+  int channels;
+  int vector;              // elements a load
+  int64_t rows_per_block;  // a multiple of block.y
+  dim3 grid, block;
+
+  int splits() const { return static_cast<int>(grid.y); }
+  dim3 final_grid() const { return dim3((channels + kFinalLanes - 1) / kFinalLanes); }
+  static dim3 final_block() { return dim3(kFinalLanes, kThreads / kFinalLanes); }
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The geometry for maps like x; `maps` are all the pointers that are read or written 16 bytes at a time if they can be.
+Geometry geometry_of(const char* op, const Tensor& x, std::initializer_list<const void*> maps, int blocks) {
+  Geometry g;
+  const int64_t channels = x.size(1);
+  check(channels <= std::numeric_limits<int>::max() / 2, op, ": too many channels, got ", channels);
+  g.rows = x.numel() / channels;
+  g.channels = static_cast<int>(channels);
+  const int wide = static_cast<int>(16 / x.element_size());
+  const bool aligned =
+      std::all_of(maps.begin(), maps.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+  g.vector = channels % wide == 0 && aligned ? wide : 1;
+
+  const int64_t vectors = channels / g.vector;
+  unsigned lanes = 1;
+  while (lanes < vectors && lanes < kWarp) lanes *= 2;
+  g.block = dim3(lanes, kThreads / lanes);
+  const int64_t tiles = ceil_div(vectors, lanes);
+  // gridDim.y ends at 65535; a device has far fewer multiprocessors than that.
+  const int64_t splits = std::clamp<int64_t>(blocks / tiles, 1, 32768);
+  g.rows_per_block = ceil_div(ceil_div(g.rows, splits), g.block.y) * g.block.y;
+  g.grid = dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(g.rows, g.rows_per_block)));
+  return g;
+}
+
+template <bool B>
+using Bool = std::bool_constant<B>;
+
+// Calls f with the element type and the vector width, both as types.
+template <typename F>
+void with_type(const char* op, const Tensor& x, const Geometry& geometry, const F& f) {
+  with_dtype(op, x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    if (geometry.vector == 1) return f(element, std::integral_constant<int, 1>{});
+    f(element, std::integral_constant<int, 16 / sizeof(T)>{});
+  });
+}
+
+template <typename F>
+void with_bool(bool value, const F& f) {
+  value ? f(Bool<true>{}) : f(Bool<false>{});
+}
+
+const void* address(const Tensor& t) { return t.const_data_ptr(); }
+const void* address(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+
+// First and second stage of the backward's sums; x, mean and var are absent in relu_bwd_sum.
+struct BwdSums {
+  Tensor sum_g, dweight;
+};
+
+BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const std::optional<Tensor>& y,
+                 const std::optional<Tensor>& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,
+                 const Tensor& g) {
+  const Geometry geometry = geometry_of(op, grad, {address(grad), address(y), address(x), address(g)},
+                                        kReductionBlocks * device.multiprocessors);
+  const int words = x.has_value() ? 2 : 1;
+  const Tensor partial = new_floats(grad, words * geometry.splits() * static_cast<int64_t>(geometry.channels));
+  BwdSums sums{new_floats(grad, geometry.channels), new_floats(grad, x.has_value() ? geometry.channels : 0)};
+  with_type(op, grad, geometry, [&](auto element, auto vector) {
+    using T = decltype(element);
+    constexpr int V = decltype(vector)::value;
+    const auto first = [&](auto mask, auto center) {
+      launch(op, device, geometry.grid, geometry.block,
+             bn_bwd_partial_kernel<T, V, decltype(mask)::value, decltype(center)::value>, data<T>(grad), data<T>(y), data<T>(x),
+             data<float>(mean), g.numel() ? mutable_data<T>(g) : nullptr, mutable_data<float>(partial), geometry.rows,
+             geometry.channels, geometry.rows_per_block);
+    };
+    if (!x.has_value()) return first(Bool<true>{}, Bool<false>{});
+    with_bool(y.has_value(), [&](auto mask) { first(mask, Bool<true>{}); });
+  });
+  with_bool(x.has_value(), [&](auto center) {
+    launch(op, device, geometry.final_grid(), Geometry::final_block(), bn_bwd_final_kernel<decltype(center)::value>,
+           data<float>(partial), data<float>(var), static_cast<float>(eps), mutable_data<float>(sums.sum_g),
+           mutable_data<float>(sums.dweight), geometry.splits(), geometry.channels);
+  });
+  return sums;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
+  const char* op = "bn_stats";
+  check_map(op, "x", x);
+  const Device device(x);
+  const Geometry geometry = geometry_of(op, x, {address(x)}, kReductionBlocks * device.multiprocessors);
+  const Tensor partial = new_floats(x, int64_t{2} * geometry.splits() * geometry.channels);
+  const Tensor mean = new_floats(x, geometry.channels);
+  const Tensor var = new_floats(x, geometry.channels);
+  with_type(op, x, geometry, [&](auto element, auto vector) {
+    using T = decltype(element);
+    launch(op, device, geometry.grid, geometry.block, bn_stats_partial_kernel<T, decltype(vector)::value>, data<T>(x),
+           mutable_data<float>(partial), geometry.rows, geometry.channels, geometry.rows_per_block);
+  });
+  launch(op, device, geometry.final_grid(), Geometry::final_block(), bn_stats_final_kernel, data<float>(partial),
+         mutable_data<float>(mean), mutable_data<float>(var), geometry.splits(), geometry.rows, geometry.channels,
+         geometry.rows_per_block);
+  return {mean, var};
+}
+
+Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+              const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& residual, bool relu) {
+  const char* op = "bn_act";
+  check_map(op, "x", x);
+  check_channels(op, "mean", mean, x);
+  check_channels(op, "var", var, x);
+  if (weight.has_value()) check_channels(op, "weight", *weight, x);
+  if (bias.has_value()) check_channels(op, "bias", *bias, x);
+  if (residual.has_value()) check_map_like(op, "residual", *residual, x);
+  const Device device(x);
+  const Tensor y = torch::stable::empty_like(x);
+  const Geometry geometry =
+      geometry_of(op, x, {address(x), address(residual), address(y)}, kStreamBlocks * device.multiprocessors);
+  with_type(op, x, geometry, [&](auto element, auto vector) {
+    using T = decltype(element);
+    with_bool(residual.has_value(), [&](auto add) {
+      launch(op, device, geometry.grid, geometry.block, bn_act_kernel<T, decltype(vector)::value, decltype(add)::value>,
+             data<T>(x), data<float>(mean), data<float>(var), data<float>(weight), data<float>(bias), static_cast<float>(eps),
+             data<T>(residual), relu, mutable_data<T>(y), geometry.rows, geometry.channels, geometry.rows_per_block);
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(
+    const Tensor& grad, const std::optional<Tensor>& y, const Tensor& x, const Tensor& mean, const Tensor& var,
+    const std::optional<Tensor>& weight, double eps, bool batch_stats, bool need_x, bool need_sums, bool need_g) {
+  const char* op = "bn_act_bwd";
+  check_map(op, "x", x);
+  check_map_like(op, "grad", grad, x);
+  if (y.has_value()) check_map_like(op, "y", *y, x);
+  check_channels(op, "mean", mean, x);
+  check_channels(op, "var", var, x);
+  if (weight.has_value()) check_channels(op, "weight", *weight, x);
+  const Device device(x);
+  const Tensor nothing = new_floats(x, 0);
+  Tensor dx = nothing, g = nothing;
+  BwdSums sums{nothing, nothing};
+  if (need_g) g = torch::stable::empty_like(x);
+  if (need_sums || need_g || (need_x && batch_stats)) sums = bwd_sums(op, device, grad, y, x, mean, var, eps, g);
+  if (need_x) {
+    dx = torch::stable::empty_like(x);
+    // g, once it is stored, stands for grad and y: one read less.
+    const Tensor& from = need_g ? g : grad;
+    const std::optional<Tensor> under = need_g ? std::nullopt : y;
+    const Geometry geometry = geometry_of(op, x, {address(from), address(under), address(x), address(dx)},
+                                          kStreamBlocks * device.multiprocessors);
+    with_type(op, x, geometry, [&](auto element, auto vector) {
+      using T = decltype(element);
+      with_bool(under.has_value(), [&](auto mask) {
+        with_bool(batch_stats, [&](auto batch) {
+          launch(op, device, geometry.grid, geometry.block,
+                 bn_bwd_input_kernel<T, decltype(vector)::value, decltype(mask)::value, decltype(batch)::value>, data<T>(from),
+                 data<T>(under), data<T>(x), data<float>(mean), data<float>(var), data<float>(weight), data<float>(sums.sum_g),
+                 data<float>(sums.dweight), static_cast<float>(eps), mutable_data<T>(dx), geometry.rows, geometry.channels,
+                 geometry.rows_per_block);
+        });
+      });
+    });
+  }
+  return {dx, sums.dweight, sums.sum_g, g};
+}
+
+std::tuple<Tensor, Tensor> relu_bwd_sum(const Tensor& grad, const Tensor& y) {
+  const char* op = "relu_bwd_sum";
+  check_map(op, "grad", grad);
+  check_map_like(op, "y", y, grad);
+  const Device device(grad);
+  const Tensor g = torch::stable::empty_like(grad);
+  const BwdSums sums = bwd_sums(op, device, grad, y, std::nullopt, std::nullopt, std::nullopt, 0.0, g);
+  return {g, sums.sum_g};
+}
+
+}  // namespace fused_resnet

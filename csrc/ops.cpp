@@ -1,0 +1,29 @@
+// Registration of the compiled ops. The schemas of the CUDA ops are there in every build, their kernels when nvcc was.
+
+#include <torch/csrc/stable/library.h>
+
+#include "bn_act.h"
+#include "cpu/fingerprint.h"
+
+STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) { m.def("fingerprint(Tensor[] tensors) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) { m.impl("fingerprint", TORCH_BOX(&fused_resnet::fingerprint)); }
+
+STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
+  m.def("bn_stats(Tensor x) -> (Tensor, Tensor)");
+  m.def(
+      "bn_act(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu) -> Tensor");
+  m.def(
+      "bn_act_bwd(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? weight, float eps, bool batch_stats, "
+      "bool need_x, bool need_sums, bool need_g) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("relu_bwd_sum(Tensor grad, Tensor y) -> (Tensor, Tensor)");
+}
+
+#ifdef FUSED_RESNET_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
+  m.impl("bn_stats", TORCH_BOX(&fused_resnet::bn_stats));
+  m.impl("bn_act", TORCH_BOX(&fused_resnet::bn_act));
+  m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
+  m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
+}
+#endif

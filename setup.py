@@ -1,0 +1,239 @@
+"""Builds the compiled parts with ninja: the pybind11 module `_C` (build facts, no torch header) and
+`libfused_resnet_ops.so` (the ops: torch's stable ABI, no Python symbol: one file for every Python and torch >= 2.11).
+
+Environment:
+  FUSED_RESNET_CUDA        auto (default): CUDA kernels if nvcc is there and fits torch; 0: without; 1: fail without
+  FUSED_RESNET_CUDA_ARCHS  default "80;90a": a number as SASS and PTX; with a letter as SASS only, as that PTX runs on
+                           nothing newer
+  CXX, NVCC, MAX_JOBS      as usual
+
+What was built, and why what is missing is missing, is written to fused_resnet/_build_facts.json.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent.resolve()
+OPS_LIBRARY = "libfused_resnet_ops.so"
+MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+FACTS = "_build_facts.json"
+TORCH_TARGET = "0x020b000000000000"  # the oldest torch whose stable ABI is used: 2.11
+
+CXX_FLAGS = "-std=c++20 -O3 -fPIC -Wall -Wextra -Wno-unused-parameter -fvisibility=hidden -fvisibility-inlines-hidden"
+LINK_FLAGS = "-shared -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now"
+# C7510 and friends are warnings of ptxas that cost a factor: the report is kept beside the object, and a test reads it.
+NVCC_FLAGS = (
+    "-std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v,-warn-spills -Xfatbin -compress-all "
+    "-Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall,-Wno-unknown-pragmas"
+)
+
+
+def output_of(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def find_cxx():
+    """The C++ compiler's path, or None."""
+    named = os.environ.get("CXX", "").split()
+    return next((path for name in (named[:1] or ("c++", "g++", "clang++")) if (path := shutil.which(name))), None)
+
+
+def cuda_arch_flags(archs):
+    """["80", "90a"] -> nvcc's -gencode flags and the list of what ends up in the library."""
+    flags, names = [], []
+    for arch in archs:
+        targets = [f"sm_{arch}"] if arch[-1].isalpha() else [f"sm_{arch}", f"compute_{arch}"]
+        flags.append(f"-gencode arch=compute_{arch},code=[{','.join(targets)}]")
+        names += targets
+    return " ".join(flags), names
+
+
+def find_cuda(torch):
+    """(nvcc, toolkit folder, nvcc version), or the reason why the CUDA kernels are left out."""
+    if os.environ.get("FUSED_RESNET_CUDA", "auto") == "0":
+        return "FUSED_RESNET_CUDA=0 was set when the package was built"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if nvcc is None:
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+        nvcc = shutil.which(str(Path(home, "bin", "nvcc")))
+    if nvcc is None:
+        return "nvcc was not found when the package was built"
+    try:
+        version = re.search(r"release [\d.]+, V([\d.]+)", output_of(nvcc, "--version").stdout).group(1)
+        # nvcc may be a shim in another folder: only nvcc itself knows where its toolkit lies.
+        dryrun = output_of(nvcc, "-v", "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull)
+        top = re.search(r"^#\$ TOP=(.+)$", dryrun.stdout + dryrun.stderr, re.MULTILINE).group(1)
+    except (subprocess.CalledProcessError, OSError, AttributeError) as error:
+        return f"nvcc did not answer when the package was built ({type(error).__name__}: {error})"
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc {version} does not fit torch {torch.__version__}, which uses CUDA {torch.version.cuda}"
+    return nvcc, Path(top).resolve(), version
+
+
+def kernel_names():
+    sources = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "kernels").glob("*.cuh")))
+    return re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", sources)
+
+
+def write_if_changed(path, text):
+    """Keeps the time stamp of a file that says the same, so that ninja builds nothing."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+class NinjaFile:
+    """A build.ninja in the making."""
+
+    def __init__(self):
+        self.lines = []
+
+    def rule(self, name, command, **variables):
+        self.lines += [f"rule {name}", f"  command = {command}"]
+        self.lines += [f"  {key} = {value}" for key, value in {"description": f"{name} $out", **variables}.items()]
+
+    def build(self, out, rule, sources, implicit=(), **variables):
+        inputs = " ".join(str(source).replace(" ", "$ ").replace(":", "$:") for source in sources)
+        extra = " | " + " ".join(str(path) for path in implicit) if implicit else ""
+        self.lines.append(f"build {out}: {rule} {inputs}{extra}")
+        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
+
+    def text(self):
+        return "ninja_required_version = 1.5\n" + "\n".join(self.lines) + "\n"
+
+
+class BuildExt(build_ext):
+    """Builds with ninja in build/ninja, which outlives pip's own folders; copies the results beside the package."""
+
+    def run(self):
+        target = ROOT / "fused_resnet" if self.inplace else Path(self.build_lib, "fused_resnet").resolve()
+        target.mkdir(parents=True, exist_ok=True)
+        if platform.system() == "Linux":
+            built = self.compile(ROOT / "build" / "ninja")
+        else:
+            built = self.nothing_but(f"compiled ops are built on Linux only, this is {platform.system()}")
+        if not built["ops_library"] and (target / OPS_LIBRARY).exists():
+            return  # a library that another machine built, carried here with its facts: all this machine has
+        for file in built.pop("files"):
+            # A new file, not new contents: a process that runs keeps the library it has mapped.
+            (target / file.name).unlink(missing_ok=True)
+            shutil.copy2(file, target / file.name)
+        (target / FACTS).write_text(json.dumps(built, indent=2) + "\n")
+
+    def get_outputs(self):
+        folder = Path(self.build_lib, "fused_resnet")
+        return [] if self.inplace else [str(folder / name) for name in (FACTS, MODULE, OPS_LIBRARY)]
+
+    def get_output_mapping(self):
+        return {}
+
+    def facts(self, **more):
+        import torch
+
+        return {
+            "version": self.distribution.get_version(),
+            "torch": str(torch.__version__),
+            "torch_cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "platform": sysconfig.get_platform(),
+            "compiler": None,
+            "nvcc": None,
+            "archs": [],
+            "kernels": [],
+            "ops_library": False,
+            "missing": None,
+            "cuda": False,
+            "cuda_missing": None,
+            **more,
+        }
+
+    def nothing_but(self, reason):
+        if os.environ.get("FUSED_RESNET_CUDA", "auto") == "1":
+            raise CompileError(f"FUSED_RESNET_CUDA=1, but {reason}")
+        print(f"fused_resnet: no compiled ops: {reason}")
+        return self.facts(missing=reason, cuda_missing=reason, files=[])
+
+    def compile(self, folder):
+        import ninja
+        import pybind11
+        import torch
+
+        switch = os.environ.get("FUSED_RESNET_CUDA", "auto")
+        if switch not in ("auto", "0", "1"):
+            raise CompileError(f"FUSED_RESNET_CUDA must be auto, 0 or 1, got {switch!r}")
+        cxx = find_cxx()
+        if cxx is None:
+            return self.nothing_but("no C++ compiler was found when the package was built")
+        cuda = find_cuda(torch)
+        if isinstance(cuda, str) and switch == "1":
+            raise CompileError(f"FUSED_RESNET_CUDA=1, but {cuda}")
+
+        torch_dir = Path(torch.__file__).parent
+        # __FILE__ in a message says csrc/..., not where this machine keeps its files.
+        prefix_map = f"-ffile-prefix-map={ROOT}=. -ffile-prefix-map={torch_dir}=torch"
+        stable = f"-isystem {torch_dir / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET} -DUSE_CUDA"
+        facts = self.facts(compiler=output_of(cxx, "--version").stdout.splitlines()[0], ops_library=True)
+
+        n = NinjaFile()
+        depfile = {"depfile": "$out.d", "deps": "gcc"}
+        n.rule("cxx", f"{cxx} -MMD -MF $out.d {CXX_FLAGS} {prefix_map} $flags -c $in -o $out", **depfile)
+        n.rule("link", f"{cxx} {LINK_FLAGS} $in $flags -o $out")
+        objects = [self.object(n, source, stable) for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+        # libtorch.so stands for libtorch_cpu and, where torch has CUDA, libtorch_cuda.
+        link = f"-L{torch_dir / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed"
+        if isinstance(cuda, str):
+            facts["cuda_missing"] = cuda
+            objects.append(self.object(n, ROOT / "csrc" / "ops.cpp", stable))
+        else:
+            nvcc, toolkit, facts["nvcc"] = cuda
+            archs = os.environ.get("FUSED_RESNET_CUDA_ARCHS", "80;90a").replace(",", ";").split(";")
+            gencode, facts["archs"] = cuda_arch_flags([arch.strip() for arch in archs if arch.strip()])
+            facts.update(cuda=True, kernels=kernel_names())
+            host = f"-ccbin {cxx} -Xcompiler {','.join(prefix_map.split())}"
+            # ptxas speaks on stderr; its report stays beside the object, and is shown when the compilation fails.
+            report = "> $out.ptxas.txt 2>&1 || (cat $out.ptxas.txt; exit 1)"
+            n.rule(
+                "nvcc",
+                f"{nvcc} {host} -MMD -MF $out.d {NVCC_FLAGS} {gencode} $flags -c $in -o $out {report}",
+                **depfile,
+            )
+            objects += [self.object(n, source, stable) for source in sorted((ROOT / "csrc").glob("*.cu"))]
+            objects.append(self.object(n, ROOT / "csrc" / "ops.cpp", f"{stable} -DFUSED_RESNET_WITH_CUDA"))
+            link += f" -L{toolkit / 'lib64'} -L{toolkit / 'lib'} -lcudart_static -lrt -lpthread -ldl"
+        n.build(OPS_LIBRARY, "link", objects, flags=link)
+
+        folder.mkdir(parents=True, exist_ok=True)
+        literal = f'R"json({json.dumps(facts)})json"'
+        write_if_changed(folder / "build_facts.h", f"#pragma once\nconst char kBuildFacts[] = {literal};\n")
+        include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']} -I."
+        n.build(MODULE, "link", [self.object(n, ROOT / "csrc" / "module.cpp", include)], flags="")
+        write_if_changed(folder / "build.ninja", n.text())
+
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise CompileError("ninja failed; the compiler's words stand above")
+        if facts["cuda_missing"]:
+            print(f"fused_resnet: no CUDA kernels: {facts['cuda_missing']}")
+        return {**facts, "files": [folder / OPS_LIBRARY, folder / MODULE]}
+
+    @staticmethod
+    def object(n, source, flags):
+        out = f"{source.relative_to(ROOT / 'csrc').as_posix().replace('/', '.')}.o"
+        n.build(out, "nvcc" if source.suffix == ".cu" else "cxx", [source], flags=flags)
+        return out
+
+
+setup(ext_modules=[Extension("fused_resnet._C", sources=[])], cmdclass={"build_ext": BuildExt})
