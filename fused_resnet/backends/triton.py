@@ -1,0 +1,516 @@
+"""Host side of the Triton kernels: checks nothing (the ops did), guards the device, allocates, launches.
+
+Kernels work on channels_last memory; a contiguous tensor is converted on the way in and out, except that a convolution
+with few input channels (the stem) gathers from x as it lies.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from ..kernels import tiles
+from .layout import conv_output_size, output_format
+
+try:
+    from ..kernels import bn_act as _bn
+    from ..kernels import conv_bn_act as _conv
+    from ..kernels import conv_bn_act_bwd as _conv_bwd
+
+    _import_error = None
+except ImportError as error:
+    _import_error = str(error)
+
+NAME = "triton"
+OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_INDEX = 2**31 - 1
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET is read when a kernel is decorated)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this machine cannot run Triton kernels; None where it can."""
+    if _import_error is not None:
+        return f"cannot import triton: {_import_error}"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "needs a CUDA device (or TRITON_INTERPRET=1)"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU, got ROCm"
+    best = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if best < (8, 0):
+        return f"needs compute capability 8.0 or newer, got {best[0]}.{best[1]}"
+    return None
+
+
+@functools.cache
+def _gpu(index: int) -> tuple[int, int]:
+    """(architecture as in sm_<n>, number of SMs) of a CUDA device."""
+    p = torch.cuda.get_device_properties(index)
+    return p.major * 10 + p.minor, p.multi_processor_count
+
+
+def _chip(x: Tensor) -> tuple[int, int]:
+    return _gpu(x.device.index) if x.is_cuda else (80, 1)
+
+
+def declines(op: str, *args) -> str | None:
+    """Why this call cannot run here, as the rest of a sentence; None where it can."""
+    if op not in OPS:
+        return f"has no {op}"
+    first = args[0]
+    x = args[2] if op.endswith("_bwd") else first
+    if x.dtype not in _DTYPES:
+        return f"needs float16, bfloat16 or float32, got {x.dtype}"
+    if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):
+        return f"needs a CUDA tensor, got {x.device.type}"
+    if x.is_cuda and not interpreting() and _chip(x)[0] < 80:
+        major, minor = divmod(_chip(x)[0], 10)
+        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    if first.numel() == 0 or x.numel() == 0:
+        return "needs a non-empty batch"
+    if op.startswith("conv"):
+        weight = args[3] if op.endswith("_bwd") else args[1]
+        if weight.numel() == 0:
+            return "needs a non-empty weight"
+        stride, padding, dilation = args[8:11]  # the same places in both ops
+        n, _, p, q = conv_output_size(x, weight, stride, padding, dilation)
+        if p <= 0 or q <= 0:
+            return f"needs a non-empty output, got {p}x{q}"
+        if n * p * q > _MAX_INDEX:
+            return f"needs fewer than 2**31 output positions, got {n * p * q}"
+    elif x.numel() // x.shape[1] > _MAX_INDEX:
+        return f"needs fewer than 2**31 values a channel, got {x.numel() // x.shape[1]}"
+    return None
+
+
+def _tf32() -> bool:
+    """Whether PyTorch's flags let a float32 convolution use TF32."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    precision = getattr(conv, "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """t: [N, C, H, W] as dense channels_last memory, t itself where it is that already."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+class _Output:
+    """An output [N, C, H, W] in some format: a kernel fills `rows` (channels_last memory), `result()` is the tensor."""
+
+    def __init__(self, shape, format: torch.memory_format, like: Tensor):
+        self.tensor = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
+        self.rows = self.tensor
+        if not self.tensor.is_contiguous(memory_format=torch.channels_last):
+            self.rows = torch.empty_like(self.tensor, memory_format=torch.channels_last)
+
+    def result(self) -> Tensor:
+        return self.tensor if self.rows is self.tensor else self.tensor.copy_(self.rows)
+
+
+def _output(wanted: bool, shape, format: torch.memory_format, like: Tensor) -> _Output | None:
+    return _Output(shape, format, like) if wanted else None
+
+
+def _rows(out: _Output | None) -> Tensor | None:
+    return None if out is None else out.rows
+
+
+def _result(out: _Output | None) -> Tensor | None:
+    return None if out is None else out.result()
+
+
+def _per_channel(v: Tensor | None) -> Tensor | None:
+    """A per-channel vector with unit stride."""
+    return None if v is None else v.contiguous()
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """y: [N, K, P, Q] = act(bn(conv(x: [N, C, H, W], weight: [K, C/groups, R, S])) + residual: [N, K, P, Q])."""
+    with torch.cuda.device_of(x):
+        shape = conv_output_size(x, weight, stride, padding, dilation)
+        n, k, p, q = shape
+        h, w = x.shape[2:]
+        _, c_group, r, s = weight.shape
+        m = n * p * q
+        arch, sms = _chip(x)
+        precision = "tf32" if x.dtype != torch.float32 or _tf32() else "ieee"
+        tile = tiles.conv_tile(m, k, c_group, groups, r * s, x.element_size(), arch, sms, precision == "ieee")
+        out = _Output(shape, output_format(x, weight), x)
+        if not tile.flat and x.stride(1) != 1:
+            x = _channels_last(x)
+        weight = _channels_last(weight)
+        residual = None if residual is None else _channels_last(residual)
+        row_stride = None if r * s > 1 or any(padding) or max(stride) > 1 else _row_stride(x)
+        xn, xc, xh, xw = x.stride()
+        span = tile.groups_per_tile
+        column_tiles = tiles.ceil_div(groups, span) * tiles.ceil_div(span * (k // groups), tile.block_n)
+        _conv._conv_bn_act_fwd_kernel[(tiles.ceil_div(m, tile.block_m) * column_tiles,)](
+            x,
+            weight,
+            _per_channel(bn_weight),
+            _per_channel(bn_bias),
+            _per_channel(running_mean),
+            _per_channel(running_var),
+            residual,
+            out.rows,
+            eps,
+            m,
+            p,
+            q,
+            h,
+            w,
+            k,
+            c_group,
+            k // groups,
+            groups,
+            xn,
+            xh,
+            xw if row_stride is None else row_stride,
+            xc,
+            *stride,
+            *padding,
+            *dilation,
+            R=r,
+            S=s,
+            PADDED=any(padding),
+            ROWS=row_stride is not None,
+            FLAT_C=c_group if tile.flat else 0,
+            GROUPS_PER_TILE=span,
+            EVEN_C=span * c_group % tile.block_k == 0 and groups % span == 0,
+            EVEN_K=span * (k // groups) % tile.block_n == 0 and groups % span == 0,
+            RELU=relu,
+            INPUT_PRECISION=precision,
+            UPCAST=interpreting() and x.dtype == torch.bfloat16,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            GROUP_M=tile.group_m,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        return out.result()
+
+
+def conv_bn_act_bwd(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """(dx: [N, C, H, W], dweight: [K, C/groups, R, S], dbn_weight: [K], dbn_bias: [K], dresidual: [N, K, P, Q]) for
+    grad, y: [N, K, P, Q]; None where output_mask is off. The two convolutions are PyTorch's, the rest is fused."""
+    need_x, need_weight, need_bn_weight, need_bn_bias, need_residual = output_mask
+    need_sum = need_bn_weight or need_bn_bias
+    need_raw = need_weight or need_bn_weight
+    format = output_format(x, weight)
+    with torch.cuda.device_of(x):
+        k = grad.shape[1]
+        dresidual = _output(need_residual, grad.shape, format, grad)
+        grad = _channels_last(grad)
+        g = grad
+        if relu:
+            g = dresidual.rows if need_residual else torch.empty_like(grad) if need_x or need_raw else None
+        elif need_residual:
+            dresidual.rows.copy_(grad)
+        dbn_bias = None
+        if need_sum or (relu and g is not None):
+            tile = tiles.row_tile(grad.numel() // k, k)
+            partial = _floats(x, tile.splits, k) if need_sum else None
+            _conv_bwd._conv_bn_act_bwd_mask_kernel[(tiles.ceil_div(k, tile.block_c), tile.splits)](
+                grad,
+                _channels_last(y) if relu else None,
+                g if relu else None,
+                partial,
+                grad.numel() // k,
+                k,
+                tile.steps,
+                BLOCK_R=tile.block_r,
+                BLOCK_C=tile.block_c,
+            )
+            if need_sum:
+                dbn_bias, _, _ = _finish(partial, None, None, eps)
+        dx = dweight = dbn_weight = None
+        if need_x or need_raw:
+            bn = tuple(map(_per_channel, (bn_weight, running_mean, running_var)))
+            dx, raw, _ = torch.ops.aten.convolution_backward(
+                g,
+                _channels_last(x),
+                _folded(weight, bn[0], bn[2], eps) if need_x else _channels_last(weight),
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                [need_x, need_raw, False],
+            )
+            if need_x:
+                dx = _in_format(dx, format)
+            if need_raw:
+                dweight, dbn_weight = _weight_grads(raw, weight, *bn, eps, dbn_bias, need_weight, need_bn_weight)
+        return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, _result(dresidual)
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """The one stride that walks all rows (n, h, w) of x: [N, C, H, W] in order; None if there is none."""
+    dims = [(size, step) for size, step in zip(x.shape, x.stride(), strict=True)]
+    inner, *outer = [d for d in (dims[3], dims[2], dims[0]) if d[0] > 1] or [(1, x.shape[1])]
+    rows, step = inner
+    for size, outer_step in outer:
+        if outer_step != rows * step:
+            return None
+        rows *= size
+    return step
+
+
+def _in_format(t: Tensor, format: torch.memory_format) -> Tensor:
+    """t with exactly the strides of a new tensor of that format."""
+    out = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=format)
+    return t if t.stride() == out.stride() else out.copy_(t)
+
+
+def _folded(weight: Tensor, bn_weight: Tensor | None, running_var: Tensor | None, eps: float) -> Tensor:
+    """weight: [K, C/groups, R, S] times BN's scale of its output channel, channels_last."""
+    weight = _channels_last(weight)
+    if running_var is None:
+        return weight
+    folded = torch.empty_like(weight)
+    k, size, block = weight.shape[0], weight[0].numel(), 1024
+    _conv_bwd._conv_bn_act_bwd_fold_kernel[(k, tiles.ceil_div(size, block))](
+        weight, bn_weight, running_var, folded, eps, size, BLOCK=block
+    )
+    return folded
+
+
+def _weight_grads(
+    raw: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    sum_g: Tensor | None,
+    need_weight: bool,
+    need_bn_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dweight with weight's strides, dbn_weight: [K]) from raw: [K, C/groups, R, S], the plain convolution's."""
+    dweight = torch.empty_like(weight) if need_weight else None
+    dbn_weight = _floats(weight, weight.shape[0]) if need_bn_weight else None
+    order = sorted((1, 2, 3), key=(weight if dweight is None else dweight).stride, reverse=True)
+
+    def strides(t: Tensor | None) -> list[int]:
+        return [0, 0, 0, 0] if t is None else [t.stride(0), *(t.stride(i) for i in order)]
+
+    size = weight[0].numel()
+    _conv_bwd._conv_bn_act_bwd_weight_kernel[(weight.shape[0],)](
+        raw,
+        weight if need_bn_weight else None,
+        bn_weight,
+        running_mean,
+        running_var,
+        sum_g,
+        dweight,
+        dbn_weight,
+        eps,
+        size,
+        weight.shape[order[1]],
+        weight.shape[order[2]],
+        *strides(raw),
+        *strides(weight),
+        *strides(dweight),
+        BLOCK=min(1024, tiles.power_of_2(size)),
+    )
+    return dweight, dbn_weight
+
+
+def _finish(
+    partial_g: Tensor, partial_gx: Tensor | None, var: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(sum g, sum g * (x - mean), dbn_weight), each [C] in float32, from partials [splits, C]."""
+    splits, c = partial_g.shape
+    block_s, block_c = tiles.finish_tile(splits, c)
+    sum_g = _floats(partial_g, c)
+    sum_gx, dbn_weight = (None, None) if partial_gx is None else (_floats(partial_g, c), _floats(partial_g, c))
+    _bn._bn_act_bwd_finish_kernel[(tiles.ceil_div(c, block_c),)](
+        partial_g, partial_gx, var, sum_g, sum_gx, dbn_weight, eps, c, splits, BLOCK_S=block_s, BLOCK_C=block_c
+    )
+    return sum_g, sum_gx, dbn_weight
+
+
+def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean: [C], biased variance: [C]) of x: [N, C, H, W], in float32."""
+    with torch.cuda.device_of(x):
+        x = _channels_last(x)
+        c = x.shape[1]
+        m = x.numel() // c
+        tile = tiles.row_tile(m, c)
+        partial_mean, partial_m2 = _floats(x, tile.splits, c), _floats(x, tile.splits, c)
+        _bn._bn_stats_partial_kernel[(tiles.ceil_div(c, tile.block_c), tile.splits)](
+            x, partial_mean, partial_m2, m, c, tile.steps, BLOCK_R=tile.block_r, BLOCK_C=tile.block_c
+        )
+        mean, var = _floats(x, c), _floats(x, c)
+        block_s, block_c = tiles.finish_tile(tile.splits, c)
+        _bn._bn_stats_merge_kernel[(tiles.ceil_div(c, block_c),)](
+            x,
+            partial_mean,
+            partial_m2,
+            mean,
+            var,
+            m,
+            c,
+            tile.splits,
+            tile.steps * tile.block_r,
+            BLOCK_S=block_s,
+            BLOCK_C=block_c,
+        )
+        return mean, var
+
+
+def bn_act(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    batch_stats: bool,
+) -> Tensor:
+    """y: [N, C, H, W] = act((x - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual); [C] what is per channel."""
+    with torch.cuda.device_of(x):
+        out = _Output(x.shape, output_format(x), x)
+        x = _channels_last(x)
+        c = x.shape[1]
+        m = x.numel() // c
+        tile = tiles.row_tile(m, c)
+        _bn._bn_act_fwd_kernel[(tiles.ceil_div(m, tile.block_r) * tiles.ceil_div(c, tile.block_c),)](
+            x,
+            *map(_per_channel, (mean, var, bn_weight, bn_bias)),
+            None if residual is None else _channels_last(residual),
+            out.rows,
+            eps,
+            m,
+            c,
+            RELU=relu,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
+        )
+        return out.result()
+
+
+def bn_act_bwd(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    eps: float,
+    relu: bool,
+    batch_stats: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """(dx: [N, C, H, W], dbn_weight: [C], dbn_bias: [C], dresidual: [N, C, H, W]); None where output_mask is off.
+
+    With batch_stats, mean and var are those of x and dx carries their derivative: two passes over the rows, else one.
+    """
+    need_x, need_bn_weight, need_bn_bias, need_residual = output_mask
+    with torch.cuda.device_of(x):
+        format = output_format(x)
+        dx = _output(need_x, x.shape, format, x)
+        dresidual = _output(need_residual, x.shape, format, x)
+        grad, x, y = _channels_last(grad), _channels_last(x), _channels_last(y) if relu else None
+        mean, var, bn_weight = map(_per_channel, (mean, var, bn_weight))
+        c = x.shape[1]
+        m = x.numel() // c
+        need_gx = need_bn_weight or (need_x and batch_stats)
+        need_g = need_gx or need_bn_bias
+        tile = tiles.row_tile(m, c)
+        partial_g = _floats(x, tile.splits, c) if need_g else None
+        partial_gx = _floats(x, tile.splits, c) if need_gx else None
+        blocks_c = tiles.ceil_div(c, tile.block_c)
+        _bn._bn_act_bwd_reduce_kernel[(blocks_c, tile.splits)](
+            grad,
+            y,
+            x if need_gx else None,
+            mean,
+            var,
+            bn_weight,
+            _rows(dresidual),
+            None if batch_stats else _rows(dx),
+            partial_g,
+            partial_gx,
+            eps,
+            m,
+            c,
+            tile.steps,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
+        )
+        sum_g = dbn_weight = None
+        if need_g:
+            sum_g, sum_gx, dbn_weight = _finish(partial_g, partial_gx, var, eps)
+        if need_x and batch_stats:
+            _bn._bn_act_bwd_input_kernel[(tiles.ceil_div(m, tile.block_r) * blocks_c,)](
+                grad if dresidual is None else dresidual.rows,
+                y if dresidual is None else None,
+                x,
+                mean,
+                var,
+                bn_weight,
+                sum_g,
+                sum_gx,
+                dx.rows,
+                eps,
+                m,
+                c,
+                BLOCK_R=tile.block_r,
+                BLOCK_C=tile.block_c,
+            )
+        return (
+            _result(dx),
+            dbn_weight if need_bn_weight else None,
+            sum_g if need_bn_bias else None,
+            _result(dresidual),
+        )

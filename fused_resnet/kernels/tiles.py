@@ -1,0 +1,117 @@
+"""Which tile a kernel runs with. Arithmetic only, no torch and no triton: an ahead-of-time compile picks what a launch
+picks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+SHARED_BYTES = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}
+SHARED_BYTES_ELSEWHERE = 99 << 10  # sm_86, sm_89, sm_120 and whatever comes next
+GROUPED_SPAN = 32  # channels a block-diagonal tile spans: the tensor core wastes span / C_group of its work, and gains
+#                    whole 64-byte lines of x and a K it can use
+FLAT_BELOW = 16  # fewer input channels than this cannot fill a tensor core's K: flatten (tap, channel)
+
+
+class ConvTile(NamedTuple):
+    """Tile and specialisation of one `_conv_bn_act_fwd_kernel` launch."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    groups_per_tile: int
+    flat: bool
+
+
+# (block_m, block_n, warps, share of the tensor cores' speed such a tile reaches): loads per multiply-add fall with the
+# tile's size. No block_m below 64: a warp group's matrix instruction is 64 rows.
+_CANDIDATES = (
+    (128, 256, 8, 1.0),
+    (128, 128, 8, 0.9),
+    (128, 64, 4, 0.75),
+    (64, 128, 4, 0.75),
+    (64, 64, 4, 0.6),
+    (64, 32, 4, 0.4),
+)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def shared_bytes(arch: int) -> int:
+    """Shared memory one block may use on sm_<arch>."""
+    return SHARED_BYTES.get(arch, SHARED_BYTES_ELSEWHERE)
+
+
+@cache
+def conv_tile(
+    m: int, k: int, c_group: int, groups: int, taps: int, itemsize: int, arch: int, sms: int, fma: bool = False
+) -> ConvTile:
+    """The tile for an implicit GEMM of m rows, k output channels and taps * c_group reduction.
+
+    The cost of a candidate is (waves over the SMs) * (tile area) / (share of peak): small problems get small tiles
+    until the chip is full, large ones the largest tile. `fma` says that the dot runs on plain FMA units (float32
+    without TF32), whose operands live in registers and want small tiles.
+    """
+    k_group = k // groups
+    per_tile = max(1, min(groups, GROUPED_SPAN // max(c_group, k_group)))
+    flat = per_tile == 1 and c_group < FLAT_BELOW
+    reduction = taps * c_group if flat else per_tile * c_group
+    columns = max(16, power_of_2(per_tile * k_group))
+    block_k = max(16, min(power_of_2(reduction), 16 if fma else 128 // itemsize))
+    if flat:
+        block_k = min(block_k, 32)  # the gather's pointers fill registers
+
+    def cost(candidate) -> float:
+        block_m, block_n, _, share = candidate
+        block_n = min(block_n, columns)
+        tiles = ceil_div(m, block_m) * ceil_div(groups, per_tile) * ceil_div(per_tile * k_group, block_n)
+        return ceil_div(tiles, sms) * block_m * block_n / share
+
+    fits = [
+        c
+        for c in _CANDIDATES
+        if (c[1] <= 128 or (arch >= 90 and itemsize == 2 and not flat)) and (not fma or c[0] * c[1] <= 64 * 64)
+    ]
+    block_m, block_n, num_warps, _ = min(fits, key=cost)
+    block_n = min(block_n, columns)
+    stage = (block_m + block_n) * block_k * itemsize
+    num_stages = max(2, min(4, (shared_bytes(arch) - 1024) // stage))
+    return ConvTile(block_m, block_n, block_k, 8, num_warps, num_stages, per_tile, flat)
+
+
+class RowTile(NamedTuple):
+    """Tile of a kernel over channels_last rows [M, C], and how its reduction is split."""
+
+    block_r: int
+    block_c: int
+    splits: int
+    steps: int  # row blocks a split walks
+
+
+@cache
+def row_tile(m: int, c: int, elements: int = 2048, programs: int = 1024) -> RowTile:
+    """Tile of `elements` elements; the rows split among about `programs` programs.
+
+    The split depends on the shape alone, so sums come out the same on every run and every GPU.
+    """
+    block_c = min(64, power_of_2(c))
+    block_r = elements // block_c
+    blocks = ceil_div(m, block_r)
+    steps = ceil_div(blocks, min(blocks, max(1, programs // ceil_div(c, block_c))))
+    return RowTile(block_r, block_c, ceil_div(blocks, steps), steps)
+
+
+def finish_tile(splits: int, c: int) -> tuple[int, int]:
+    """(rows, channels) of a block of the kernels that add up partials [splits, C]: few channels, many programs."""
+    return min(64, power_of_2(splits)), min(16, power_of_2(c))
