@@ -1,7 +1,8 @@
 """The public functions: convolution, batch norm, shortcut add and ReLU as single ops.
 
 x: [N, C, H, W]; float16, bfloat16, float32 or float64; on any device; contiguous or channels_last (the output is
-channels_last if x or weight is). Differentiable twice over. Statistics and sums are kept in float32 (float64 for float64).
+channels_last if x or weight is). Differentiable any number of times. Statistics and sums are kept in float32 (float64
+for float64). Under autocast x, weight and residual are cast, as for a convolution; BN's vectors are not.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def conv_bn_act(
 def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
     """Batch norm by the module's state, shortcut add and ReLU: relu(bn(x) + residual).
 
-    x, residual: [N, C, H, W] of one dtype. bn: nn.BatchNorm2d, torchvision's FrozenBatchNorm2d, or nn.SyncBatchNorm in a
-    single process. Uses the batch's statistics, and updates the running ones, exactly when `bn` itself would. Returns
+    x, residual: [N, C, H, W] of one dtype. bn: nn.BatchNorm2d, torchvision's FrozenBatchNorm2d, or nn.SyncBatchNorm in
+    a single process. Uses the batch's statistics, and updates the running ones, exactly when `bn` itself would. Returns
     [N, C, H, W] in the dtype of x.
 
     Raises ValueError for an x that is not 4-D or, with batch statistics, has one value a channel.

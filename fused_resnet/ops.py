@@ -1,4 +1,4 @@
-"""The ops under the package: schema, fake, autograd, autocast and validation of each, registered as torch.ops.fused_resnet.*.
+"""The ops under the package, torch.ops.fused_resnet.*: schema, fake, autograd, autocast and validation of each.
 
     conv_bn_act             y = act(BN(conv(x, weight)) + residual) with given (running) statistics
     bn_stats                mean and biased variance per channel
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _after_autograd_keyset, _any_requires_grad, _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
 from . import backends
@@ -32,8 +33,8 @@ _SCHEMAS = {
     "bn_stats": "(Tensor x) -> (Tensor, Tensor)",
     "bn_act": "(Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor? residual, "
     "bool relu, bool batch_stats) -> Tensor",
-    "bn_act_bwd": "(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, float eps, bool relu, "
-    "bool batch_stats, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bn_act_bwd": "(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, float eps, "
+    "bool relu, bool batch_stats, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
     "update_running_stats_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     "Tensor mean, Tensor var, SymInt count, float? momentum) -> ()",
 }
@@ -42,32 +43,62 @@ _SCHEMAS = {
 def _register(name: str, kernel, fake) -> None:
     _lib.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
 
-    def checked(*args):
-        # Tangents live below the autograd key and would be dropped in silence.
-        if forward_ad._current_level >= 0 and any(
-            isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
-        ):
-            raise NotImplementedError(f"fused_resnet::{name} has no forward-mode derivative; use reverse mode")
-        return kernel(*args)
-
     def batched(info, in_dims, *args):
         raise NotImplementedError(
             f"fused_resnet::{name} has no batching rule for vmap; put the batch into x: [N, C, H, W]"
         )
 
-    _lib.impl(name, checked, "CompositeExplicitAutograd")
+    _lib.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_resnet::{name}", fake, lib=_lib)
     torch.library.register_vmap(f"fused_resnet::{name}", batched, lib=_lib)
 
 
-# --- validation: the same in the op and in its fake; every message names the argument ------------------------------------
+def _register_autograd(name: str, setup, formula) -> None:
+    """torch.library.register_autograd, at a quarter of its cost a call, and with forward mode refused."""
+    op = getattr(torch.ops.fused_resnet, name).default
+
+    def below(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _after_autograd_keyset, *args)
+
+    def forward(ctx, *args):
+        *inputs, keyset = args
+        output = below(keyset, inputs)
+        ctx.set_materialize_grads(False)
+        setup(ctx, inputs, output)
+        return output
+
+    def backward(ctx, *grads):
+        return *formula(ctx, *grads), None
+
+    function = type(
+        f"{name}_autograd",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+    def kernel(keyset, *args):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+        ):
+            raise NotImplementedError(f"fused_resnet::{name} has no forward-mode derivative; use reverse mode")
+        if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
+            return below(keyset, args)
+        if _are_functorch_transforms_active():
+            raise NotImplementedError(f"fused_resnet::{name} has no torch.func derivative; use torch.autograd")
+        return function.apply(*args, keyset)
+
+    _lib.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _check_4d(x: Tensor, name: str) -> None:
+# --- validation: the same in the op and in its fake; every message names the argument ---
+
+
+def _check_4d(x: Tensor, error: type[Exception]) -> None:
     if x.dim() != 4:
-        raise ValueError(f"{name}: expected 4D input [N, C, H, W] (got {x.dim()}D input)")
+        raise error(f"x: expected 4D input [N, C, H, W] (got {x.dim()}D input)")
     if not x.is_floating_point():
-        raise RuntimeError(f"{name}: expected a floating dtype, got {x.dtype}")
+        raise RuntimeError(f"x: expected a floating dtype, got {x.dtype}")
 
 
 def _check_like(t: Tensor, name: str, x: Tensor) -> None:
@@ -105,7 +136,8 @@ def _check_residual(residual: Tensor | None, shape, x: Tensor) -> None:
 
 def _check_conv(x, weight, bn_weight, bn_bias, running_mean, running_var, residual, stride, padding, dilation, groups):
     """Raise for what no backend could compute; return the output's shape [N, K, P, Q]."""
-    _check_4d(x, "x")
+    # Conv2d takes 3-D (no batch), so BatchNorm2d is who refuses it, with a ValueError.
+    _check_4d(x, ValueError if x.dim() == 3 else RuntimeError)
     if weight.dim() != 4:
         raise RuntimeError(f"weight: expected [K, C/groups, R, S], got {list(weight.shape)}")
     _check_like(weight, "weight", x)
@@ -135,18 +167,18 @@ def _check_conv(x, weight, bn_weight, bn_bias, running_mean, running_var, residu
 
 
 def _check_bn(x, mean, var, bn_weight, bn_bias, residual) -> None:
-    _check_4d(x, "x")
+    _check_4d(x, ValueError)
     _check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
     _check_residual(residual, x.shape, x)
 
 
 def _check_stats(x) -> None:
-    _check_4d(x, "x")
+    _check_4d(x, ValueError)
     if x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x: expected more than 1 value per channel when training, got input size {list(x.shape)}")
 
 
-# --- outputs: shapes and strides, for the fakes -------------------------------------------------------------------------
+# --- outputs: shapes and strides, for the fakes ---
 
 
 def _empty(shape, like: Tensor, format: torch.memory_format, dtype=None) -> Tensor:
@@ -158,7 +190,7 @@ def _optional(result, output_mask, like: Tensor):
     return tuple(r if on else like.new_empty(0) for r, on in zip(result, output_mask, strict=True))
 
 
-# --- conv_bn_act --------------------------------------------------------------------------------------------------------
+# --- conv_bn_act ---
 
 
 def _conv_bn_act(
@@ -201,7 +233,6 @@ def _conv_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bn_weight, running_mean, running_var, output if conv[-1] else None)
     ctx.options = (eps, *conv)
     ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
-    ctx.set_materialize_grads(False)
 
 
 def _conv_backward(ctx, grad):
@@ -229,7 +260,7 @@ def _conv_backward(ctx, grad):
     )
 
 
-# --- batch norm ---------------------------------------------------------------------------------------------------------
+# --- batch norm ---
 
 
 def _bn_stats(x):
@@ -271,7 +302,6 @@ def _bn_setup(ctx, inputs, output):
     ctx.save_for_backward(x, mean, var, bn_weight, output if relu else None)
     ctx.options = (eps, relu, batch_stats)
     ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
-    ctx.set_materialize_grads(False)
 
 
 def _bn_backward(ctx, grad):
@@ -308,17 +338,22 @@ def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean,
     if momentum is None:  # the cumulative average over all batches so far
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
     unbiased = var * (count / (count - 1))
-    running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
-    running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        if running.dtype is batch.dtype:
+            running.mul_(1 - momentum).add_(batch, alpha=momentum)
+        else:  # other buffers: one rounding, at the store
+            running.copy_(running.to(batch.dtype) * (1 - momentum) + batch * momentum)
 
 
-# --- double backward: the derivative of a `_bwd` op is that of its reference --------------------------------------------
+# --- double backward: the derivative of a `_bwd` op is that of its reference ---
 
 
 def _vjp(function, tensors: dict[int, Tensor | None], args: tuple, grads, needs):
     """Gradients of function(*args) by the tensors at these positions; differentiable in turn."""
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    device = args[0].device.type
+    # Autocast would lower the convolutions in the derivative of the reference.
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
         leaves = {i: t.view_as(t) if t.requires_grad else t.detach() for i, t in tensors.items() if t is not None}
         wanted = [i for i in leaves if needs[i]]
         for i in wanted:
@@ -355,7 +390,6 @@ def _register_double_backward(name: str, function, differentiable: tuple[int, ..
         ctx.save_for_backward(*tensors)
         ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
         ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
-        ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
         saved = iter(ctx.saved_tensors)
@@ -363,10 +397,10 @@ def _register_double_backward(name: str, function, differentiable: tuple[int, ..
         grads = [g if on else None for g, on in zip(grads, args[-1], strict=True)]
         return _vjp(function, {i: args[i] for i in differentiable}, args, grads, ctx.needs_input_grad)
 
-    torch.library.register_autograd(f"fused_resnet::{name}", backward, setup_context=setup, lib=_lib)
+    _register_autograd(name, setup, backward)
 
 
-# --- autocast: activations, weights and the shortcut are cast; BN's vectors stay as they are ----------------------------
+# --- autocast: activations, weights and the shortcut are cast; BN's vectors stay as they are ---
 
 
 def _register_autocast(name: str, cast) -> None:
@@ -411,12 +445,11 @@ _register("update_running_stats_", _update_running_stats_, lambda *args: None)
 
 def _stats_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output)
-    ctx.set_materialize_grads(False)
 
 
-torch.library.register_autograd("fused_resnet::conv_bn_act", _conv_backward, setup_context=_conv_setup, lib=_lib)
-torch.library.register_autograd("fused_resnet::bn_act", _bn_backward, setup_context=_bn_setup, lib=_lib)
-torch.library.register_autograd("fused_resnet::bn_stats", lambda ctx, *g: None, setup_context=_stats_setup, lib=_lib)
+_register_autograd("conv_bn_act", _conv_setup, _conv_backward)
+_register_autograd("bn_act", _bn_setup, _bn_backward)
+_register_autograd("bn_stats", _stats_setup, lambda ctx, *grads: (None,))
 _register_double_backward("conv_bn_act_bwd", reference.conv_bn_act_bwd, (0, 2, 3, 4))
 _register_double_backward("bn_act_bwd", _batch_norm_bwd_from_input, (0, 2, 5))
 _register_autocast("conv_bn_act", _cast_conv)

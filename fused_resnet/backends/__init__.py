@@ -1,8 +1,8 @@
 """The backends, their order, and the choice among them.
 
-A backend is a module with NAME, `unavailable()` (why it cannot run here), `declines(op, *args)` (why it cannot run this
-call) and a function for each op it has. An automatic choice takes the first that neither is unavailable nor declines; on
-a GPU a kernel is compared with the reference on its first call of every signature before it is trusted. A forced choice
+A backend is a module with NAME, `unavailable()` (why it cannot run here), `declines(op, *args)` (why it cannot run
+this call) and a function for each op it has. An automatic choice takes the first that neither is unavailable nor
+declines; on a GPU a kernel is compared with the reference, once a signature, before it is trusted. A forced choice
 (`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs that backend or raises its reason.
 """
 

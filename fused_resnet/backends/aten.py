@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..folding import fold, scale_shift
-from .layout import output_format
-from .reference import accumulator
+from ..folding import fold
+from .layout import output_format, with_strides_of
+from .reference import accumulator, inverse_and_scale
 
 _aten = torch.ops.aten
 
@@ -51,10 +51,14 @@ def conv_bn_act_bwd(
     acc = accumulator(x.dtype)
     format = output_format(x, weight)
     g = relu_bwd(grad, y, relu).contiguous(memory_format=format)
-    folded = fold(weight, bn_weight, None, running_mean, running_var, eps)[0] if need_x else weight
+    inv = scale = None
+    if running_mean is not None:
+        inv, scale = inverse_and_scale(acc, bn_weight, running_var, eps)
+        scale = scale.view(-1, 1, 1, 1)
     need_raw = need_weight or need_bn_weight
     dx = dweight = dbn_weight = dbn_bias = None
     if need_x or need_raw:
+        folded = weight if scale is None or not need_x else (weight * scale).to(weight.dtype)
         dx, raw, _ = _aten.convolution_backward(
             g, x, folded, None, stride, padding, dilation, False, [0, 0], groups, [need_x, need_raw, False]
         )
@@ -62,16 +66,10 @@ def conv_bn_act_bwd(
         dx = dx.contiguous(memory_format=format)
     if need_bn_weight or need_bn_bias:
         dbn_bias = g.sum((0, 2, 3), dtype=acc)
-    if need_raw:
-        raw = raw.to(acc)
-        if need_bn_weight:
-            inv = torch.rsqrt(running_var.to(acc) + eps)
-            dbn_weight = inv * ((raw * weight).sum((1, 2, 3)) - running_mean.to(acc) * dbn_bias)
-        if need_weight:
-            if running_mean is not None:
-                scale, _ = scale_shift(bn_weight, None, running_mean, running_var, eps)
-                raw = raw.mul_(scale.to(acc).view(-1, 1, 1, 1))
-            dweight = torch.empty_like(weight).copy_(raw)
+    if need_bn_weight:
+        dbn_weight = inv * ((raw * weight.to(acc)).sum((1, 2, 3)) - running_mean.to(acc) * dbn_bias)
+    if need_weight:
+        dweight = with_strides_of(weight, raw if scale is None else raw * scale)
     return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, _fresh(g, grad) if need_residual else None
 
 

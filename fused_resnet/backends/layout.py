@@ -1,7 +1,7 @@
 """Memory layout: one rule for the output of every op, the same in every backend and in the fakes.
 
-An output is channels_last if one of the tensors that decide is *unambiguously* channels_last, else contiguous. A tensor of
-one channel, or of 1x1 maps, is contiguous and channels_last at once and decides nothing.
+An output is channels_last if one of the tensors that decide is *unambiguously* channels_last, else contiguous. A tensor
+of one channel, or of 1x1 maps, is contiguous and channels_last at once and decides nothing.
 """
 
 from __future__ import annotations
@@ -31,3 +31,9 @@ def conv_output_size(x: Tensor, weight: Tensor, stride, padding, dilation) -> li
 def as_channels(v: Tensor) -> Tensor:
     """A per-channel vector [C] as [1, C, 1, 1], to broadcast over x: [N, C, H, W]."""
     return v.view(1, -1, 1, 1)
+
+
+def with_strides_of(like: Tensor, t: Tensor) -> Tensor:
+    """t in another's dtype and strides: the gradient of a weight lies in memory as the weight (DDP's contract)."""
+    kept = torch.empty_like(like, requires_grad=False)
+    return t if t.dtype is kept.dtype and t.stride() == kept.stride() else kept.copy_(t)

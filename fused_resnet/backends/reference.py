@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import as_channels, output_format
+from .layout import as_channels, output_format, with_strides_of
 
 NAME = "reference"
 
@@ -26,7 +26,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _scale(acc, bn_weight, var, eps):
+def inverse_and_scale(acc: torch.dtype, bn_weight: Tensor | None, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """1 / sqrt(var + eps), and that times bn_weight: both [C] in the accumulator's dtype."""
     inv = torch.rsqrt(var.to(acc) + eps)
     return inv, inv if bn_weight is None else inv * bn_weight.to(acc)
 
@@ -43,7 +44,7 @@ def conv_bn_act(
     acc = accumulator(x.dtype)
     y = torch.conv2d(x.to(acc), weight.to(acc), None, stride, padding, dilation, groups)
     if running_mean is not None:
-        _, scale = _scale(acc, bn_weight, running_var, eps)
+        _, scale = inverse_and_scale(acc, bn_weight, running_var, eps)
         y = (y - as_channels(running_mean.to(acc))) * as_channels(scale)
         if bn_bias is not None:
             y = y + as_channels(bn_bias.to(acc))
@@ -70,15 +71,15 @@ def conv_bn_act_bwd(
     relu,
     output_mask,
 ):
-    """The raw convolution is neither stored nor recomputed: with g = grad * mask and G = wgrad(x, g), its product with a
-    gradient summed over N, P, Q is the product of W and G summed over C, R, S."""
+    """The raw convolution is neither stored nor recomputed: with g = grad * mask and G = wgrad(x, g), the sum over
+    N, P, Q of its product with g is the sum over C, R, S of W * G."""
     need_x, need_weight, need_bn_weight, need_bn_bias, need_residual = output_mask
     acc = accumulator(x.dtype)
     g = _masked(grad, y, relu, acc)
     w = weight.to(acc)
     scale = None
     if running_mean is not None:
-        inv, scale = _scale(acc, bn_weight, running_var, eps)
+        inv, scale = inverse_and_scale(acc, bn_weight, running_var, eps)
     folded = w if scale is None else w * scale.view(-1, 1, 1, 1)
     conv = (stride, padding, dilation, False, [0, 0], groups)
     dx = dweight = dbn_weight = dbn_bias = None
@@ -89,7 +90,7 @@ def conv_bn_act_bwd(
         raw = torch.ops.aten.convolution_backward(g, x.to(acc), w, None, *conv, [False, True, False])[1]
         if need_weight:
             scaled = raw if scale is None else raw * scale.view(-1, 1, 1, 1)
-            dweight = _with_strides_of(scaled.to(weight.dtype), weight)
+            dweight = with_strides_of(weight, scaled)
     if need_bn_weight or need_bn_bias:
         total = g.sum((0, 2, 3))
     if need_bn_weight:
@@ -100,22 +101,17 @@ def conv_bn_act_bwd(
     return dx, dweight, dbn_weight, dbn_bias, dresidual
 
 
-def _with_strides_of(t: Tensor, like: Tensor) -> Tensor:
-    format = output_format(like)
-    if like.is_contiguous(memory_format=format):
-        return t.contiguous(memory_format=format)
-    return torch.empty_like(like, requires_grad=False).copy_(t)
-
-
 def bn_stats(x):
     acc = accumulator(x.dtype)
+    if x.numel() == 0:  # as in PyTorch, an empty batch has gradients of zero, not of NaN
+        return x.new_zeros(x.shape[1], dtype=acc), x.new_zeros(x.shape[1], dtype=acc)
     var, mean = torch.var_mean(x.to(acc), (0, 2, 3), correction=0)
     return mean, var
 
 
 def bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
     acc = accumulator(x.dtype)
-    _, scale = _scale(acc, bn_weight, var, eps)
+    _, scale = inverse_and_scale(acc, bn_weight, var, eps)
     y = (x.to(acc) - as_channels(mean.to(acc))) * as_channels(scale)
     if bn_bias is not None:
         y = y + as_channels(bn_bias.to(acc))
@@ -130,7 +126,7 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     need_x, need_bn_weight, need_bn_bias, need_residual = output_mask
     acc = accumulator(x.dtype)
     g = _masked(grad, y, relu, acc)
-    inv, scale = _scale(acc, bn_weight, var, eps)
+    inv, scale = inverse_and_scale(acc, bn_weight, var, eps)
     centred = x.to(acc) - as_channels(mean.to(acc))
     total = g.sum((0, 2, 3))
     moment = (g * centred).sum((0, 2, 3))
