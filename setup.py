@@ -30,11 +30,11 @@ MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 FACTS = "_build_facts.json"
 TORCH_TARGET = "0x020b000000000000"  # the oldest torch whose stable ABI is used: 2.11
 
-CXX_FLAGS = "-std=c++20 -O3 -fPIC -Wall -Wextra -Wno-unused-parameter -fvisibility=hidden -fvisibility-inlines-hidden"
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -Wall -Wextra -Wno-unused-parameter -fvisibility=hidden -fvisibility-inlines-hidden"
 LINK_FLAGS = "-shared -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now"
 # C7510 and friends are warnings of ptxas that cost a factor: the report is kept beside the object, and a test reads it.
 NVCC_FLAGS = (
-    "-std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v,-warn-spills -Xfatbin -compress-all "
+    "-std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v,-warn-spills -Xfatbin -compress-all "
     "-Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall,-Wno-unknown-pragmas"
 )
 

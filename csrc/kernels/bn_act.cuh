@@ -28,24 +28,24 @@ struct alignas(sizeof(T) * V) Pack {
   T value[V];
 };
 
-__host__ __device__ inline float to_float(float v) { return v; }
-__host__ __device__ inline float to_float(__half v) { return __half2float(v); }
-__host__ __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename T>
-__host__ __device__ T from_float(float v);
+__device__ T from_float(float v);
 template <>
-__host__ __device__ inline float from_float<float>(float v) { return v; }
+__device__ inline float from_float<float>(float v) { return v; }
 template <>
-__host__ __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
 template <>
-__host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
 // A NaN stays a NaN, as in PyTorch; fmaxf would make it 0.
-__host__ __device__ inline float relu_of(float v) { return v <= 0.0f ? 0.0f : v; }
+__device__ inline float relu_of(float v) { return v <= 0.0f ? 0.0f : v; }
 
 // The gradient where the ReLU let it through; an output that is NaN lets it through.
-__host__ __device__ inline float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
+__device__ inline float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
 // Count, mean and sum of squared distances from the mean.
 struct Moments {
@@ -53,9 +53,9 @@ struct Moments {
   float word[kWords] = {0.0f, 0.0f, 0.0f};
 
   // Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
-  __host__ __device__ void merge(const Moments& other) {
+  __device__ void merge(const Moments& other) {
     const float count = word[0] + other.word[0];
-    const float share = count > 0.0f ? other.word[0] / count : 0.0f;
+    const float share = count > 0.0f ? __fdividef(other.word[0], count) : 0.0f;
     const float delta = other.word[1] - word[1];
     word[2] += other.word[2] + delta * delta * (word[0] * share);
     word[1] += delta * share;
@@ -68,7 +68,7 @@ struct Sums {
   static constexpr int kWords = N;
   float word[N] = {};
 
-  __host__ __device__ void merge(const Sums& other) {
+  __device__ void merge(const Sums& other) {
 #pragma unroll
     for (int i = 0; i < N; ++i) word[i] += other.word[i];
   }
@@ -77,7 +77,7 @@ struct Sums {
 // Merges over threadIdx.y. The result is right in the threads with threadIdx.y == 0.
 template <int V, typename Acc>
 __device__ void merge_rows(Acc (&acc)[V]) {
-  __shared__ Acc shared[kWarps][V][kWarp];
+  __shared__ float shared[kWarps][V][Acc::kWords][kWarp];
   const int lanes = blockDim.x;
   const int thread = threadIdx.y * lanes + threadIdx.x;
 #pragma unroll
@@ -88,14 +88,25 @@ __device__ void merge_rows(Acc (&acc)[V]) {
       for (int i = 0; i < Acc::kWords; ++i) other.word[i] = __shfl_down_sync(0xffffffffu, acc[j].word[i], offset);
       acc[j].merge(other);
     }
-    if (thread % kWarp < lanes) shared[thread / kWarp][j][threadIdx.x] = acc[j];
+    if (thread % kWarp < lanes) {
+#pragma unroll
+      for (int i = 0; i < Acc::kWords; ++i) shared[thread / kWarp][j][i][threadIdx.x] = acc[j].word[i];
+    }
   }
   __syncthreads();
   if (threadIdx.y == 0) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      acc[j] = shared[0][j][threadIdx.x];
-      for (int warp = 1; warp < kWarps; ++warp) acc[j].merge(shared[warp][j][threadIdx.x]);
+      for (int warp = 0; warp < kWarps; ++warp) {
+        Acc other;
+#pragma unroll
+        for (int i = 0; i < Acc::kWords; ++i) other.word[i] = shared[warp][j][i][threadIdx.x];
+        if (warp == 0) {
+          acc[j] = other;
+        } else {
+          acc[j].merge(other);
+        }
+      }
     }
   }
 }
@@ -113,6 +124,10 @@ struct Slice {
     row = begin + threadIdx.y;
     end = rows - begin < rows_per_block ? rows : begin + rows_per_block;
   }
+
+  // A row beyond the end becomes the last one: a kernel that maps rows to rows reads it again and stores the same once more, and
+  // needs no loop for the rest.
+  __device__ int64_t within(int64_t r) const { return r < end ? r : end - 1; }
 };
 
 template <int V, typename T>
@@ -123,6 +138,14 @@ __device__ Pack<T, V> load(const T* data, int64_t offset) {
 template <int V, typename T>
 __device__ void store(T* data, int64_t offset, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(data + offset) = pack;
+}
+
+// A channel vector's share of this thread. Every parameter is loaded before any arithmetic, so that the latencies overlap; one
+// element at a time, because a parameter may lie at any multiple of four bytes.
+template <int V>
+__device__ void load_parameters(float (&to)[V], const float* from, int channel, float otherwise) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) to[j] = from == nullptr ? otherwise : from[channel + j];
 }
 
 // out[i][split][channel], i < Acc::kWords - kSkip: the partial result of a block without its first kSkip words.
@@ -154,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) in[r] = load<V>(x, (row + r * slice.step) * channels + slice.channel);
       const float total = count + kRows;
-      const float share = kRows / total;
+      const float share = __fdividef(kRows, total);
       const float weight = count * share;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -173,13 +196,19 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
       count = total;
     }
-    for (; row < slice.end; row += slice.step) {
-      const Pack<T, V> in = load<V>(x, row * channels + slice.channel);
+    Pack<T, V> in[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows - 1; ++r) {
+      if (row + r * slice.step < slice.end) in[r] = load<V>(x, (row + r * slice.step) * channels + slice.channel);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows - 1; ++r) {
+      if (row + r * slice.step >= slice.end) break;
       count += 1.0f;
-      const float share = 1.0f / count;
+      const float share = __fdividef(1.0f, count);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float v = to_float(in.value[j]);
+        const float v = to_float(in[r].value[j]);
         const float delta = v - mean[j];
         mean[j] += delta * share;
         square[j] += delta * (v - mean[j]);
@@ -224,42 +253,32 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   if (!slice.active) return;
-  float center[V], scale[V], shift[V];
+  float center[V], scale[V], shift[V], variance[V];
+  load_parameters(center, mean, slice.channel, 0.0f);
+  load_parameters(variance, var, slice.channel, 1.0f);
+  load_parameters(scale, weight, slice.channel, 1.0f);
+  load_parameters(shift, bias, slice.channel, 0.0f);
 #pragma unroll
-  for (int j = 0; j < V; ++j) {
-    const int c = slice.channel + j;
-    const float inv = 1.0f / sqrtf(var[c] + eps);
-    center[j] = mean[c];
-    scale[j] = weight == nullptr ? inv : weight[c] * inv;
-    shift[j] = bias == nullptr ? 0.0f : bias[c];
-  }
-  const auto act = [&](const Pack<T, V>& in, const Pack<T, V>& add) {
-    Pack<T, V> out;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      float v = (to_float(in.value[j]) - center[j]) * scale[j] + shift[j];
-      if (kResidual) v += to_float(add.value[j]);
-      out.value[j] = from_float<T>(relu ? relu_of(v) : v);
-    }
-    return out;
-  };
-  int64_t row = slice.row;
-  for (; row + (kRows - 1) * slice.step < slice.end; row += kRows * slice.step) {
+  for (int j = 0; j < V; ++j) scale[j] *= rsqrtf(variance[j] + eps);
+  for (int64_t row = slice.row; row < slice.end; row += kRows * slice.step) {
     Pack<T, V> in[kRows], add[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = (row + r * slice.step) * channels + slice.channel;
+      const int64_t at = slice.within(row + r * slice.step) * channels + slice.channel;
       in[r] = load<V>(x, at);
       if (kResidual) add[r] = load<V>(residual, at);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) store<V>(y, (row + r * slice.step) * channels + slice.channel, act(in[r], add[r]));
-  }
-  for (; row < slice.end; row += slice.step) {
-    const int64_t at = row * channels + slice.channel;
-    Pack<T, V> add;
-    if (kResidual) add = load<V>(residual, at);
-    store<V>(y, at, act(load<V>(x, at), add));
+    for (int r = 0; r < kRows; ++r) {
+      Pack<T, V> out;
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        float v = (to_float(in[r].value[j]) - center[j]) * scale[j] + shift[j];
+        if (kResidual) v += to_float(add[r].value[j]);
+        out.value[j] = from_float<T>(relu ? relu_of(v) : v);
+      }
+      store<V>(y, slice.within(row + r * slice.step) * channels + slice.channel, out);
+    }
   }
 }
 
@@ -274,43 +293,32 @@ __global__ void __launch_bounds__(kThreads, 3)
   Slice<V> slice(rows, channels, rows_per_block);
   Sums<kCenter ? 2 : 1> sums[V];
   if (slice.active) {
-    float center[V] = {};
-    if (kCenter) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) center[j] = mean[slice.channel + j];
-    }
-    const auto add = [&](int64_t at, Pack<T, V> g, const Pack<T, V>& out, const Pack<T, V>& in) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) {
-        float v = to_float(g.value[j]);
-        if (kMask) {
-          v = masked(v, to_float(out.value[j]));
-          g.value[j] = from_float<T>(v);
-        }
-        sums[j].word[0] += v;
-        if constexpr (kCenter) sums[j].word[1] += v * (to_float(in.value[j]) - center[j]);
-      }
-      if (g_out != nullptr) store<V>(g_out, at, g);
-    };
-    int64_t row = slice.row;
-    for (; row + (kRows - 1) * slice.step < slice.end; row += kRows * slice.step) {
+    float center[V];
+    load_parameters(center, mean, slice.channel, 0.0f);
+    for (int64_t row = slice.row; row < slice.end; row += kRows * slice.step) {
       Pack<T, V> g[kRows], out[kRows], in[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int64_t at = (row + r * slice.step) * channels + slice.channel;
+        const int64_t at = slice.within(row + r * slice.step) * channels + slice.channel;
         g[r] = load<V>(grad, at);
         if (kMask) out[r] = load<V>(y, at);
         if (kCenter) in[r] = load<V>(x, at);
       }
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) add((row + r * slice.step) * channels + slice.channel, g[r], out[r], in[r]);
-    }
-    for (; row < slice.end; row += slice.step) {
-      const int64_t at = row * channels + slice.channel;
-      Pack<T, V> out, in;
-      if (kMask) out = load<V>(y, at);
-      if (kCenter) in = load<V>(x, at);
-      add(at, load<V>(grad, at), out, in);
+      for (int r = 0; r < kRows; ++r) {
+        if (row + r * slice.step >= slice.end) break;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          float v = to_float(g[r].value[j]);
+          if (kMask) {
+            v = masked(v, to_float(out[r].value[j]));
+            g[r].value[j] = from_float<T>(v);
+          }
+          sums[j].word[0] += v;
+          if constexpr (kCenter) sums[j].word[1] += v * (to_float(in[r].value[j]) - center[j]);
+        }
+        if (g_out != nullptr) store<V>(g_out, (row + r * slice.step) * channels + slice.channel, g[r]);
+      }
     }
   }
   merge_rows(sums);
@@ -335,7 +343,7 @@ __global__ void __launch_bounds__(kThreads)
   merge_rows(sums);
   if (threadIdx.y == 0 && channel < channels) {
     sum_g[channel] = sums[0].word[0];
-    if constexpr (kCenter) dweight[channel] = sums[0].word[1] / sqrtf(var[channel] + eps);
+    if constexpr (kCenter) dweight[channel] = sums[0].word[1] * rsqrtf(var[channel] + eps);
   }
 }
 
@@ -350,49 +358,45 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   if (!slice.active) return;
-  float scale[V], center[V], flat[V], slope[V];
+  float scale[V], center[V], flat[V], slope[V], variance[V];
+  load_parameters(variance, var, slice.channel, 1.0f);
+  load_parameters(scale, weight, slice.channel, 1.0f);
+  if (kBatch) {
+    load_parameters(center, mean, slice.channel, 0.0f);
+    load_parameters(flat, sum_g, slice.channel, 0.0f);
+    load_parameters(slope, dweight, slice.channel, 0.0f);
+  }
+  const float share = 1.0f / static_cast<float>(rows);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const int c = slice.channel + j;
-    const float inv = 1.0f / sqrtf(var[c] + eps);
-    scale[j] = weight == nullptr ? inv : weight[c] * inv;
+    const float inv = rsqrtf(variance[j] + eps);
+    scale[j] *= inv;
     if (kBatch) {
-      center[j] = mean[c];
-      flat[j] = sum_g[c] / static_cast<float>(rows);
-      slope[j] = inv * dweight[c] / static_cast<float>(rows);
+      flat[j] *= share;
+      slope[j] *= inv * share;
     }
   }
-  const auto derive = [&](const Pack<T, V>& g, const Pack<T, V>& out, const Pack<T, V>& in) {
-    Pack<T, V> result;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      float v = to_float(g.value[j]);
-      if (kMask) v = masked(v, to_float(out.value[j]));
-      if (kBatch) v = v - flat[j] - (to_float(in.value[j]) - center[j]) * slope[j];
-      result.value[j] = from_float<T>(v * scale[j]);
-    }
-    return result;
-  };
-  int64_t row = slice.row;
-  for (; row + (kRows - 1) * slice.step < slice.end; row += kRows * slice.step) {
+  for (int64_t row = slice.row; row < slice.end; row += kRows * slice.step) {
     Pack<T, V> g[kRows], out[kRows], in[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = (row + r * slice.step) * channels + slice.channel;
+      const int64_t at = slice.within(row + r * slice.step) * channels + slice.channel;
       g[r] = load<V>(grad, at);
       if (kMask) out[r] = load<V>(y, at);
       if (kBatch) in[r] = load<V>(x, at);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      store<V>(dx, (row + r * slice.step) * channels + slice.channel, derive(g[r], out[r], in[r]));
-  }
-  for (; row < slice.end; row += slice.step) {
-    const int64_t at = row * channels + slice.channel;
-    Pack<T, V> out, in;
-    if (kMask) out = load<V>(y, at);
-    if (kBatch) in = load<V>(x, at);
-    store<V>(dx, at, derive(load<V>(grad, at), out, in));
+    for (int r = 0; r < kRows; ++r) {
+      Pack<T, V> result;
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        float v = to_float(g[r].value[j]);
+        if (kMask) v = masked(v, to_float(out[r].value[j]));
+        if (kBatch) v = v - flat[j] - (to_float(in[r].value[j]) - center[j]) * slope[j];
+        result.value[j] = from_float<T>(v * scale[j]);
+      }
+      store<V>(dx, slice.within(row + r * slice.step) * channels + slice.channel, result);
+    }
   }
 }
 

@@ -110,6 +110,14 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.contiguous(memory_format=torch.channels_last)
 
 
+def _laid_out(t: Tensor, format: torch.memory_format) -> Tensor:
+    """t in this format, with the strides torch.empty gives it: dimensions of one included, as the fakes have them."""
+    t = t.contiguous(memory_format=format)
+    n, c, h, w = t.shape
+    strides = (c * h * w, 1, w * c, c) if format is torch.channels_last else (c * h * w, h * w, w, 1)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
 def _vectors(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.to(torch.float32).contiguous() for t in tensors]
 
@@ -121,7 +129,7 @@ def bn_stats(x):
 def bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
     mean, var, bn_weight, bn_bias = _vectors(mean, var, bn_weight, bn_bias)
     y = torch.ops.fused_resnet_cuda.bn_act(_rows(x), mean, var, bn_weight, bn_bias, eps, _rows(residual), relu)
-    return y.contiguous(memory_format=output_format(x))
+    return _laid_out(y, output_format(x))
 
 
 def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask):
@@ -142,10 +150,10 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     )
     format = output_format(x)
     return (
-        dx.contiguous(memory_format=format) if need_x else None,
+        _laid_out(dx, format) if need_x else None,
         dweight if need_weight else None,
         dbias if need_bias else None,
-        g.contiguous(memory_format=format) if need_residual else None,
+        _laid_out(g, format) if need_residual else None,
     )
 
 
@@ -179,7 +187,7 @@ def conv_bn_act_bwd(
     dx = dweight = dbn_weight = None
     if need_x:
         folded = weight if scale is None else (weight * scale).to(weight.dtype)
-        dx = backward(g, x, folded, *conv, [True, False, False])[0].contiguous(memory_format=format)
+        dx = _laid_out(backward(g, x, folded, *conv, [True, False, False])[0], format)
     if need_weight or need_bn_weight:
         # dbn_weight is a difference of large sums: the raw weight gradient it is formed from stays in float32.
         wide = torch.float32 if need_bn_weight else x.dtype
@@ -193,5 +201,5 @@ def conv_bn_act_bwd(
         dweight,
         dbn_weight,
         dbn_bias if need_bn_bias else None,
-        g.contiguous(memory_format=format) if need_residual else None,
+        _laid_out(g, format) if need_residual else None,
     )

@@ -1,0 +1,276 @@
+"""The CUDA launchers and kernels of csrc/, executed on the CPU: compiled with g++ against tests/cuda_emulation, which
+runs the threads of a block in lockstep, and registered for CPU tensors. backends/cuda.py then runs as it does on a GPU.
+
+Everything that torch allocates is filled with NaN first; every input lies between NaNs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_resnet.backends import cuda, reference
+from fused_resnet.backends.layout import output_format
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "tests" / "cuda_emulation"
+EPS = 1e-5
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# Vector and scalar paths, lanes from 1 to 32, one and many channel tiles, fewer and more rows than threads.
+SHAPES = [
+    pytest.param((5, 3, 7, 9), False, id="3-channels"),
+    pytest.param((1, 7, 1, 1), False, id="one-row"),
+    pytest.param((5, 65, 7, 9), False, id="65-channels"),
+    pytest.param((2, 64, 14, 14), False, id="64-channels"),
+    pytest.param((2, 64, 14, 14), True, id="64-channels-misaligned"),
+    pytest.param((1, 512, 7, 7), False, id="512-channels"),
+    pytest.param((4, 8, 33, 17), False, id="one-vector"),
+    pytest.param((2, 24, 5, 5), False, id="24-channels"),
+    pytest.param((3, 1, 5, 7), False, id="one-channel"),
+]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """machine(multiprocessors, reversed) sets the emulated machine up."""
+    if cuda.load() is not None:
+        pytest.skip(cuda.load())
+    if shutil.which("g++") is None or not (ROOT / "csrc").exists():
+        pytest.skip("needs g++ and the sources")
+    library = tmp_path_factory.mktemp("emulation") / "libemulation.so"
+    torch_dir = Path(torch.__file__).parent
+    renamed = ("create_device_guard", "get_current_cuda_stream")
+    subprocess.run(
+        [
+            *("g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-fvisibility=hidden"),
+            *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),
+            *(f"-Daoti_torch_{name}=emulated_{name}" for name in renamed),
+            *("-I", HERE / "include", "-I", ROOT / "csrc", "-isystem", torch_dir / "include"),
+            *("-x", "c++", ROOT / "csrc" / "bn_act.cu", HERE / "emulated_ops.cpp", "-o", library),
+            *("-L", torch_dir / "lib", "-Wl,--no-as-needed", "-ltorch"),
+        ],
+        check=True,
+    )
+    torch.ops.load_library(library)
+    emulate = ctypes.CDLL(str(library)).emulate
+    emulate.argtypes = [ctypes.c_int, ctypes.c_bool]
+    return emulate
+
+
+@pytest.fixture(autouse=True)
+def nan_filled(machine):
+    machine(4, False)
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def between_nans(t, misaligned=False):
+    """t, channels_last, in the middle of a buffer of NaNs."""
+    n, c, h, w = t.shape
+    start = 33 if misaligned else 32
+    shelf = torch.full((t.numel() + 80,), float("nan"), dtype=t.dtype)
+    room = shelf[start : start + t.numel()].view(n, h, w, c).permute(0, 3, 1, 2)
+    return room.copy_(t)
+
+
+def error(got, expected):
+    expected = expected.double()
+    return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+def bound(dtype):
+    """A rounding to nearest of each element, and some for the order of sums."""
+    return 1e-6 if dtype is torch.float32 else torch.finfo(dtype).eps
+
+
+def case(shape, dtype, misaligned=False, mean=0.0):
+    channels = shape[1]
+    x, residual, grad = (between_nans(torch.randn(shape).add(m).to(dtype), misaligned) for m in (mean, 0.0, 0.0))
+    weight, bias = torch.randn(channels), torch.randn(channels)
+    return x, residual, grad, weight, bias
+
+
+def exact_stats(x):
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    return mean, var
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape, misaligned", SHAPES)
+def test_bn_stats(shape, dtype, misaligned):
+    x = case(shape, dtype, misaligned, mean=0.5)[0]
+    mean, var = cuda.bn_stats(x)
+    expected_mean, expected_var = exact_stats(x)
+    assert mean.dtype == var.dtype == torch.float32
+    assert error(mean, expected_mean) < 1e-6 and error(var, expected_var) < 2e-6
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e5])
+@pytest.mark.parametrize("channels", [8, 7])
+def test_bn_stats_with_a_mean_far_above_the_deviation(mean, channels):
+    x = between_nans(torch.randn(4, channels, 33, 17) + mean)
+    got_mean, got_var = cuda.bn_stats(x)
+    expected_mean, expected_var = exact_stats(x)
+    assert error(got_mean, expected_mean) < 1e-6
+    # float32 itself holds these x to mean * 2**-24 only; a sum of squares would be off by 100 % and more
+    assert error(got_var, expected_var) < 1e-3
+    wrong = (x.square().sum((0, 2, 3)) / x[:, 0].numel()) - got_mean.square()
+    assert mean < 1e4 or error(wrong, expected_var) > 0.1
+
+
+def test_bn_stats_with_one_outlier_first():
+    x = torch.randn(4, 8, 33, 17)
+    x[0, :, 0, 0] = 1e4
+    got_mean, got_var = cuda.bn_stats(between_nans(x))
+    expected_mean, expected_var = exact_stats(x)
+    assert error(got_mean, expected_mean) < 1e-6 and error(got_var, expected_var) < 1e-6
+
+
+def test_bn_stats_of_a_constant_is_exact():
+    mean, var = cuda.bn_stats(between_nans(torch.full((4, 8, 33, 17), 3.3)))
+    assert (var == 0).all() and error(mean, torch.full((8,), 3.3)) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape, misaligned", SHAPES)
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("add, affine", [(False, True), (True, False), (True, True)], ids=["bn", "add", "bn-add"])
+def test_bn_act(shape, dtype, misaligned, relu, add, affine):
+    x, residual, _, weight, bias = case(shape, dtype, misaligned, mean=2.0)
+    mean, var = (s.float() for s in exact_stats(x))
+    args = (mean, var, weight if affine else None, bias if affine else None, EPS, residual if add else None, relu, True)
+    y = cuda.bn_act(x, *args)
+    expected = reference.bn_act(x.double(), *(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    assert y.dtype == dtype and error(y, expected) < bound(dtype)
+    assert y.stride() == torch.empty(shape, memory_format=output_format(x)).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape, misaligned", SHAPES)
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("batch_stats", [False, True], ids=["frozen", "batch"])
+@pytest.mark.parametrize("mask", [(1, 1, 1, 1), (1, 1, 1, 0), (1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)], ids=str)
+def test_bn_act_bwd(shape, dtype, misaligned, relu, batch_stats, mask):
+    x, residual, grad, weight, bias = case(shape, dtype, misaligned, mean=2.0)
+    if batch_stats and x[:, 0].numel() == 1:
+        pytest.skip("one value per channel")
+    mean, var = (s.float() for s in exact_stats(x))
+    y = between_nans(reference.bn_act(x, mean, var, weight, bias, EPS, residual, relu, batch_stats), misaligned)
+    mask = [bool(m) for m in mask]
+    got = cuda.bn_act_bwd(grad, y, x, mean, var, weight, EPS, relu, batch_stats, mask)
+    wide = (t.double() for t in (grad, y, x, mean, var, weight))
+    expected = reference.bn_act_bwd(*wide, EPS, relu, batch_stats, mask)
+    for needed, g, e, tolerance in zip(mask, got, expected, [bound(dtype), 2e-6, 2e-6, 0.0], strict=True):
+        assert (g is None) == (not needed)
+        if needed:
+            assert error(g, e) <= tolerance
+    if mask[3]:
+        assert got[3].data_ptr() != grad.data_ptr()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bn", [False, True], ids=["plain", "bn"])
+def test_conv_bn_act_bwd(groups, bn):
+    x = torch.randn(2, 6, 7, 9).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(10, 6 // groups, 3, 3)
+    gamma, mean, var = (torch.randn(10), torch.randn(10), torch.rand(10) + 0.5) if bn else (None, None, None)
+    conv = ([2, 2], [1, 1], [1, 1], groups)
+    y = reference.conv_bn_act(x, weight, gamma, None, mean, var, EPS, None, *conv, True)
+    mask = [True, True, bn, bn, True]
+    args = (torch.randn_like(y), y, x, weight, gamma, mean, var)
+    got = cuda.conv_bn_act_bwd(*args, EPS, *conv, True, mask)
+    expected = reference.conv_bn_act_bwd(*(t if t is None else t.double() for t in args), EPS, *conv, True, mask)
+    for g, e in zip(got, expected, strict=True):
+        assert (g is None and e is None) or error(g, e) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_nan_and_infinity(dtype):
+    x, residual, grad, weight, bias = case((2, 8, 3, 3), dtype)
+    mean, var = torch.zeros(8), torch.ones(8)
+    x[0, 0, 0, 0], x[0, 1, 0, 0], x[0, 2, 0, 0] = float("nan"), float("inf"), -float("inf")
+    args = (mean, var, torch.ones(8), None, EPS, None, True, False)
+    y = cuda.bn_act(x, *args)
+    assert torch.equal(y.isnan(), reference.bn_act(x, *args).isnan()) and y[0, 0, 0, 0].isnan()
+    assert y[0, 1, 0, 0] == float("inf") and y[0, 2, 0, 0] == 0
+    g = cuda.bn_act_bwd(grad, y, x, mean, var, None, EPS, True, False, [False, False, False, True])[3]
+    assert torch.equal(g, torch.ops.aten.threshold_backward(grad, y, 0)), "a NaN lets its gradient through"
+    grad[1, 3, 1, 1] = float("nan")
+    y[1, 3, 1, 1] = -1.0
+    g, total = torch.ops.fused_resnet_cuda.relu_bwd_sum(grad, y)
+    assert g[1, 3, 1, 1] == 0 and not total.isnan().any()
+    stats = cuda.bn_stats(x)[1]
+    assert stats[:3].isnan().all() and not stats[3:].isnan().any()
+
+
+@pytest.mark.parametrize("shape, misaligned", SHAPES)
+def test_the_order_of_threads_changes_no_bit(machine, shape, misaligned):
+    """No barrier is missing, nothing races, and the sums have one order."""
+    x, residual, grad, weight, bias = case(shape, torch.float16, misaligned)
+    results = []
+    for backwards in (False, True):
+        machine(4, backwards)
+        mean, var = cuda.bn_stats(x)
+        y = cuda.bn_act(x, mean, var, weight, bias, EPS, residual, True, True)
+        results.append([mean, var, y, *cuda.bn_act_bwd(grad, y, x, mean, var, weight, EPS, True, True, [True] * 4)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
+def test_any_number_of_multiprocessors(machine, multiprocessors):
+    machine(multiprocessors, False)
+    for shape in ((3, 40, 9, 11), (1, 264, 3, 5), (2, 5, 31, 7)):
+        x, residual, grad, weight, bias = case(shape, torch.float16)
+        mean, var = cuda.bn_stats(x)
+        assert error(mean, exact_stats(x)[0]) < 2e-6 and error(var, exact_stats(x)[1]) < 2e-6
+        y = cuda.bn_act(x, mean, var, weight, bias, EPS, residual, True, True)
+        assert error(y, reference.bn_act(x, mean, var, weight, bias, EPS, residual, True, True)) < 1e-3
+        got = cuda.bn_act_bwd(grad, y, x, mean, var, weight, EPS, True, True, [True] * 4)
+        expected = reference.bn_act_bwd(grad, y, x, mean, var, weight, EPS, True, True, [True] * 4)
+        assert all(error(g, e) < 1e-3 for g, e in zip(got, expected, strict=True))
+
+
+def test_layouts_and_parameter_dtypes():
+    for x in (torch.randn(2, 6, 5, 3), torch.randn(4, 12, 5, 3)[::2, ::2], torch.randn(2, 6, 1, 1)):
+        residual = torch.ones(()).expand_as(x)
+        stats = [s.double() for s in reference.bn_stats(x)]
+        args = (*stats, torch.randn(6).bfloat16(), torch.randn(12)[::2], EPS, residual, True, True)
+        y, expected = cuda.bn_act(x, *args), reference.bn_act(x, *args)
+        assert error(y, expected) < 1e-6 and y.stride() == torch.empty(x.shape, memory_format=output_format(x)).stride()
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        pytest.param(lambda a: a | {"x": a["x"][0]}, r"x must be \[N, C, H, W\], it has 3 dimensions", id="3-D"),
+        pytest.param(lambda a: a | {"x": a["x"].contiguous()}, "x must be dense and channels_last", id="layout"),
+        pytest.param(lambda a: a | {"x": a["x"][:0]}, "x must not be empty", id="empty"),
+        pytest.param(
+            lambda a: a | {"x": a["x"].double()}, "needs float32, float16 or bfloat16, got Double", id="dtype"
+        ),
+        pytest.param(lambda a: a | {"mean": a["mean"][:3]}, r"mean must be \[C\] = \[4\]", id="channels"),
+        pytest.param(lambda a: a | {"var": a["var"].half()}, "var must be float32", id="parameter-dtype"),
+        pytest.param(lambda a: a | {"weight": torch.ones(8)[::2]}, "weight must be contiguous", id="strided-parameter"),
+        pytest.param(lambda a: a | {"residual": a["x"][:1]}, "residual must have the shape of x", id="residual-shape"),
+        pytest.param(
+            lambda a: a | {"residual": a["x"].half()}, "residual must have the dtype of x", id="residual-dtype"
+        ),
+    ],
+)
+def test_launchers_refuse_with_a_sentence(change, sentence):
+    x = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)
+    args = {"x": x, "mean": torch.zeros(4), "var": torch.ones(4), "weight": None, "bias": None, "eps": EPS}
+    args |= {"residual": None, "relu": True}
+    with pytest.raises(RuntimeError, match=f"bn_act: {sentence}"):
+        torch.ops.fused_resnet_cuda.bn_act(**change(args))
