@@ -1,0 +1,7 @@
+"""`python -m fused_resnet`: see cli.py."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
