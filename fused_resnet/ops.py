@@ -12,6 +12,8 @@ To autograd, the statistics of `bn_stats` are constants: `bn_act(..., batch_stat
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._C import _after_autograd_keyset, _any_requires_grad, _are_functorch_transforms_active
@@ -190,6 +192,15 @@ def _optional(result, output_mask, like: Tensor):
     return tuple(r if on else like.new_empty(0) for r, on in zip(result, output_mask, strict=True))
 
 
+def _run_bwd(op: str, grad, y, x, *args):
+    *gradients, dbn_weight, dbn_bias, dresidual = backends.run(op, grad, y, x, *args)
+    acc = accumulator(x.dtype)
+    of_bn = (d if d is None else d.to(acc) for d in (dbn_weight, dbn_bias))
+    if dresidual is not None and dresidual.data_ptr() == grad.data_ptr():
+        dresidual = dresidual.clone()  # an op's output may not be its input
+    return _optional((*gradients, *of_bn, dresidual), args[-1], x)
+
+
 # --- conv_bn_act ---
 
 
@@ -207,12 +218,6 @@ def _conv_bn_act_fake(
     bn = (bn_weight, bn_bias, running_mean, running_var)
     shape = _check_conv(x, weight, *bn, residual, stride, padding, dilation, groups)
     return _empty(shape, x, output_format(x, weight))
-
-
-def _conv_bn_act_bwd(grad, y, x, *args):
-    acc, output_mask = accumulator(x.dtype), args[-1]
-    dx, dweight, *of_bn, dresidual = backends.run("conv_bn_act_bwd", grad, y, x, *args)
-    return _optional((dx, dweight, *(d if d is None else d.to(acc) for d in of_bn), dresidual), output_mask, x)
 
 
 def _conv_bn_act_bwd_fake(grad, y, x, weight, *args):
@@ -282,12 +287,6 @@ def _bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
 def _bn_act_fake(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
     _check_bn(x, mean, var, bn_weight, bn_bias, residual)
     return _empty(x.shape, x, output_format(x))
-
-
-def _bn_act_bwd(grad, y, x, *args):
-    acc, output_mask = accumulator(x.dtype), args[-1]
-    dx, *of_bn, dresidual = backends.run("bn_act_bwd", grad, y, x, *args)
-    return _optional((dx, *(d if d is None else d.to(acc) for d in of_bn), dresidual), output_mask, x)
 
 
 def _bn_act_bwd_fake(grad, y, x, *args):
@@ -436,10 +435,10 @@ def _cast_bn(dtype, args):
 
 
 _register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
-_register("conv_bn_act_bwd", _conv_bn_act_bwd, _conv_bn_act_bwd_fake)
+_register("conv_bn_act_bwd", functools.partial(_run_bwd, "conv_bn_act_bwd"), _conv_bn_act_bwd_fake)
 _register("bn_stats", _bn_stats, _bn_stats_fake)
 _register("bn_act", _bn_act, _bn_act_fake)
-_register("bn_act_bwd", _bn_act_bwd, _bn_act_bwd_fake)
+_register("bn_act_bwd", functools.partial(_run_bwd, "bn_act_bwd"), _bn_act_bwd_fake)
 _register("update_running_stats_", _update_running_stats_, lambda *args: None)
 
 

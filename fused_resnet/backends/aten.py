@@ -70,12 +70,7 @@ def conv_bn_act_bwd(
         dbn_weight = inv * ((raw * weight.to(acc)).sum((1, 2, 3)) - running_mean.to(acc) * dbn_bias)
     if need_weight:
         dweight = with_strides_of(weight, raw if scale is None else raw * scale)
-    return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, _fresh(g, grad) if need_residual else None
-
-
-def _fresh(g: Tensor, grad: Tensor) -> Tensor:
-    """g, copied if it is still the gradient that came in: an op's output may not be its input."""
-    return g.clone() if g.data_ptr() == grad.data_ptr() else g
+    return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, g if need_residual else None
 
 
 def bn_stats(x):
@@ -112,4 +107,4 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     )
     if need_x:
         dx = dx.contiguous(memory_format=output_format(x))
-    return dx, dbn_weight, dbn_bias, _fresh(g, grad) if need_residual else None
+    return dx, dbn_weight, dbn_bias, g if need_residual else None
