@@ -1,4 +1,5 @@
-// Launchers of bn_stats, bn_act, bn_act_bwd and relu_bwd_sum: check, guard the device, allocate, launch, check the launch.
+// Launchers of bn_stats, bn_act, bn_act_bwd and relu_bwd_sum: check, guard the device, allocate, launch, check the
+// launch.
 
 #include "bn_act.h"
 
@@ -13,9 +14,9 @@
 namespace fused_resnet {
 namespace {
 
-// Blocks of 256 threads a multiprocessor; three or four are resident at once. A reduction pays for every block with a partial
-// result, and one wave of three blocks, with two to six loads of 16 bytes in flight a thread, is enough to hide the memory's
-// latency. Twelve are whole waves of three and of four.
+// Blocks of 256 threads a multiprocessor; three or four are resident at once. A reduction pays for every block with a
+// partial result, and one wave of three blocks, with two to six loads of 16 bytes in flight a thread, is enough to hide
+// the memory's latency. Twelve are whole waves of three and of four.
 constexpr int kReductionBlocks = 3;
 constexpr int kStreamBlocks = 12;
 
@@ -84,8 +85,8 @@ struct BwdSums {
 };
 
 BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const std::optional<Tensor>& y,
-                 const std::optional<Tensor>& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& var, double eps,
-                 const Tensor& g) {
+                 const std::optional<Tensor>& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                 double eps, const Tensor& g) {
   const Geometry geometry = geometry_of(op, grad, {address(grad), address(y), address(x), address(g)},
                                         kReductionBlocks * device.multiprocessors);
   const int words = x.has_value() ? 2 : 1;
@@ -96,9 +97,9 @@ BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const
     constexpr int V = decltype(vector)::value;
     const auto first = [&](auto mask, auto center) {
       launch(op, device, geometry.grid, geometry.block,
-             bn_bwd_partial_kernel<T, V, decltype(mask)::value, decltype(center)::value>, data<T>(grad), data<T>(y), data<T>(x),
-             data<float>(mean), g.numel() ? mutable_data<T>(g) : nullptr, mutable_data<float>(partial), geometry.rows,
-             geometry.channels, geometry.rows_per_block);
+             bn_bwd_partial_kernel<T, V, decltype(mask)::value, decltype(center)::value>, data<T>(grad), data<T>(y),
+             data<T>(x), data<float>(mean), g.numel() ? mutable_data<T>(g) : nullptr, mutable_data<float>(partial),
+             geometry.rows, geometry.channels, geometry.rows_per_block);
     };
     if (!x.has_value()) return first(Bool<true>{}, Bool<false>{});
     with_bool(y.has_value(), [&](auto mask) { first(mask, Bool<true>{}); });
@@ -149,16 +150,18 @@ Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& var, const std:
     using T = decltype(element);
     with_bool(residual.has_value(), [&](auto add) {
       launch(op, device, geometry.grid, geometry.block, bn_act_kernel<T, decltype(vector)::value, decltype(add)::value>,
-             data<T>(x), data<float>(mean), data<float>(var), data<float>(weight), data<float>(bias), static_cast<float>(eps),
-             data<T>(residual), relu, mutable_data<T>(y), geometry.rows, geometry.channels, geometry.rows_per_block);
+             data<T>(x), data<float>(mean), data<float>(var), data<float>(weight), data<float>(bias),
+             static_cast<float>(eps), data<T>(residual), relu, mutable_data<T>(y), geometry.rows, geometry.channels,
+             geometry.rows_per_block);
     });
   });
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(
-    const Tensor& grad, const std::optional<Tensor>& y, const Tensor& x, const Tensor& mean, const Tensor& var,
-    const std::optional<Tensor>& weight, double eps, bool batch_stats, bool need_x, bool need_sums, bool need_g) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(const Tensor& grad, const std::optional<Tensor>& y,
+                                                      const Tensor& x, const Tensor& mean, const Tensor& var,
+                                                      const std::optional<Tensor>& weight, double eps, bool batch_stats,
+                                                      bool need_x, bool need_sums, bool need_g) {
   const char* op = "bn_act_bwd";
   check_map(op, "x", x);
   check_map_like(op, "grad", grad, x);
@@ -184,10 +187,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(
       with_bool(under.has_value(), [&](auto mask) {
         with_bool(batch_stats, [&](auto batch) {
           launch(op, device, geometry.grid, geometry.block,
-                 bn_bwd_input_kernel<T, decltype(vector)::value, decltype(mask)::value, decltype(batch)::value>, data<T>(from),
-                 data<T>(under), data<T>(x), data<float>(mean), data<float>(var), data<float>(weight), data<float>(sums.sum_g),
-                 data<float>(sums.dweight), static_cast<float>(eps), mutable_data<T>(dx), geometry.rows, geometry.channels,
-                 geometry.rows_per_block);
+                 bn_bwd_input_kernel<T, decltype(vector)::value, decltype(mask)::value, decltype(batch)::value>,
+                 data<T>(from), data<T>(under), data<T>(x), data<float>(mean), data<float>(var), data<float>(weight),
+                 data<float>(sums.sum_g), data<float>(sums.dweight), static_cast<float>(eps), mutable_data<T>(dx),
+                 geometry.rows, geometry.channels, geometry.rows_per_block);
         });
       });
     });

@@ -18,11 +18,13 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x);
 Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
               const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& residual, bool relu);
 
-// dx, dweight, dbias, g. y is the output where a ReLU was applied, else absent; g is grad under its mask, the gradient of the
-// residual. What need_x or need_g turns off comes back empty; dweight and dbias come back empty if nothing needed them.
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(
-    const Tensor& grad, const std::optional<Tensor>& y, const Tensor& x, const Tensor& mean, const Tensor& var,
-    const std::optional<Tensor>& weight, double eps, bool batch_stats, bool need_x, bool need_sums, bool need_g);
+// dx, dweight, dbias, g. y is the output where a ReLU was applied, else absent; g is grad under its mask, the gradient
+// of the residual. What need_x or need_g turns off comes back empty; dweight and dbias come back empty if nothing
+// needed them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(const Tensor& grad, const std::optional<Tensor>& y,
+                                                      const Tensor& x, const Tensor& mean, const Tensor& var,
+                                                      const std::optional<Tensor>& weight, double eps, bool batch_stats,
+                                                      bool need_x, bool need_sums, bool need_g);
 
 // g and its sum per channel, in one pass
 std::tuple<Tensor, Tensor> relu_bwd_sum(const Tensor& grad, const Tensor& y);

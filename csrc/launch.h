@@ -41,7 +41,8 @@ struct Device {
 
 // Launches, and checks that the launch was accepted.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* op, const Device& device, dim3 grid, dim3 block, void (*kernel)(Parameters...), Arguments&&... arguments) {
+void launch(const char* op, const Device& device, dim3 grid, dim3 block, void (*kernel)(Parameters...),
+            Arguments&&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
@@ -91,7 +92,9 @@ inline void check_channels(const char* op, const char* name, const Tensor& t, co
   check(same_device(t, x), op, ": ", name, " must be on the device of x");
 }
 
-inline Tensor new_floats(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}, ScalarType::Float); }
+inline Tensor new_floats(const Tensor& like, int64_t size) {
+  return torch::stable::new_empty(like, {size}, ScalarType::Float);
+}
 
 template <typename T>
 const T* data(const Tensor& t) {

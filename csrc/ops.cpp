@@ -12,9 +12,11 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) { m.impl("fingerprint", TORC
 STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def("bn_stats(Tensor x) -> (Tensor, Tensor)");
   m.def(
-      "bn_act(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu) -> Tensor");
+      "bn_act(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu) "
+      "-> Tensor");
   m.def(
-      "bn_act_bwd(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? weight, float eps, bool batch_stats, "
+      "bn_act_bwd(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? weight, float eps, bool "
+      "batch_stats, "
       "bool need_x, bool need_sums, bool need_g) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("relu_bwd_sum(Tensor grad, Tensor y) -> (Tensor, Tensor)");
 }

@@ -179,6 +179,8 @@ def checkout(tmp_path):
     """What a build needs, in a folder of its own."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("the package is installed without its sources")
+    for needed in ("setuptools", "ninja", "pybind11"):
+        pytest.importorskip(needed)
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -20,7 +20,8 @@ using torch::stable::Tensor;
 // Each thread gets at least this many blocks (256 KiB): waking it costs about what hashing them does.
 constexpr int64_t kGrain = 64;
 
-// No gap and no overlap: numel * itemsize bytes from data_ptr hold the elements, each once, in whatever order of dimensions.
+// No gap and no overlap: numel * itemsize bytes from data_ptr hold the elements, each once, in whatever order of
+// dimensions.
 bool is_dense(const Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
@@ -53,7 +54,8 @@ Tensor fingerprint(const std::vector<Tensor>& tensors) {
   for (size_t i = 0; i < count; ++i) {
     const Tensor& t = tensors[i];
     check(t.is_cpu(), "fingerprint: needs tensors on the CPU, tensors[", i, "] is not");
-    check(t.layout() == torch::headeronly::Layout::Strided, "fingerprint: needs strided tensors, tensors[", i, "] is not");
+    check(t.layout() == torch::headeronly::Layout::Strided, "fingerprint: needs strided tensors, tensors[", i,
+          "] is not");
     const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
     check(bytes == 0 || is_dense(t), "fingerprint: needs dense tensors, tensors[", i, "] has gaps or overlaps");
     ranges[i] = {bytes ? t.const_data_ptr() : nullptr, bytes};
@@ -87,9 +89,8 @@ Tensor fingerprint(const std::vector<Tensor>& tensors) {
   };
   torch::stable::parallel_for(0, first_block[count], kGrain, hash_blocks_between);
 
-  Tensor out = torch::stable::empty(
-      {static_cast<int64_t>(count), kHashLanes}, torch::headeronly::ScalarType::Long, std::nullopt,
-      torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor out = torch::stable::empty({static_cast<int64_t>(count), kHashLanes}, torch::headeronly::ScalarType::Long,
+                                    std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   int64_t* values = out.mutable_data_ptr<int64_t>();
   for (size_t i = 0; i < count; ++i)
     for (int lane = 0; lane < kHashLanes; ++lane)

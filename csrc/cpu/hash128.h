@@ -1,16 +1,18 @@
 // A 128-bit keyed universal hash of a byte range, built to run at memory speed.
 //
-// The bytes are read as 4 KiB blocks. A block goes through NH (Black et al., "UMAC: Fast and Secure Message Authentication",
-// CRYPTO '99): with 32-bit words m and key words k,
+// The bytes are read as 4 KiB blocks. A block goes through NH (Black et al., "UMAC: Fast and Secure Message
+// Authentication", CRYPTO '99): with 32-bit words m and key words k,
 //     NH(m) = sum over i of (m[2i] + k[2i] mod 2^32) * (m[2i+1] + k[2i+1] mod 2^32)   mod 2^64.
 // The block's 64 bits are then two words of a multilinear hash with 64-bit keys that depend on the block's index:
 //     H = sum over b of K[2b] * low(NH_b) + K[2b+1] * high(NH_b)   mod 2^64,
-// to which the length, and whatever else tells inputs apart, add words of their own. Two lanes with independent keys give 128 bits.
+// to which the length, and whatever else tells inputs apart, add words of their own. Two lanes with independent keys
+// give 128 bits.
 //
-// Collisions: for two different inputs and random keys, NH of a block that differs agrees with probability at most 2^-32; if it
-// does not agree, the multilinear sum does with probability at most 2^-33 (the difference of two 32-bit words has at most 31
-// factors of two). So a lane collides with probability below 2^-31, both lanes below 2^-62. The keys are fixed (splitmix64), so
-// this is a bound for inputs that know nothing of the keys, weights for instance; it is no defence against a forger.
+// Collisions: for two different inputs and random keys, NH of a block that differs agrees with probability at most
+// 2^-32; if it does not agree, the multilinear sum does with probability at most 2^-33 (the difference of two 32-bit
+// words has at most 31 factors of two). So a lane collides with probability below 2^-31, both lanes below 2^-62. The
+// keys are fixed (splitmix64), so this is a bound for inputs that know nothing of the keys, weights for instance; it is
+// no defence against a forger.
 //
 // All sums are modulo 2^64: blocks may be added in any order, by any number of threads, with the same result.
 
@@ -77,9 +79,9 @@ inline void nh_portable(const unsigned char* data, size_t words, uint64_t out[kH
 __attribute__((target("avx2"))) inline void nh_avx2(const unsigned char* data, size_t words, uint64_t out[kHashLanes]) {
   __m256i sum[kHashLanes][2] = {};
   for (size_t i = 0; i < words; i += 8) {
-    // A block ahead, over the page boundary at which the hardware's own prefetcher stops: on one thread this more than doubled the speed. A
-    // prefetch beyond the end does not fault.
-    _mm_prefetch(reinterpret_cast<const char*>(data) + 8 * i + kHashBlock, _MM_HINT_T0);
+    // A block ahead, over the page boundary at which the hardware's own prefetcher stops: on one thread this more than
+    // doubled the speed. A prefetch beyond the end does not fault.
+    _mm_prefetch(reinterpret_cast<const char*>(data) + 8 * i + kHashBlock, _MM_HINT_T1);
     for (int half = 0; half < 2; ++half) {
       const size_t at = i + 4 * half;
       const __m256i m = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 8 * at));
@@ -142,7 +144,8 @@ inline Hash128 hash_range(const void* input, size_t bytes, size_t first, size_t 
 // What a word beside the bytes adds to it; index 0 is the length.
 inline Hash128 hash_word(size_t index, uint64_t value) {
   Hash128 hash;
-  for (int lane = 0; lane < kHashLanes; ++lane) hash.lane[lane] = hash128::multilinear(hash128::kWordSeed[lane], index, value);
+  for (int lane = 0; lane < kHashLanes; ++lane)
+    hash.lane[lane] = hash128::multilinear(hash128::kWordSeed[lane], index, value);
   return hash;
 }
 

@@ -1,12 +1,13 @@
 // Device code of bn_stats, bn_act, bn_act_bwd and relu_bwd_sum. Raw pointers, no torch header.
 //
-// An activation in channels_last is a matrix [rows, channels], rows = N*H*W, dense. A thread owns one vector of V channels (16
-// bytes, or one element where channels or alignment forbid) and walks down rows, so that what belongs to a channel is loaded and
-// computed once a thread. blockDim = (lanes, 256 / lanes), lanes a power of two up to 32: x runs over vectors, y over rows.
-// gridDim = (channel tiles, row splits); a block owns the rows [blockIdx.y, blockIdx.y + 1) * rows_per_block.
+// An activation in channels_last is a matrix [rows, channels], rows = N*H*W, dense. A thread owns one vector of V
+// channels (16 bytes, or one element where channels or alignment forbid) and walks down rows, so that what belongs to a
+// channel is loaded and computed once a thread. blockDim = (lanes, 256 / lanes), lanes a power of two up to 32: x runs
+// over vectors, y over rows. gridDim = (channel tiles, row splits); a block owns the rows [blockIdx.y, blockIdx.y + 1)
+// * rows_per_block.
 //
-// Reductions have two stages and no atomics: a block writes one partial result a channel, a second kernel merges the partial
-// results in a fixed order. The same input on the same device gives the same bits.
+// Reductions have two stages and no atomics: a block writes one partial result a channel, a second kernel merges the
+// partial results in a fixed order. The same input on the same device gives the same bits.
 
 #pragma once
 
@@ -35,11 +36,17 @@ __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); 
 template <typename T>
 __device__ T from_float(float v);
 template <>
-__device__ inline float from_float<float>(float v) { return v; }
+__device__ inline float from_float<float>(float v) {
+  return v;
+}
 template <>
-__device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ inline __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 
 // A NaN stays a NaN, as in PyTorch; fmaxf would make it 0.
 __device__ inline float relu_of(float v) { return v <= 0.0f ? 0.0f : v; }
@@ -125,8 +132,8 @@ struct Slice {
     end = rows - begin < rows_per_block ? rows : begin + rows_per_block;
   }
 
-  // A row beyond the end becomes the last one: a kernel that maps rows to rows reads it again and stores the same once more, and
-  // needs no loop for the rest.
+  // A row beyond the end becomes the last one: a kernel that maps rows to rows reads it again and stores the same once
+  // more, and needs no loop for the rest.
   __device__ int64_t within(int64_t r) const { return r < end ? r : end - 1; }
 };
 
@@ -140,8 +147,8 @@ __device__ void store(T* data, int64_t offset, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(data + offset) = pack;
 }
 
-// A channel vector's share of this thread. Every parameter is loaded before any arithmetic, so that the latencies overlap; one
-// element at a time, because a parameter may lie at any multiple of four bytes.
+// A channel vector's share of this thread. Every parameter is loaded before any arithmetic, so that the latencies
+// overlap; one element at a time, because a parameter may lie at any multiple of four bytes.
 template <int V>
 __device__ void load_parameters(float (&to)[V], const float* from, int channel, float otherwise) {
 #pragma unroll
@@ -162,11 +169,12 @@ __device__ void store_partial(float* out, int channels, const Slice<V>& slice, c
 
 // partial: [2, splits, channels], mean and sum of squared distances; the count follows from the geometry.
 //
-// kRows rows are loaded at once, their moments formed around their own mean, and merged into the thread's: the division is one for
-// all of them and all V channels, and no term ever holds the square of a mean.
+// kRows rows are loaded at once, their moments formed around their own mean, and merged into the thread's: the division
+// is one for all of them and all V channels, and no term ever holds the square of a mean.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
-    bn_stats_partial_kernel(const T* __restrict__ x, float* __restrict__ partial, int64_t rows, int channels, int64_t rows_per_block) {
+    bn_stats_partial_kernel(const T* __restrict__ x, float* __restrict__ partial, int64_t rows, int channels,
+                            int64_t rows_per_block) {
   constexpr int kRows = 4;
   Slice<V> slice(rows, channels, rows_per_block);
   float count = 0.0f, mean[V] = {}, square[V] = {};
@@ -224,8 +232,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // mean, var: [channels]; var is the biased variance. gridDim.y is 1 here and rows_per_block that of the first stage.
 __global__ void __launch_bounds__(kThreads)
-    bn_stats_final_kernel(const float* __restrict__ partial, float* __restrict__ mean, float* __restrict__ var, int splits,
-                          int64_t rows, int channels, int64_t rows_per_block) {
+    bn_stats_final_kernel(const float* __restrict__ partial, float* __restrict__ mean, float* __restrict__ var,
+                          int splits, int64_t rows, int channels, int64_t rows_per_block) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   Moments moments[1];
   if (channel < channels) {
@@ -243,13 +251,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// y = act((x - mean) * weight / sqrt(var + eps) + bias + residual). x - mean comes first: folded into one shift, it would cancel
-// where the mean is large.
+// y = act((x - mean) * weight / sqrt(var + eps) + bias + residual). x - mean comes first: folded into one shift, it
+// would cancel where the mean is large.
 template <typename T, int V, bool kResidual>
 __global__ void __launch_bounds__(kThreads, 3)
     bn_act_kernel(const T* __restrict__ x, const float* __restrict__ mean, const float* __restrict__ var,
-                  const float* __restrict__ weight, const float* __restrict__ bias, float eps, const T* __restrict__ residual,
-                  bool relu, T* __restrict__ y, int64_t rows, int channels, int64_t rows_per_block) {
+                  const float* __restrict__ weight, const float* __restrict__ bias, float eps,
+                  const T* __restrict__ residual, bool relu, T* __restrict__ y, int64_t rows, int channels,
+                  int64_t rows_per_block) {
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   if (!slice.active) return;
@@ -282,13 +291,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// partial: [1 or 2, splits, channels]: sum of g and, with kCenter, sum of g * (x - mean), where g is grad under the ReLU's mask
-// (kMask) or grad itself. g_out, unless null, receives g.
+// partial: [1 or 2, splits, channels]: sum of g and, with kCenter, sum of g * (x - mean), where g is grad under the
+// ReLU's mask (kMask) or grad itself. g_out, unless null, receives g.
 template <typename T, int V, bool kMask, bool kCenter>
 __global__ void __launch_bounds__(kThreads, 3)
     bn_bwd_partial_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
-                          const float* __restrict__ mean, T* __restrict__ g_out, float* __restrict__ partial, int64_t rows,
-                          int channels, int64_t rows_per_block) {
+                          const float* __restrict__ mean, T* __restrict__ g_out, float* __restrict__ partial,
+                          int64_t rows, int channels, int64_t rows_per_block) {
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   Sums<kCenter ? 2 : 1> sums[V];
@@ -325,11 +334,12 @@ __global__ void __launch_bounds__(kThreads, 3)
   store_partial<0>(partial, channels, slice, sums);
 }
 
-// sum_g: [channels]; dweight: [channels] = sum g * (x - mean) / sqrt(var + eps), or null where the first stage had no x.
+// sum_g: [channels]; dweight: [channels] = sum g * (x - mean) / sqrt(var + eps), or null where the first stage had no
+// x.
 template <bool kCenter>
 __global__ void __launch_bounds__(kThreads)
-    bn_bwd_final_kernel(const float* __restrict__ partial, const float* __restrict__ var, float eps, float* __restrict__ sum_g,
-                        float* __restrict__ dweight, int splits, int channels) {
+    bn_bwd_final_kernel(const float* __restrict__ partial, const float* __restrict__ var, float eps,
+                        float* __restrict__ sum_g, float* __restrict__ dweight, int splits, int channels) {
   const int channel = blockIdx.x * blockDim.x + threadIdx.x;
   constexpr int kWords = kCenter ? 2 : 1;
   Sums<kWords> sums[1];
@@ -353,8 +363,8 @@ template <typename T, int V, bool kMask, bool kBatch>
 __global__ void __launch_bounds__(kThreads, 3)
     bn_bwd_input_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                         const float* __restrict__ mean, const float* __restrict__ var, const float* __restrict__ weight,
-                        const float* __restrict__ sum_g, const float* __restrict__ dweight, float eps, T* __restrict__ dx,
-                        int64_t rows, int channels, int64_t rows_per_block) {
+                        const float* __restrict__ sum_g, const float* __restrict__ dweight, float eps,
+                        T* __restrict__ dx, int64_t rows, int channels, int64_t rows_per_block) {
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   if (!slice.active) return;

@@ -1,8 +1,9 @@
-// A stand-in for the CUDA runtime that runs kernels on the CPU: what csrc/*.cu needs, no more. The threads of a block are
-// fibers on one thread; a barrier or a shuffle switches to the next. Blocks run one after another.
+// A stand-in for the CUDA runtime that runs kernels on the CPU: what csrc/*.cu needs, no more. The threads of a block
+// are fibers on one thread; a barrier or a shuffle switches to the next. Blocks run one after another.
 //
-// What it proves: indices, geometry, arithmetic, that every thread reaches every barrier and shuffle. Run in both orders, it tells a
-// result that depends on the order of threads or blocks: a missing barrier, a race. What it cannot: memory ordering, speed.
+// What it proves: indices, geometry, arithmetic, that every thread reaches every barrier and shuffle. Run in both
+// orders, it tells a result that depends on the order of threads or blocks: a missing barrier, a race. What it cannot:
+// memory ordering, speed.
 
 #pragma once
 
@@ -32,7 +33,9 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
-inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid configuration argument" : "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error ? "invalid configuration argument" : "no error";
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 struct cudaLaunchConfig_t {
@@ -155,12 +158,14 @@ inline float __shfl_down_sync(unsigned mask, float value, unsigned offset) {
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const dim3 grid = config->gridDim, block = config->blockDim;
   const unsigned threads = block.x * block.y * block.z;
-  if (!threads || threads > 1024 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+  if (!threads || threads > 1024 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 ||
+      grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (threads % 32) emulation::fail("whole warps only");
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
