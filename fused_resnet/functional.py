@@ -9,6 +9,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._C import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import forward_ad
+
+from .ops import conv_bn_act_kernel
 
 _ops = torch.ops.fused_resnet
 
@@ -44,7 +55,32 @@ def conv_bn_act(
     Raises ValueError for an x that is not 4-D and RuntimeError for any other mismatch, naming the argument.
     """
     conv = (_pair(stride), _pair(padding), _pair(dilation), groups, relu)
-    return _ops.conv_bn_act.default(x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv)
+    args = (x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv)
+    if _nothing_to_record(x, weight):
+        with _AutoDispatchBelowAutograd():
+            return conv_bn_act_kernel(*args)
+    return _ops.conv_bn_act.default(*args)
+
+
+def _nothing_to_record(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is plain eager inference: no gradient, no tracer, transform, mode or autocast that must see the op.
+
+    The dispatcher would then lead through two Python kernels to the same function, at a price: leaving it out made
+    ResNet-50 at batch 1 about 6 % faster on a CPU.
+    """
+    return (
+        type(x) is Tensor
+        and type(weight) in (nn.Parameter, Tensor)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and (x.is_cpu or x.is_cuda)
+        and not _is_any_autocast_enabled()
+        and _len_torch_dispatch_stack() == 0
+        and _len_torch_function_stack() == 0
+        and _get_tracing_state() is None
+        and not _are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:

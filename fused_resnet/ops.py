@@ -204,7 +204,7 @@ def _run_bwd(op: str, grad, y, x, *args):
 # --- conv_bn_act ---
 
 
-def _conv_bn_act(
+def conv_bn_act_kernel(
     x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
 ):
     bn = (bn_weight, bn_bias, running_mean, running_var)
@@ -330,6 +330,7 @@ def _bn_backward(ctx, grad):
 
 
 def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
+    _check_vectors(mean.shape[0], "x", mean, running_mean=running_mean, running_var=running_var)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if count == 0:
@@ -342,6 +343,10 @@ def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean,
             running.mul_(1 - momentum).add_(batch, alpha=momentum)
         else:  # other buffers: one rounding, at the store
             running.copy_(running.to(batch.dtype) * (1 - momentum) + batch * momentum)
+
+
+def _update_running_stats_fake(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
+    _check_vectors(mean.shape[0], "x", mean, running_mean=running_mean, running_var=running_var)
 
 
 # --- double backward: the derivative of a `_bwd` op is that of its reference ---
@@ -434,12 +439,12 @@ def _cast_bn(dtype, args):
     return x, *middle, residual if residual is None else residual.to(x.dtype), relu, batch_stats
 
 
-_register("conv_bn_act", _conv_bn_act, _conv_bn_act_fake)
+_register("conv_bn_act", conv_bn_act_kernel, _conv_bn_act_fake)
 _register("conv_bn_act_bwd", functools.partial(_run_bwd, "conv_bn_act_bwd"), _conv_bn_act_bwd_fake)
 _register("bn_stats", _bn_stats, _bn_stats_fake)
 _register("bn_act", _bn_act, _bn_act_fake)
 _register("bn_act_bwd", functools.partial(_run_bwd, "bn_act_bwd"), _bn_act_bwd_fake)
-_register("update_running_stats_", _update_running_stats_, lambda *args: None)
+_register("update_running_stats_", _update_running_stats_, _update_running_stats_fake)
 
 
 def _stats_setup(ctx, inputs, output):

@@ -1,8 +1,9 @@
-"""oneDNN's fused convolutions: weight, BN, shortcut and ReLU in one call, on folded and prepacked weights.
+"""oneDNN's fused convolutions: weight, BN and shortcut in one call, on folded and prepacked weights.
 
-One folded copy of a weight is kept, weakly by the weight tensor. Before every use the raw bytes of the weight and of its
-BN are fingerprinted (128 bits) and compared with what the copy was made of: code that writes through `.data` bumps no
-version counter, so nothing less would do. Without the compiled fingerprint nothing is kept and every call folds anew.
+One folded copy of a weight is kept, weakly by the weight tensor, once the same weight has come twice. Before every use
+the raw bytes of the weight and of its BN are fingerprinted (128 bits) and compared with what the copy was made of: code
+that writes through `.data` bumps no version counter, so nothing less would do. Where the compiled fingerprint is absent
+nothing is kept and every call folds anew.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def onednn_lacks(dtype: torch.dtype) -> str | None:
         bias = torch.linspace(-1, 1, 4).to(dtype)
         conv = ([1, 1], [1, 1], [1, 1], 1)
         packed = _pack(weight, *conv, list(x.shape))
-        got = _pointwise(x, packed, bias, x, *conv, True)
-        expected = torch.relu(torch.conv2d(x.double(), weight.double(), bias.double(), padding=1) + x.double())
+        got = _pointwise(x, packed, bias, x, *conv)
+        expected = torch.conv2d(x.double(), weight.double(), bias.double(), padding=1) + x.double()
         error = ((got.double() - expected).norm() / expected.norm()).item()
         return None if error < 8 * torch.finfo(dtype).eps else f"oneDNN's fused convolution is off by {error:.1e}"
     except (AttributeError, RuntimeError) as error:
@@ -61,18 +62,19 @@ def _pack(weight, stride, padding, dilation, groups, input_shape):
     return _mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, input_shape)
 
 
-def _pointwise(x, packed, bias, residual, stride, padding, dilation, groups, relu):
+def _pointwise(x, packed, bias, residual, stride, padding, dilation, groups):
+    """Convolution and add. oneDNN could apply the ReLU as well, but its ReLU turns NaN into 0."""
     conv = (padding, stride, dilation, groups)
-    if residual is None:
-        return _mkldnn._convolution_pointwise.default(x, packed, bias, *conv, "relu" if relu else "none", [], "")
-    unary = "relu" if relu else None
-    return _mkldnn._convolution_pointwise.binary(x, residual, packed, bias, *conv, "add", 1.0, unary, [], "")
+    if residual is None or groups > 1:  # with groups PyTorch fuses no add, and lacks what it falls back on in 16 bits
+        y = _mkldnn._convolution_pointwise.default(x, packed, bias, *conv, "none", [], "")
+        return y if residual is None else y.add_(residual)
+    return _mkldnn._convolution_pointwise.binary(x, residual, packed, bias, *conv, "add", 1.0, None, [], "")
 
 
 class _Folded(NamedTuple):
     proof: Tensor  # fingerprints of the weight and the BN tensors that the copy was made of
     config: tuple  # what else it depends on
-    packed: Tensor
+    packed: Tensor | None  # None until the same weight comes a second time: in training none ever does
     bias: Tensor | None
 
 
@@ -80,48 +82,32 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _folded(x, weight, bn, eps, stride, padding, dilation, groups) -> tuple[Tensor, Tensor | None]:
-    def make():
-        folded, bias = fold(weight, *bn, eps)
-        folded = folded.contiguous(memory_format=torch.channels_last)
-        return _pack(folded, stride, padding, dilation, groups, list(x.shape)), bias
-
-    sources = [weight, *(t for t in bn if t is not None)]
-    proof = cuda.fingerprint(sources)
-    if proof is None:
-        return make()
-    config = (eps, *stride, *padding, *dilation, groups, tuple(t is None for t in bn))
+    """Packed weight and bias of conv then BN (bn_weight, bn_bias, running_mean, running_var, each maybe None)."""
+    proof = cuda.fingerprint([t for t in (weight, *bn) if t is not None])
+    config = (eps, *stride, *padding, *dilation, groups, bn[0] is None, bn[1] is None)
     entry = _kept.get(weight)
-    if entry is None or entry.config != config or not torch.equal(entry.proof, proof):
-        _kept.pop(weight, None)  # the old copy goes before the new one is made
-        entry = _kept[weight] = _Folded(proof, config, *make())
-    return entry.packed, entry.bias
+    seen = entry is not None and proof is not None and entry.config == config and torch.equal(entry.proof, proof)
+    if seen and entry.packed is not None:
+        return entry.packed, entry.bias
+    _kept.pop(weight, None)  # the old copy goes before a new one is made
+    entry = None
+    folded, bias = fold(weight, *bn, eps)
+    folded = folded.contiguous(memory_format=torch.channels_last)
+    packed = _pack(folded, stride, padding, dilation, groups, list(x.shape))
+    if proof is not None:
+        _kept[weight] = _Folded(proof, config, packed, bias) if seen else _Folded(proof, config, None, None)
+    return packed, bias
 
 
-def conv_bn_act(
-    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
-):
+def conv_bn_act(*args):
+    x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu = args
     format = output_format(x, weight)
     # On contiguous tensors oneDNN's blocked layouts, which PyTorch's own convolution uses, beat two conversions.
     if format is torch.contiguous_format or not torch.backends.mkldnn.enabled or onednn_lacks(x.dtype):
-        return aten.conv_bn_act(
-            x,
-            weight,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            eps,
-            residual,
-            stride,
-            padding,
-            dilation,
-            groups,
-            relu,
-        )
+        return aten.conv_bn_act(*args)
     x = x.contiguous(memory_format=format)
     if residual is not None:
         residual = residual.contiguous(memory_format=format)
-    bn = (bn_weight, bn_bias, running_mean, running_var)
     packed, bias = _folded(x, weight, bn, eps, stride, padding, dilation, groups)
-    y = _pointwise(x, packed, bias, residual, stride, padding, dilation, groups, relu)
-    return y.contiguous(memory_format=format)
+    y = _pointwise(x, packed, bias, residual, stride, padding, dilation, groups)
+    return (y.relu_() if relu else y).contiguous(memory_format=format)

@@ -1,4 +1,4 @@
-"""What PyTorch binds of cuDNN: the folded convolution with add and ReLU in one call, and PyTorch's own kernels around it."""
+"""What PyTorch binds of cuDNN: the folded convolution with add and ReLU in one call; PyTorch's kernels around it."""
 
 from __future__ import annotations
 
@@ -36,27 +36,12 @@ def declines(op: str, x, *args) -> str | None:
     return None
 
 
-def conv_bn_act(
-    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
-):
-    if not relu:
-        return aten.conv_bn_act(
-            x,
-            weight,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            eps,
-            residual,
-            stride,
-            padding,
-            dilation,
-            groups,
-            relu,
-        )
+def conv_bn_act(*args):
+    x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu = args
+    if not relu:  # cuDNN's bindings have no form without it
+        return aten.conv_bn_act(*args)
     format = output_format(x, weight)
-    folded, bias = fold(weight, bn_weight, bn_bias, running_mean, running_var, eps)
+    folded, bias = fold(weight, *bn, eps)
     x = x.contiguous(memory_format=format)
     folded = folded.contiguous(memory_format=format)
     conv = (bias, stride, padding, dilation, groups)
