@@ -27,7 +27,7 @@ except ImportError as error:
 NAME = "triton"
 OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_INDEX = 2**31 - 1
+_MAX_ROWS = 2**31 - 2**10  # rows are counted in 32 bits, up to the end of the last tile
 
 
 def interpreting() -> bool:
@@ -86,10 +86,10 @@ def declines(op: str, *args) -> str | None:
         n, _, p, q = conv_output_size(x, weight, stride, padding, dilation)
         if p <= 0 or q <= 0:
             return f"needs a non-empty output, got {p}x{q}"
-        if n * p * q > _MAX_INDEX:
-            return f"needs fewer than 2**31 output positions, got {n * p * q}"
-    elif x.numel() // x.shape[1] > _MAX_INDEX:
-        return f"needs fewer than 2**31 values a channel, got {x.numel() // x.shape[1]}"
+        if n * p * q > _MAX_ROWS:
+            return f"needs at most {_MAX_ROWS} output positions, got {n * p * q}"
+    elif x.numel() // x.shape[1] > _MAX_ROWS:
+        return f"needs at most {_MAX_ROWS} values a channel, got {x.numel() // x.shape[1]}"
     return None
 
 

@@ -156,7 +156,7 @@ def _conv_bn_act_fwd_kernel(
         if GROUPS_PER_TILE > 1:
             # An off-diagonal zero times an infinity of another group is NaN. Where a NaN came out, the tile is computed
             # again, each output channel from its own group alone: slow, right, and run only where activations blew up.
-            if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:
+            if tl.max((acc != acc).to(tl.int32)) > 0:
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
                 for step in tl.range(0, TAPS * C_group):
                     tap = step // C_group
@@ -183,12 +183,14 @@ def _conv_bn_act_fwd_kernel(
             shift += tl.load(bn_bias_ptr + k_read).to(tl.float32)
         acc = acc * scale[None, :] + shift[None, :]
 
-    out = m.to(tl.int64)[:, None] * K + k[None, :]
+    # 64 bits for the tile's first row alone: an offset of 64 bits an element would fill the registers.
+    first_row = (tile_m * BLOCK_M).to(tl.int64) * K
+    out = tl.arange(0, BLOCK_M)[:, None] * K + k[None, :]
     out_ok = (m < M)[:, None]
     if not EVEN_K:
         out_ok = out_ok & k_ok[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + out, mask=out_ok, other=0.0).to(tl.float32)
+        acc += tl.load(residual_ptr + first_row + out, mask=out_ok, other=0.0).to(tl.float32)
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + out, acc.to(y_ptr.dtype.element_ty), mask=out_ok)
+    tl.store(y_ptr + first_row + out, acc.to(y_ptr.dtype.element_ty), mask=out_ok)

@@ -28,14 +28,13 @@ class ConvTile(NamedTuple):
 
 
 # (block_m, block_n, warps, share of the tensor cores' speed such a tile reaches): loads per multiply-add fall with the
-# tile's size. No block_m below 64: a warp group's matrix instruction is 64 rows.
+# tile's size. No block_m below 64: a warp group's matrix instruction is 64 rows. No 128 x 256: its epilogue spills.
 _CANDIDATES = (
-    (128, 256, 8, 1.0),
-    (128, 128, 8, 0.9),
-    (128, 64, 4, 0.75),
-    (64, 128, 4, 0.75),
-    (64, 64, 4, 0.6),
-    (64, 32, 4, 0.4),
+    (128, 128, 8, 1.0),
+    (128, 64, 4, 0.8),
+    (64, 64, 4, 0.65),
+    (128, 32, 4, 0.55),
+    (64, 32, 4, 0.45),
 )
 
 
@@ -69,8 +68,9 @@ def conv_tile(
     reduction = taps * c_group if flat else per_tile * c_group
     columns = max(16, power_of_2(per_tile * k_group))
     block_k = max(16, min(power_of_2(reduction), 16 if fma else 128 // itemsize))
-    if flat:
-        block_k = min(block_k, 32)  # the gather's pointers fill registers
+    scattered = flat or c_group * itemsize % 16 != 0
+    if scattered:
+        block_k = min(block_k, 32)
 
     def cost(candidate) -> float:
         block_m, block_n, _, share = candidate
@@ -78,13 +78,14 @@ def conv_tile(
         tiles = ceil_div(m, block_m) * ceil_div(groups, per_tile) * ceil_div(per_tile * k_group, block_n)
         return ceil_div(tiles, sms) * block_m * block_n / share
 
-    fits = [
-        c
-        for c in _CANDIDATES
-        if (c[1] <= 128 or (arch >= 90 and itemsize == 2 and not flat)) and (not fma or c[0] * c[1] <= 64 * 64)
-    ]
+    largest = (64 * 32 if flat else 64 * 64) if fma else 128 * 128
+    fits = [c for c in _CANDIDATES if c[1] <= max(columns, 32) and c[0] * c[1] <= largest]
     block_m, block_n, num_warps, _ = min(fits, key=cost)
     block_n = min(block_n, columns)
+    if block_m == 128 and (scattered or arch >= 100):
+        # Four warps would not have the registers: for the pointers of loads of a few bytes each, or, on sm_100, where a
+        # thread gets a whole row of the accumulator, for the epilogue of that row.
+        num_warps = 8
     stage = (block_m + block_n) * block_k * itemsize
     num_stages = max(2, min(4, (shared_bytes(arch) - 1024) // stage))
     return ConvTile(block_m, block_n, block_k, 8, num_warps, num_stages, per_tile, flat)

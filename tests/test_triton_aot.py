@@ -1,0 +1,82 @@
+"""The Triton kernels, compiled for GPUs that are not here: no spill, shared memory that fits, tensor cores that work.
+
+Runs tests/aot.py in a process of its own, under the installed Triton and, if it is there, under the one in
+FUSED_RESNET_TRITON36 (.cache/triton-3.6 by default), made by `pip install --no-deps --target DIR triton==3.6.0`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.aot, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[1]
+TRITON_36 = Path(os.environ.get("FUSED_RESNET_TRITON36", ROOT / ".cache" / "triton-3.6"))
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
+TENSOR_CORE = {80: "hmma", 89: "hmma", 90: "wgmma", 100: "tcgen05"}
+CONV = "_conv_bn_act_fwd_kernel"
+
+
+@functools.cache
+def compiled(version: str, arch: int) -> list[dict]:
+    """What tests/aot.py says of every kernel on sm_<arch>."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if version == "3.6":
+        environment["PYTHONPATH"] = str(TRITON_36)
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--arch", str(arch)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    if version == "3.6":
+        assert all(line["triton"].startswith("3.6.") for line in lines)
+    return lines
+
+
+@pytest.fixture(params=["installed", "3.6"])
+def version(request) -> str:
+    if request.param == "3.6" and not (TRITON_36 / "triton").is_dir():
+        pytest.skip(f"no Triton 3.6 in {TRITON_36}")
+    return request.param
+
+
+@pytest.mark.parametrize("arch", SHARED_KIB)
+def test_every_kernel_compiles_and_fits(version, arch):
+    lines = compiled(version, arch)
+    spilled = {i["instance"]: i["kernel"] for i in lines if i["spill_load"] or i["spill_store"]}
+    assert not spilled
+    too_large = {i["instance"]: i["shared"] for i in lines if i["shared"] > SHARED_KIB[arch] << 10}
+    assert not too_large
+    sources = (ROOT / "fused_resnet" / "kernels").glob("*.py")
+    kernels = {name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    assert kernels == {i["kernel"] for i in lines}, "tests/aot.py has to compile every kernel there is"
+
+
+@pytest.mark.parametrize("arch", SHARED_KIB)
+def test_every_dot_runs_on_the_tensor_cores(version, arch):
+    """Of that chip: a dot that fell back to an older instruction or to FMAs would be right and several times slower."""
+    lines = [i for i in compiled(version, arch) if i["kernel"] == CONV]
+    expected = TENSOR_CORE[arch]
+    for line in lines:
+        present = {name for name in ("hmma", "wgmma", "tcgen05") if line[name]}
+        assert present == (set() if line["instance"].endswith("_ieee") else {expected}), line["instance"]
+    for shape in ("3x3", "1x1", "stem", "resnext"):
+        for precision in ("fp16", "bf16", "tf32"):
+            assert any(i["instance"].startswith(shape) and i["instance"].endswith(precision) for i in lines)
+
+
+@pytest.mark.parametrize("arch", SHARED_KIB)
+def test_whole_channel_blocks_are_copied_asynchronously(version, arch):
+    """And 16 bytes at a time at the end: what makes a channels_last convolution stream."""
+    for line in compiled(version, arch):
+        if re.match("(3x3|1x1)_.*_b[0-9]+_", line["instance"]):
+            assert line["async_copy"] > 0, line["instance"]
+            assert line["store"] == line["store_16_bytes"] > 0, line["instance"]
