@@ -202,7 +202,7 @@ def test_conv_bn_act_takes_any_strides(backend, device, shape, how, dtype):
         y, grads = conv_bn_act(*args), conv_bn_act_bwd(*bwd)
     assert_as_fake(conv_bn_act, args, y)
     assert_as_fake(conv_bn_act_bwd, bwd, grads)
-    assert same_strides(grads[1], torch.empty_like(bwd[3]))
+    assert grads[1].stride() == torch.empty_like(bwd[3]).stride()  # to the last dimension of size 1: DDP compares
     # Strides change the order of sums and nothing else: an eps for the square root of the number of terms.
     close = dict(rtol=0, atol=torch.finfo(dtype).eps * (case.grad.numel() // case.grad.shape[1]) ** 0.5)
     expected = (reference.conv_bn_act(*case.args), *reference.conv_bn_act_bwd(*case.bwd, [True] * 5))
@@ -612,6 +612,34 @@ def test_a_large_batch_is_sampled(monkeypatch, trial):
     case = conv_args(n=5)
     assert conv_bn_act(*case.args).shape[0] == 5
     assert sizes == [2, 5]
+
+
+def test_nothing_is_judged_while_a_cuda_graph_is_captured(trial, monkeypatch, caplog):
+    fake = trial()
+    args = conv_args().args
+    monkeypatch.setattr(verify, "_capturing", lambda device: True)
+    torch.testing.assert_close(conv_bn_act(*args), reference.conv_bn_act(*args))
+    assert not fake.calls and not verify._verdicts
+    assert "a CUDA graph is being captured (call once before the capture)" in caplog.text
+    monkeypatch.setattr(verify, "_capturing", lambda device: False)
+    conv_bn_act(*args)
+    monkeypatch.setattr(verify, "_capturing", lambda device: True)
+    fake.calls.clear()
+    conv_bn_act(*args)
+    assert fake.calls == ["conv_bn_act"]
+
+
+def test_tf32_is_another_signature(trial):
+    trial()
+    args = conv_args().args
+    for allowed in (False, True):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            assert verify.tf32_allowed() is allowed
+            limit = verify.tolerance("conv_bn_act", args)
+            assert limit == (verify.TOLERANCE_TF32 if allowed else verify.TOLERANCE[torch.float32])
+            assert verify.tolerance("bn_act", args) == verify.TOLERANCE[torch.float32]
+            conv_bn_act(*args)
+    assert len(verify._verdicts) == 2
 
 
 def test_out_of_memory_is_no_verdict(trial):

@@ -57,6 +57,19 @@ def test_opcheck_conv_bn_act_bwd(mask, layout, device):
     torch.library.opcheck(conv_bn_act_bwd, (*case.bwd, mask))
 
 
+@pytest.mark.parametrize("op", ["conv_bn_act_bwd", "bn_act_bwd"])
+def test_opcheck_double_backward(op, device):
+    """A `_bwd` op without an autograd formula would give wrong second derivatives, and only warn."""
+    case = (
+        conv_case(SHAPES["1x1"], torch.float32, device=device)
+        if op[0] == "c"
+        else bn_case(torch.float32, device=device)
+    ).bwd
+    differentiable = (0, 2, 3, 4) if op[0] == "c" else (0, 2, 5)
+    args = [a.detach().requires_grad_() if i in differentiable else a for i, a in enumerate(case)]
+    torch.library.opcheck(getattr(torch.ops.fused_resnet, op).default, (*args, [True] * (5 if op[0] == "c" else 4)))
+
+
 @layouts
 @pytest.mark.parametrize("options", BN_OPTIONS.values(), ids=BN_OPTIONS)
 def test_opcheck_bn_act(options, layout, device):
@@ -420,6 +433,13 @@ def test_raw_convolution_is_not_kept(layout, device):
     assert bytes_saved(unfused_conv, *args) >= 2 * y.numel() * 4
 
 
+@pytest.mark.parametrize("batch_stats", [True, False], ids=["batch", "frozen"])
+def test_batch_norm_keeps_its_input_and_its_output(batch_stats, device):
+    args = bn_case(torch.float32, batch_stats=batch_stats, device=device, requires_grad=True).args
+    assert bytes_saved(bn_act, *args) == args[0].numel() * 4
+    assert bytes_saved(bn_act, *args[:-2], False, batch_stats) == 0
+
+
 def test_nothing_is_kept_without_relu(device):
     args = conv_case(SHAPES["3x3"], torch.float32, device=device, requires_grad=True, relu=False).args
     assert bytes_saved(conv_bn_act, *args) == 0
@@ -458,8 +478,12 @@ def test_compiled_conv_bn_act(compiler, layout, fresh_compiler):
         assert a.stride() == b.stride()
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_compiled_block_does_not_recompile_at_a_second_batch_size(train, fresh_compiler):
+@pytest.mark.parametrize(
+    "train, compiler",
+    [(True, "aot_eager"), (False, "aot_eager"), (True, "inductor")],
+    ids=["train", "eval", "train-inductor"],
+)
+def test_compiled_block_does_not_recompile_at_a_second_batch_size(train, compiler, fresh_compiler):
     conv, bn = nn.Conv2d(3, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5).train(train)
     twin = nn.BatchNorm2d(5).train(train)
 
@@ -470,7 +494,7 @@ def test_compiled_block_does_not_recompile_at_a_second_batch_size(train, fresh_c
             x, conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, padding=1
         )
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for n in (4, 7, 5):
             x = torch.randn(n, 3, 7, 9)

@@ -27,11 +27,15 @@ def verified(candidate, op: str, args: tuple) -> tuple[object, str | None]:
     """(result, None) from a backend that is trusted with this signature or earns it now, else (None, the reason)."""
     key = _signature(candidate, op, args)
     if key not in _verdicts:
-        if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(args[0].device):
             return None, "not verified yet, and a CUDA graph is being captured (call once before the capture)"
         _verdicts[key] = _judge(candidate, op, args)
     reason = _verdicts[key]
     return (getattr(candidate, op)(*args), None) if reason is None else (None, reason)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _judge(candidate, op: str, args: tuple) -> str | None:
@@ -97,10 +101,11 @@ def _describe(t: Tensor | None) -> str:
 
 def tolerance(op: str, args: tuple) -> float:
     """What the difference may be: by the input's dtype, and by TF32 where a convolution may use it."""
-    dtype = args[0].dtype
-    if dtype is torch.float32 and op in WEIGHT_AT and tf32_allowed():
-        return TOLERANCE_TF32
-    return TOLERANCE[dtype]
+    return TOLERANCE_TF32 if _uses_tf32(op, args) else TOLERANCE[args[0].dtype]
+
+
+def _uses_tf32(op: str, args: tuple) -> bool:
+    return args[0].dtype is torch.float32 and op in WEIGHT_AT and tf32_allowed()
 
 
 def tf32_allowed() -> bool:
@@ -112,7 +117,7 @@ def tf32_allowed() -> bool:
 
 
 def _signature(candidate, op: str, args: tuple) -> tuple:
-    key = [candidate.NAME, op]
+    key = [candidate.NAME, op, _uses_tf32(op, args)]
     weight_at = WEIGHT_AT.get(op)
     for i, a in enumerate(args):
         if not isinstance(a, Tensor):
