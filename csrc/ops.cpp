@@ -5,9 +5,15 @@
 #include "bn_act.h"
 #include "cpu/fingerprint.h"
 
-STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) { m.def("fingerprint(Tensor[] tensors) -> Tensor"); }
+STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
+  m.def("fingerprint(Tensor[] tensors) -> Tensor");
+  m.def("unchanged(Tensor[] tensors, Tensor proof) -> bool");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) { m.impl("fingerprint", TORCH_BOX(&fused_resnet::fingerprint)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
+  m.impl("fingerprint", TORCH_BOX(&fused_resnet::fingerprint));
+  m.impl("unchanged", TORCH_BOX(&fused_resnet::unchanged));
+}
 
 STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def("bn_stats(Tensor x) -> (Tensor, Tensor)");

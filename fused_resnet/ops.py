@@ -204,12 +204,13 @@ def _run_bwd(op: str, grad, y, x, *args):
 # --- conv_bn_act ---
 
 
-def conv_bn_act_kernel(
-    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
-):
-    bn = (bn_weight, bn_bias, running_mean, running_var)
+def conv_bn_act_kernel(*args):
+    y = backends.repeated(*args)
+    if y is not None:
+        return y
+    x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu = args
     _check_conv(x, weight, *bn, residual, stride, padding, dilation, groups)
-    return backends.run("conv_bn_act", x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu)
+    return backends.run("conv_bn_act", *args)
 
 
 def _conv_bn_act_fake(

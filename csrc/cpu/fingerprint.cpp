@@ -37,9 +37,8 @@ bool is_dense(const Tensor& t) {
   return true;
 }
 
-}  // namespace
-
-Tensor fingerprint(const std::vector<Tensor>& tensors) {
+// kHashLanes words a tensor.
+std::vector<int64_t> hashes(const std::vector<Tensor>& tensors) {
   struct Range {
     const void* data;
     size_t bytes;
@@ -89,13 +88,33 @@ Tensor fingerprint(const std::vector<Tensor>& tensors) {
   };
   torch::stable::parallel_for(0, first_block[count], kGrain, hash_blocks_between);
 
-  Tensor out = torch::stable::empty({static_cast<int64_t>(count), kHashLanes}, torch::headeronly::ScalarType::Long,
-                                    std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  int64_t* values = out.mutable_data_ptr<int64_t>();
+  std::vector<int64_t> values;
+  values.reserve(count * kHashLanes);
   for (size_t i = 0; i < count; ++i)
-    for (int lane = 0; lane < kHashLanes; ++lane)
-      values[i * kHashLanes + lane] = static_cast<int64_t>(sums[i].lane[lane].load(std::memory_order_relaxed));
+    for (const auto& lane : sums[i].lane) values.push_back(static_cast<int64_t>(lane.load(std::memory_order_relaxed)));
+  return values;
+}
+
+}  // namespace
+
+Tensor fingerprint(const std::vector<Tensor>& tensors) {
+  const std::vector<int64_t> values = hashes(tensors);
+  Tensor out = torch::stable::empty({static_cast<int64_t>(tensors.size()), kHashLanes},
+                                    torch::headeronly::ScalarType::Long, std::nullopt,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  std::copy(values.begin(), values.end(), out.mutable_data_ptr<int64_t>());
   return out;
+}
+
+bool unchanged(const std::vector<Tensor>& tensors, const Tensor& proof) {
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  check(proof.is_cpu() && proof.is_contiguous() && proof.scalar_type() == torch::headeronly::ScalarType::Long,
+        "unchanged: proof must be what fingerprint returned");
+  if (proof.numel() != count * kHashLanes) return false;
+  for (const Tensor& t : tensors)
+    if (!t.is_cpu() || t.layout() != torch::headeronly::Layout::Strided || !is_dense(t)) return false;
+  const std::vector<int64_t> values = hashes(tensors);
+  return std::equal(values.begin(), values.end(), proof.const_data_ptr<int64_t>());
 }
 
 }  // namespace fused_resnet

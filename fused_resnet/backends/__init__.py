@@ -78,6 +78,11 @@ def run(op: str, *args):
     return getattr(reference, op)(*args)
 
 
+def repeated(x, *args):
+    """conv_bn_act on a CPU, answered before validation if this very call went through before; else None."""
+    return cpu.repeated(x, *args) if x.is_cpu and (not _forced or _forced[-1] == cpu.NAME) else None
+
+
 def _tell_once(level: int, message: str) -> None:
     if message not in _told:
         _told.add(message)

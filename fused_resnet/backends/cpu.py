@@ -74,6 +74,7 @@ def _pointwise(x, packed, bias, residual, stride, padding, dilation, groups):
 class _Folded(NamedTuple):
     proof: Tensor  # fingerprints of the weight and the BN tensors that the copy was made of
     config: tuple  # what else it depends on
+    shapes: tuple  # of x and residual
     packed: Tensor | None  # None until the same weight comes a second time: in training none ever does
     bias: Tensor | None
 
@@ -81,21 +82,56 @@ class _Folded(NamedTuple):
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _folded(x, weight, bn, eps, stride, padding, dilation, groups) -> tuple[Tensor, Tensor | None]:
-    """Packed weight and bias of conv then BN (bn_weight, bn_bias, running_mean, running_var, each maybe None)."""
-    proof = cuda.fingerprint([t for t in (weight, *bn) if t is not None])
-    config = (eps, *stride, *padding, *dilation, groups, bn[0] is None, bn[1] is None)
+def repeated(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
+) -> Tensor | None:
+    """The result, if this is a call that went through before: same weight and BN to the bit, same shapes and options.
+
+    None for any other. Answers before the arguments are validated: a repetition is valid because its first time was.
+    """
     entry = _kept.get(weight)
-    seen = entry is not None and proof is not None and entry.config == config and torch.equal(entry.proof, proof)
+    if (
+        entry is None
+        or entry.packed is None
+        or entry.shapes != (x.shape, None if residual is None else residual.shape)
+        or entry.config != (eps, stride, padding, dilation, groups)
+        or x.dtype is not weight.dtype
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or (residual is not None and not _fits(residual, x))
+        or bn_weight is None
+        or bn_bias is None
+        or running_mean is None
+        or running_var is None
+        or not torch._C._get_mkldnn_enabled()
+        or not cuda.unchanged([weight, bn_weight, bn_bias, running_mean, running_var], entry.proof)
+    ):
+        return None
+    y = _pointwise(x, entry.packed, entry.bias, residual, stride, padding, dilation, groups)
+    return y.relu_() if relu else y
+
+
+def _fits(residual: Tensor, x: Tensor) -> bool:
+    return residual.is_cpu and residual.dtype is x.dtype and residual.is_contiguous(memory_format=torch.channels_last)
+
+
+def _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups) -> tuple[Tensor, Tensor | None]:
+    """Packed weight and bias of conv then BN (bn_weight, bn_bias, running_mean, running_var, each maybe None)."""
+    sources = [weight, *(t for t in bn if t is not None)]
+    config = (eps, stride, padding, dilation, groups, *(i for i, t in enumerate(bn) if t is None))
+    entry = _kept.get(weight)
+    seen = entry is not None and entry.config == config and cuda.unchanged(sources, entry.proof)
+    shapes = (x.shape, None if residual is None else residual.shape)
     if seen and entry.packed is not None:
+        _kept[weight] = entry._replace(shapes=shapes)
         return entry.packed, entry.bias
     _kept.pop(weight, None)  # the old copy goes before a new one is made
+    proof = entry.proof if seen else cuda.fingerprint(sources)
     entry = None
     folded, bias = fold(weight, *bn, eps)
     folded = folded.contiguous(memory_format=torch.channels_last)
     packed = _pack(folded, stride, padding, dilation, groups, list(x.shape))
     if proof is not None:
-        _kept[weight] = _Folded(proof, config, packed, bias) if seen else _Folded(proof, config, None, None)
+        _kept[weight] = _Folded(proof, config, shapes, packed if seen else None, bias)
     return packed, bias
 
 
@@ -108,6 +144,6 @@ def conv_bn_act(*args):
     x = x.contiguous(memory_format=format)
     if residual is not None:
         residual = residual.contiguous(memory_format=format)
-    packed, bias = _folded(x, weight, bn, eps, stride, padding, dilation, groups)
+    packed, bias = _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups)
     y = _pointwise(x, packed, bias, residual, stride, padding, dilation, groups)
     return (y.relu_() if relu else y).contiguous(memory_format=format)

@@ -57,6 +57,11 @@ def fingerprint(tensors: list[Tensor]) -> Tensor | None:
     return torch.ops.fused_resnet_cpu.fingerprint(tensors)
 
 
+def unchanged(tensors: list[Tensor], proof: Tensor) -> bool:
+    """Whether `fingerprint(tensors)` would be `proof`, which came from it."""
+    return torch.ops.fused_resnet_cpu.unchanged.default(tensors, proof)
+
+
 @functools.cache
 def unavailable() -> str | None:
     if reason := load():
