@@ -71,7 +71,7 @@ wheel: setup  ## dist/*.whl
 
 # No virtual environment: python3 is the one that has torch, and the package is used from the checkout.
 gpu-check:  ## PART=smoke|test|sanitize|bench|tune OUT=folder: on a machine with a GPU, network not needed
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(PART) --out "$(OUT)" $(ARGS)
+	$(PYTHON) -m benchmarks.gpu_check $(PART) --out "$(OUT)" $(ARGS)
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info fused_resnet/*.so fused_resnet/_build_facts.json $(VENV)/.built .pytest_cache .ruff_cache .benchmarks

@@ -215,7 +215,7 @@ class Variants:
                 start = time.perf_counter()
                 step = self.steps[variant] = build_variant(variant, module, x, train=train)
                 step()
-                _synchronize(x.device)
+                synchronize(x.device)
                 self.ready_s[variant] = time.perf_counter() - start
                 step()
 
@@ -287,7 +287,8 @@ def time_once(step: Step, device: torch.device, calls: int) -> float:
     return max((time.perf_counter() - begin) / calls, 1e-9)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU still does."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

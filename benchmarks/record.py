@@ -1,0 +1,68 @@
+"""Measure the figures of the README on this machine: benchmarks/results/<device>.json, one file a device.
+
+    python benchmarks/record.py [--device cpu|cuda] [--models resnet18 resnet50] [--seconds 20] [--compile]
+    python benchmarks/table.py         # then: the README's table from the files
+
+Run it on a machine that does nothing else; the load it found is in the file.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fused_resnet import cli
+
+RESULTS = Path(__file__).parent / "results"
+# device -> (training, batch sizes, dtypes)
+PLANS = {
+    "cpu": ((False, (1, 8), ("float32",)), (True, (8,), ("float32",))),
+    "cuda": ((False, (1, 32, 128), ("float16", "bfloat16")), (True, (32, 128), ("float16", "bfloat16"))),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=PLANS)
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each batch size")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    console = Console(width=120, highlight=False)
+    result = {"load_before": os.getloadavg()[0]}
+    for model in arguments.models:
+        for train, batches, dtypes in PLANS[arguments.device]:
+            for dtype in dtypes:
+                found = cli.run_bench(
+                    model,
+                    batches=batches,
+                    size=arguments.size,
+                    train=train,
+                    compiled=arguments.compile,
+                    dtype=getattr(torch, dtype),
+                    device=torch.device(arguments.device),
+                    seconds=arguments.seconds,
+                    seeds=arguments.seeds,
+                )
+                for case in found["cases"]:
+                    cli.show_case(case, console)
+                result = {**found, **result, "cases": [*result.get("cases", []), *found["cases"]]}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.device}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"written: {path.name}")
+    return 0 if all(case["parity"]["ok"] for case in result["cases"]) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""The benchmarks' machinery: the suites collect and run, parity fails them, and the README says what the JSON says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import record, table
+from fused_resnet import measure
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--device", "cpu", "--size", "32", "--batches", "2", "--seconds", "0", "--seeds", "1"]
+
+
+def pytest_benchmarks(*options, **environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_every_block_model_mode_and_variant_is_collected():
+    answer = pytest_benchmarks("benchmarks", "--device", "cpu", "--compile", "--collect-only")
+    assert answer.returncode == 0, answer.stdout
+    for block in ("basic", "basic-projection-stride2", "bottleneck", "bottleneck-projection-stride2"):
+        assert f"test_block[fused-8-train-float32-{block}]" in answer.stdout
+    for model in ("resnet18", "resnet50"):
+        for variant in measure.VARIANTS:
+            assert f"test_model[{variant}-1-eval-float32-{model}]" in answer.stdout
+    without = pytest_benchmarks("benchmarks", "--device", "cpu", "--collect-only").stdout
+    assert "test_model[compile" not in without
+
+
+def test_a_benchmark_notes_speed_parity_and_environment(tmp_path):
+    path = tmp_path / "bench.json"
+    chosen = ["benchmarks/test_bench_blocks.py", "-k", "basic-projection and train and (fused_channels_last or eager)"]
+    answer = pytest_benchmarks(*chosen, *TINY, "--benchmark-json", str(path))
+    assert answer.returncode == 0, answer.stdout
+    assert "speed relative to eager" in answer.stdout
+    result = json.loads(path.read_text())
+    assert "node" not in result["machine_info"]
+    assert result["machine_info"]["fused_resnet"]["torch"]
+    by_variant = {b["extra_info"]["variant"]: b["extra_info"] for b in result["benchmarks"]}
+    assert set(by_variant) == {"eager", "fused_channels_last"}
+    fused = by_variant["fused_channels_last"]
+    assert 0 < fused["p20_ms"] <= fused["p50_ms"] <= fused["p80_ms"]
+    assert fused["timed_by"] == "clock"
+    assert set(fused["parity"]["nearest"]) == {"output", "gradient", "buffer"}
+    assert {"ratio", "noise", "peak_mib", "images_per_s"} <= fused.keys()
+
+
+def test_a_benchmark_without_parity_fails(tmp_path):
+    plugin = tmp_path / "spoil.py"
+    plugin.write_text("from fused_resnet import measure\nmeasure.FACTOR['output'] = -1e9\n")
+    chosen = ["benchmarks/test_bench_blocks.py", "-k", "bottleneck-deep and eval and fused_channels_last"]
+    answer = pytest_benchmarks("-p", "spoil", *chosen, *TINY, PYTHONPATH=str(tmp_path))
+    assert answer.returncode == 1
+    assert "output: off by" in answer.stdout
+
+
+# --- the table in the README ------------------------------------------------------------------------------------------
+
+
+def test_the_readme_says_what_the_results_say(capsys):
+    assert table.main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A README and a results file of made-up figures."""
+    timed = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "ratio": 1.0, "peak_mib": 100.0}
+    case = {
+        "model": "resnet18",
+        "mode": "eval",
+        "batch": 8,
+        "size": 224,
+        "dtype": "float32",
+        "device": "cpu",
+        "parity": {"ok": True},
+        "noise": 0.05,
+        "variants": {
+            "eager": timed,
+            "channels_last": {**timed, "ratio": 1.25},
+            "fused": {**timed, "ratio": 1.5, "peak_mib": 120.0},
+        },
+    }
+    environment = {"cpu": "a CPU", "threads": 2, "torch": "2.14.1", "torchvision": "0.29.1", "gpus": []}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cpu.json").write_text(json.dumps({"environment": environment, "cases": [case]}))
+    (tmp_path / "README.md").write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n")
+    return tmp_path
+
+
+def test_the_table_is_rendered_between_the_markers(written):
+    options = ["--readme", str(written / "README.md"), "--results", str(written / "results")]
+    assert table.main([*options, "--check"]) == 1
+    assert table.main(options) == 0
+    assert table.main([*options, "--check"]) == 0
+    text = (written / "README.md").read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "| resnet18 eval, batch 8, float32 | 2.0 | 1.25 | 1.50 | 100 → 120 | 5% | holds |" in text
+    assert "a CPU, 2 threads; torch 2.14.1" in text
+
+
+def test_a_readme_without_markers_is_refused(written):
+    (written / "README.md").write_text("nothing\n")
+    with pytest.raises(SystemExit, match="expected the markers"):
+        table.main(["--readme", str(written / "README.md"), "--results", str(written / "results")])
+
+
+def test_recording_writes_what_the_table_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(record.PLANS, "cpu", ((False, (1,), ("float32",)),))
+    options = ["--device", "cpu", "--models", "resnet18", "--size", "40", "--seconds", "0", "--seeds", "1"]
+    assert record.main([*options, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert result["load_before"] >= 0 and result["environment"]["threads"] >= 1
+    assert "| resnet18 eval, batch 1, float32 |" in table.render([result])

@@ -1,0 +1,175 @@
+"""gpu-check on a machine without a GPU: its message, and the machinery of every part in a dry run on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = ["bn_stats/cpu/batch/float32/channels_last", "bn_act/cpu/batch/float16/contiguous"]
+DRY = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def check(*argv, environment=None, timeout=240):
+    """The command's answer; `environment` is added to this process's."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", *map(str, argv)]
+    env = {**os.environ, **DRY, **(environment or {})}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def lines(out, part):
+    found = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+    return [line for line in found if line["part"] == part]
+
+
+def statuses(out, part):
+    return {line["case"]: line["status"] for line in lines(out, part) if "status" in line}
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path):
+    answer = check("smoke", "--out", tmp_path / "out")
+    assert answer.returncode == 2
+    assert (
+        answer.stderr
+        == "gpu-check: this machine has no GPU that PyTorch sees; --dry-run tries the machinery on a CPU\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["everything", "--out", "x"], "argument PART: invalid choice: 'everything'"),
+        (["smoke", "--out", ""], "argument --out: give a folder"),
+        (["smoke", "--out", "x", "--from", "/nonexistent"], "argument --from: /nonexistent is not a file"),
+    ],
+    ids=["part", "out", "from"],
+)
+def test_wrong_arguments_are_named(argv, words):
+    answer = check(*argv)
+    assert answer.returncode == 2
+    assert words in answer.stderr
+
+
+def test_smoke_writes_a_line_a_case_and_goes_on_where_it_stopped(tmp_path):
+    first = check("smoke", "--dry-run", "--out", tmp_path / "a", "--only", CASES[0])
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert statuses(tmp_path / "a", "smoke") == {CASES[0]: "passed"}
+    second = check(
+        *("smoke", "--dry-run", "--out", tmp_path / "b", "--from", tmp_path / "a" / "results.jsonl"),
+        *("--only", " ".join(CASES)),
+    )
+    assert second.returncode == 0
+    assert second.stdout == "== smoke: 2 passed\n"
+    starts = [line["case"] for line in lines(tmp_path / "b", "smoke") if line.get("event") == "start"]
+    assert starts == CASES  # the first one from the file, the second one run now
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {
+        "results.jsonl",
+        "environment.json",
+        "summary.txt",
+        "log.txt",
+    }
+    environment = json.loads((tmp_path / "b" / "environment.json").read_text())
+    assert environment["environment"]["torch"] == torch.__version__
+
+
+def test_the_triton_backend_is_reached_in_a_dry_run(tmp_path):
+    case = "bn_act/triton/batch/float32/channels_last"
+    answer = check("sanitize", "--dry-run", "--out", tmp_path, "--only", case)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert statuses(tmp_path, "sanitize") == {f"memcheck/{case}": "passed", f"racecheck/{case}": "passed"}
+
+
+def test_tune_writes_a_table(tmp_path):
+    case = "bn_act/n1-c64-14x14/float32"
+    answer = check("tune", "--dry-run", "--out", tmp_path, "--only", case)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    table = json.loads((tmp_path / "tune.json").read_text())
+    assert table["schema"] == 1
+    timing = table["timings"][case]
+    assert set(timing["us"]) == {"cpu", "reference"} and min(timing["us"].values()) > 0
+    assert max(timing["error"].values()) < 1e-4
+
+
+SUITE = """
+import os, time
+
+def test_passes(): pass
+def test_fails(): assert 1 == 2
+def test_hangs(): time.sleep(600)
+def test_dies(): os._exit(9)
+def test_spoils(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_comes_last(): pass
+"""
+
+
+def test_a_case_that_hangs_dies_or_spoils_the_context_costs_that_case_only(tmp_path):
+    suite = tmp_path / "test_suite.py"
+    suite.write_text(SUITE)
+    out = tmp_path / "out"
+    answer = check("test", "--dry-run", "--out", out, "--case-limit", "5", "--only", f"{suite} -c {os.devnull}")
+    assert answer.returncode == 1
+    found = {case.split("::")[-1]: status for case, status in statuses(out, "test").items()}
+    assert found == {
+        "test_passes": "passed",
+        "test_fails": "failed",
+        "test_hangs": "timeout",
+        "test_dies": "crashed",
+        "test_spoils": "failed",
+        "test_comes_last": "passed",
+    }
+    stops = [line["reason"] for line in lines(out, "test") if line.get("event") == "stopped"]
+    assert stops == ["the CUDA context is spoilt"]
+    assert "assert 1 == 2" in (out / "summary.txt").read_text()
+    # Called again, nothing is left to do.
+    again = check("test", "--dry-run", "--out", out, "--only", f"{suite} -c {os.devnull}")
+    assert again.returncode == 1
+    assert statuses(out, "test").keys() == {line["case"] for line in lines(out, "test") if line.get("event") == "start"}
+
+
+def test_a_broken_test_file_is_told(tmp_path):
+    suite = tmp_path / "test_suite.py"
+    suite.write_text("import nothing_of_that_name\n")
+    answer = check("test", "--dry-run", "--out", tmp_path / "out", "--only", f"{suite} -c {os.devnull}")
+    assert answer.returncode == 1
+    assert "nothing_of_that_name" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_the_part_ends_at_its_deadline_and_is_resumed(tmp_path):
+    suite = tmp_path / "test_suite.py"
+    suite.write_text("import time, pytest\n@pytest.mark.parametrize('i', range(90))\ndef test(i): time.sleep(1)\n")
+    start = time.time()
+    check("test", "--dry-run", "--out", tmp_path / "out", "--minutes", "0.2", "--only", f"{suite} -c {os.devnull}")
+    assert time.time() - start < 90  # twelve seconds, and the processes before and after
+    done = statuses(tmp_path / "out", "test")
+    assert 0 < len(done) < 90
+    assert set(done.values()) == {"passed"}  # what was cut off has no status, and runs next time
+
+
+def test_bench_logs_what_was_measured(tmp_path):
+    only = "-k 'basic-projection and eval and (eager or fused_channels_last)'"
+    answer = check("bench", "--dry-run", "--out", tmp_path, "--only", only)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    measured = [line["measured"] for line in lines(tmp_path, "bench") if "measured" in line]
+    assert [m["variant"] for m in measured] == ["eager", "fused_channels_last"]
+    assert measured[1]["parity"]["ok"]
+    assert all(0 < m["p20_ms"] <= m["p50_ms"] <= m["p80_ms"] for m in measured)
+    assert "fused_channels_last" in answer.stdout
+
+
+def test_make_passes_part_and_folder(tmp_path):
+    command = ["make", "--no-print-directory", "gpu-check", f"PYTHON={sys.executable}", "PART=smoke"]
+    answer = subprocess.run(
+        [*command, f"OUT={tmp_path}"], cwd=ROOT, env={**os.environ, **DRY}, capture_output=True, text=True
+    )
+    assert answer.returncode == 2
+    assert "no GPU that PyTorch sees" in answer.stderr
+    arguments = ["ARGS=--dry-run --only bn_stats/cpu/batch/float32/channels_last", f"OUT={tmp_path}"]
+    answer = subprocess.run([*command, *arguments], cwd=ROOT, env={**os.environ, **DRY}, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "== smoke: 1 passed" in answer.stdout
