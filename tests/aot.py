@@ -110,6 +110,10 @@ def instances() -> dict[str, tuple]:
         "bwd_3x3_256_b32_fp16": (convolution, 32, 256, 14, 256, 3, 1, 1, "fp16", True, True),
         "bn_256_b32_fp16": (batch_norm, 32, 256, 56, "fp16"),
         "bn_3_b5_tf32": (batch_norm, 5, 3, 9, "tf32"),
+        # Every extent and stride is 1, which Triton turns into a constant.
+        "ones_fp16": (convolution, 1, 1, 1, 1, 1, 1, 1, "fp16"),
+        "ones_bwd_fp16": (convolution, 1, 1, 1, 1, 1, 1, 1, "fp16", True, True),
+        "ones_bn_fp16": (batch_norm, 1, 1, 1, "fp16"),
     }
 
 

@@ -114,5 +114,8 @@ def row_tile(m: int, c: int, elements: int = 2048, programs: int = 1024) -> RowT
 
 
 def finish_tile(splits: int, c: int) -> tuple[int, int]:
-    """(rows, channels) of a block of the kernels that add up partials [splits, C]: few channels, many programs."""
-    return min(64, power_of_2(splits)), min(16, power_of_2(c))
+    """(rows, channels) of a block of the kernels that add up partials [splits, C].
+
+    These wait for memory and do little else: 8 channels, a 32-byte sector, make many programs of few steps.
+    """
+    return min(256, power_of_2(splits)), min(8, power_of_2(c))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import rand
 
 from fused_resnet.backends import triton as backend
 from fused_resnet.kernels import tiles
+
+from .common import rand
 
 
 def conv_args(x, weight, stride=1, padding=1):

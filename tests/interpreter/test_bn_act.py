@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 
-import common
 import pytest
 import torch
-from common import CL, assert_close, bn_params, lay, rand
 
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.layout import output_format
 from fused_resnet.kernels import tiles
+
+from . import common
+from .common import CL, assert_close, bn_params, lay, rand
 
 EPS = 1e-3
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

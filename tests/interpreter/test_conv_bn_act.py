@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import common
 import pytest
 import torch
-from common import CL, assert_close, bn_params, lay, rand
 
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.layout import output_format
 from fused_resnet.kernels import tiles
+
+from . import common
+from .common import CL, assert_close, bn_params, lay, rand
 
 EPS = 1e-3
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 
-import common
 import pytest
 import torch
-from common import CL, assert_close, bn_params, lay, rand
-from test_conv_bn_act import CASES, DTYPES, EPS, inputs
 
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.layout import output_format
+
+from . import common
+from .common import CL, assert_close, bn_params, lay, rand
+from .test_conv_bn_act import CASES, DTYPES, EPS, inputs
 
 NAMES = ("dx", "dweight", "dbn_weight", "dbn_bias", "dresidual")
 # Gradients that aten computes from 16-bit g and folded weights, and rounds to 16 bit, carry two or three roundings.
