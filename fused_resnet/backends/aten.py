@@ -12,12 +12,22 @@ from .reference import accumulator, inverse_and_scale
 _aten = torch.ops.aten
 
 
-def conv_bn_act(
-    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
-):
-    folded, bias = fold(weight, bn_weight, bn_bias, running_mean, running_var, eps)
+def conv_bn_act(*args):
+    """BN folded into the weight at the call: one pass over the activations, one over the weight."""
+    x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu = args
+    folded, bias = fold(weight, *bn, eps)
     y = torch.conv2d(x, folded, bias, stride, padding, dilation, groups)
     return _add_relu_(y.contiguous(memory_format=output_format(x, weight)), residual, relu)
+
+
+def conv_then_bn_act(*args):
+    """The convolution, then BN in a pass of its own, as PyTorch runs them."""
+    x, weight, bn_weight, bn_bias, mean, var, eps, residual, stride, padding, dilation, groups, relu = args
+    y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    y = y.contiguous(memory_format=output_format(x, weight))
+    if mean is None:
+        return _add_relu_(y, residual, relu)
+    return bn_act(y, mean, var, bn_weight, bn_bias, eps, residual, relu, False)
 
 
 def _add_relu_(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

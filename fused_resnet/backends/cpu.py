@@ -138,9 +138,9 @@ def _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups) -> 
 def conv_bn_act(*args):
     x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu = args
     format = output_format(x, weight)
-    # On contiguous tensors oneDNN's blocked layouts, which PyTorch's own convolution uses, beat two conversions.
     if format is torch.contiguous_format or not torch.backends.mkldnn.enabled or onednn_lacks(x.dtype):
-        return aten.conv_bn_act(*args)
+        # The fused calls return channels_last. Two conversions, or folding at every call, cost more than BN's own pass.
+        return aten.conv_then_bn_act(*args)
     x = x.contiguous(memory_format=format)
     if residual is not None:
         residual = residual.contiguous(memory_format=format)
