@@ -211,6 +211,30 @@ def test_conv_bn_act_takes_any_strides(backend, device, shape, how, dtype):
         torch.testing.assert_close(v / scale, e.to(v.dtype) / scale, **close)
 
 
+@pytest.mark.parametrize("x", LAYOUTS)
+@pytest.mark.parametrize("weight", LAYOUTS)
+@pytest.mark.parametrize("residual", LAYOUTS)
+def test_x_and_weight_decide_the_layout(backend, device, residual, weight, x):
+    """channels_last if one of the two is; the shortcut and the gradient that comes in follow."""
+    case = conv_case(SHAPES["3x3"], torch.float32, device=device, requires_grad=True)
+    if refused(backend, "conv_bn_act", *case.args):
+        pytest.skip(f"{backend} declines")
+    formats = {0: LAYOUTS[x], 1: LAYOUTS[weight], 7: LAYOUTS[residual]}
+    args = tuple(
+        a.detach().contiguous(memory_format=formats[i]).requires_grad_() if i in formats else a
+        for i, a in enumerate(case.args)
+    )
+    with fused_resnet.backend(backend):
+        y = conv_bn_act(*args)
+        dx, dweight, dresidual = torch.autograd.grad(y, [args[0], args[1], args[7]], case.grad)
+    expected = torch.channels_last if "channels_last" in (x, weight) else torch.contiguous_format
+    for t in (y, dx, dresidual):
+        assert t.is_contiguous(memory_format=expected)
+    assert dweight.stride() == args[1].stride()
+    torch.testing.assert_close(y, unfused_conv(*case.args))
+    assert_as_fake(conv_bn_act, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args), y)
+
+
 @dtypes
 @pytest.mark.parametrize("how", ["sliced", "permuted", "offset", "contiguous", "channels_last"])
 @pytest.mark.parametrize("batch_stats", [True, False], ids=["batch", "frozen"])
