@@ -1,4 +1,4 @@
-"""FusedBasicBlock and FusedBottleneck: torchvision's residual blocks with every conv-BN-ReLU and the shortcut add fused.
+"""FusedBasicBlock and FusedBottleneck: torchvision's residual blocks, every conv-BN-ReLU and the shortcut add fused.
 
 They are subclasses that replace `forward` alone: constructor, parameters and state_dict are torchvision's. Each BN
 decides for itself whether it is frozen (running statistics, folded into the convolution) or uses the batch's. What the
@@ -23,21 +23,21 @@ class FusedBasicBlock(BasicBlock):
     """torchvision's BasicBlock (two 3x3 convolutions; He et al., arXiv 1512.03385, figure 5 left), fused.
 
     The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
-    dilation=1, norm_layer=None. forward: x [N, inplanes, H, W] -> [N, planes, H/stride, W/stride], any floating dtype.
+    dilation=1, norm_layer=None. forward: x [N, inplanes, H, W] -> [N, planes, H/stride, W/stride], any float dtype.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if unfusable(self) is not None:
             return super().forward(x)
         out = _conv_bn(x, self.conv1, self.bn1)
-        return _conv_bn(out, self.conv2, self.bn2, _shortcut(x, self.downsample))
+        return _conv_bn(out, self.conv2, self.bn2, _shortcut(x, self.downsample, out))
 
 
 class FusedBottleneck(Bottleneck):
     """torchvision's Bottleneck (1x1, 3x3 with the stride, 1x1; ResNet V1.5), fused.
 
     The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
-    dilation=1, norm_layer=None. forward: x [N, inplanes, H, W] -> [N, 4 * planes, H/stride, W/stride], any floating dtype.
+    dilation=1, norm_layer=None. forward: x [N, inplanes, H, W] -> [N, 4 * planes, H/stride, W/stride], any float dtype.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class FusedBottleneck(Bottleneck):
             return super().forward(x)
         out = _conv_bn(x, self.conv1, self.bn1)
         out = _conv_bn(out, self.conv2, self.bn2)
-        return _conv_bn(out, self.conv3, self.bn3, _shortcut(x, self.downsample))
+        return _conv_bn(out, self.conv3, self.bn3, _shortcut(x, self.downsample, out))
 
 
 def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -72,11 +72,13 @@ def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None 
     )
 
 
-def _shortcut(x: Tensor, downsample: nn.Module | None) -> Tensor:
+def _shortcut(x: Tensor, downsample: nn.Module | None, out: Tensor) -> Tensor:
+    """What is added to the last convolution's result, whose maps are as large as those of `out`."""
     if downsample is None:
         return x
     if projection_unfusable(downsample) is not None:
-        return downsample(x)
+        # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
+        return downsample(x).expand(out.shape[0], -1, *out.shape[2:])
     return _conv_bn(x, downsample[0], downsample[1], relu=False)
 
 
@@ -91,7 +93,7 @@ def _needs_collective(bn: nn.Module) -> bool:
     )
 
 
-# --- what may be fused: asked at every forward, since hooks and parametrizations come and go; convert.py tells the reasons
+# --- what may be fused: asked at every forward, since hooks come and go; convert.py tells the reasons -----------------
 
 
 def unfusable(block: nn.Module) -> str | None:
@@ -107,27 +109,26 @@ def unfusable(block: nn.Module) -> str | None:
     relu = modules["relu"]
     if type(relu) is not nn.ReLU:
         return f"relu: {type(relu).__name__} is not ReLU"
-    return f"relu: {_HOOKED}" if _has_hooks(relu) else None
+    reason = _tampered(relu)
+    return reason and f"relu: {reason}"
 
 
 def projection_unfusable(downsample: nn.Module) -> str | None:
     """Why a downsample is called as the module it is, or None if it is a 1x1 convolution and a BN to be fused."""
     if type(downsample) is not nn.Sequential or len(downsample) != 2:
         return f"{type(downsample).__name__} is not Sequential(Conv2d, BatchNorm2d)"
-    if _has_hooks(downsample):
-        return _HOOKED
     conv, bn = downsample[0], downsample[1]
-    reason = _unfusable_conv(conv)
+    reason = _tampered(downsample) or _unfusable_conv(conv)
     if reason is None and conv.kernel_size != (1, 1):
         reason = f"kernel_size is {conv.kernel_size}, not (1, 1)"
     return reason or _unfusable_norm(bn)
 
 
-_HOOKED = "has hooks"
-
-
-def _has_hooks(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+def _tampered(m: nn.Module) -> str | None:
+    """Why this module must be called, rather than its parameters read."""
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+        return "has hooks"
+    return "forward is overridden on the instance" if "forward" in m.__dict__ else None
 
 
 def _unfusable_conv(conv: nn.Module) -> str | None:
@@ -139,10 +140,10 @@ def _unfusable_conv(conv: nn.Module) -> str | None:
         return f"padding_mode is {conv.padding_mode!r}, not 'zeros'"
     if isinstance(conv.padding, str):
         return f"padding is {conv.padding!r}, not two integers"
-    return _HOOKED if _has_hooks(conv) else None
+    return _tampered(conv)
 
 
 def _unfusable_norm(bn: nn.Module) -> str | None:
     if type(bn) not in NORMS:
         return f"{type(bn).__name__} is none of {', '.join(t.__name__ for t in NORMS)}"
-    return _HOOKED if _has_hooks(bn) else None
+    return _tampered(bn)

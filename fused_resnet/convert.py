@@ -14,7 +14,8 @@ from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, projection_unfusabl
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 ORIGINAL = {fused: original for original, fused in FUSED.items()}
-_RELAID = "_contiguous_before_swap"
+_FORMER = "_memory_format_before_swap"
+_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -61,43 +62,53 @@ class SwapReport:
 def swap_blocks(model: nn.Module, *, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
     """Turn every torchvision BasicBlock and Bottleneck inside `model` into its fused twin, in place.
 
-    model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Parameters, buffers, hooks of
-    the blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A block that cannot be
-    fused without changing what it computes is left alone; `swap_report(model)` tells which and why.
+    model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Parameters, buffers, hooks
+    of the blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A block that cannot
+    be fused without changing what it computes is left alone; `swap_report(model)` tells which and why.
 
-    memory_format: layout given to the convolution weights of the swapped blocks. The default, channels_last, makes the
-    activations behind them channels_last too: the layout in which the fused kernels read and write. Values and shapes do
-    not change, but `.view()` on such an activation may need `.reshape()`; torch.preserve_format leaves every layout alone.
+    memory_format: layout given to the weights of all the model's convolutions if a block is swapped (as
+    `model.to(memory_format=...)` would; the stem's decides what the first block reads). The default, channels_last, is
+    the layout in which the fused kernels read and write, and the activations follow it. Values and shapes stay,
+    but `.view()` on such an activation may need `.reshape()`; torch.preserve_format leaves every layout alone.
 
-    Returns the same model. Raises TypeError if model is not a module.
+    Returns the same model. Raises TypeError if model is not a module, ValueError for another memory_format.
     """
-    if memory_format not in (torch.channels_last, torch.contiguous_format, torch.preserve_format):
+    if memory_format not in (*_FORMATS, torch.preserve_format):
         raise ValueError(
             "memory_format: expected torch.channels_last, torch.contiguous_format or torch.preserve_format, "
             f"got {memory_format}"
         )
     shared = _shared_convolutions(_module(model))
+    swapped = False
     for _, block in _blocks(model):
         if type(block) in FUSED and _why_left(block, shared) is None:
             block.__class__ = FUSED[type(block)]
-            if memory_format is not torch.preserve_format:
-                _lay_out(block, memory_format)
+            swapped = True
+    if swapped and memory_format is not torch.preserve_format:
+        for conv in (m for m in model.modules() if type(m) is nn.Conv2d):
+            former = _lay_out(conv, memory_format)
+            if former is not None:
+                conv.__dict__.setdefault(_FORMER, str(former))  # torch.save cannot write a memory format
     return model
 
 
 def restore_blocks(model: nn.Module) -> nn.Module:
-    """Undo `swap_blocks`: every fused block inside `model` is torchvision's again, in place. Returns the same model."""
+    """Undo `swap_blocks` in place: fused blocks inside `model` are torchvision's again, weights laid out as before.
+
+    Returns the same model. Raises TypeError if model is not a module.
+    """
     for _, block in _blocks(_module(model)):
         if type(block) in ORIGINAL:
             block.__class__ = ORIGINAL[type(block)]
-            if block.__dict__.pop(_RELAID, False):
-                _lay_out(block, torch.contiguous_format)
-                block.__dict__.pop(_RELAID, None)
+    for m in model.modules():
+        former = m.__dict__.pop(_FORMER, None)
+        if former is not None:
+            _lay_out(m, next(f for f in _FORMATS if str(f) == former))
     return model
 
 
 def swap_report(model: nn.Module) -> SwapReport:
-    """Every residual block inside `model`: fused, fusable, or left and why. Asks the model as it is now; `str()` prints."""
+    """Every residual block inside `model`, as it is now: fused, fusable, or left and why. `str()` of it is a table."""
     shared = _shared_convolutions(_module(model))
     return SwapReport(tuple(_report(name, block, shared) for name, block in _blocks(model)))
 
@@ -143,8 +154,8 @@ def _why_left(block: nn.Module, shared: set[int]) -> str | None:
 def _convolutions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     parts = next(parts for original, parts in PARTS.items() if isinstance(block, original))
     yield from ((name, getattr(block, name)) for name in parts if name.startswith("conv"))
-    if isinstance(block.downsample, nn.Sequential) and len(block.downsample):
-        yield "downsample.0", block.downsample[0]
+    if isinstance(block.downsample, nn.Sequential):
+        yield from ((f"downsample.{n}", m) for n, m in block.downsample.named_children() if isinstance(m, nn.Conv2d))
 
 
 def _shared_convolutions(model: nn.Module) -> set[int]:
@@ -153,14 +164,13 @@ def _shared_convolutions(model: nn.Module) -> set[int]:
     return {conv for conv, count in uses.items() if count > 1}
 
 
-def _lay_out(block: nn.Module, memory_format: torch.memory_format) -> None:
-    for _, conv in _convolutions(block):
-        weight = getattr(conv, "weight", None)
-        if (
-            isinstance(weight, nn.Parameter)
-            and weight.dim() == 4
-            and not weight.is_contiguous(memory_format=memory_format)
-        ):
-            if weight.is_contiguous():
-                block.__dict__[_RELAID] = True
+def _lay_out(conv: nn.Conv2d, memory_format: torch.memory_format) -> torch.memory_format | None:
+    """Give the weight this layout, the Parameter staying the object it is. Returns the layout it had, if another."""
+    weight = conv._parameters.get("weight")  # absent in a conv that is pruned: there it is computed by a hook
+    if weight is None or weight.is_contiguous(memory_format=memory_format):
+        return None
+    for former in _FORMATS:
+        if weight.is_contiguous(memory_format=former):
             weight.data = weight.data.contiguous(memory_format=memory_format)
+            return former
+    return None
