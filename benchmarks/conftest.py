@@ -61,15 +61,6 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{m['p50_ms']:10.3f} ms  {m['ratio']:5.2f} ({m['noise']:.0%})  {name}")
 
 
-@pytest.fixture(autouse=True)
-def fastest_library():
-    """cuDNN's benchmark mode: the untouched module deserves its best."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    yield
-    torch.backends.cudnn.benchmark = before
-
-
 @pytest.fixture(scope="session")
 def verdicts():
     """Parity by (module, mode, dtype): checked once in a run, for all its variants and batch sizes."""
@@ -96,8 +87,9 @@ def compare(request, benchmark, verdicts):
             info["parity"] = verdicts[key, mode, dtype]
             assert info["parity"]["ok"], info["parity"]["violations"]
         x = measure.random_input(shape, 0, device, dtype)
-        variants = measure.Variants(module, x, dict.fromkeys(("eager", variant)), train=train)
-        timed = variants.measure(option("--seconds"))
+        with measure.fastest_library():
+            variants = measure.Variants(module, x, dict.fromkeys(("eager", variant)), train=train)
+            timed = variants.measure(option("--seconds"))
         mine = timed["variants"][variant]
         info |= {**mine, "noise": timed["noise"], "images_per_s": 1e3 * shape[0] / mine["p50_ms"]}
         benchmark.extra_info.update(info)

@@ -7,7 +7,6 @@ be had.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import socket
@@ -270,48 +269,30 @@ def run_bench(
 ) -> dict:
     """What `bench` measures, as JSON-able data: one entry in 'cases' a batch size."""
     untouched = measure.build_model(model).to(device=device, dtype=dtype)
-    fused = swap_blocks(copy.deepcopy(untouched))
+    # float64 is slow: parity is checked on two images, which in training is also the least that makes a batch.
+    inputs = [measure.random_input((2, 3, size, size), seed, device, dtype) for seed in range(seeds)]
+    parity = measure.parity(untouched, swap_blocks(copy.deepcopy(untouched)), inputs, train=train, progress=progress)
     cases = []
-    with _fastest_library(device):
-        for batch in batches:
-            shape = (batch, 3, size, size)
-            # float64 is slow: parity is checked on two images, which in training is also the least that makes a batch.
-            inputs = [measure.random_input((2, 3, size, size), seed, device, dtype) for seed in range(seeds)]
-
-            def tell(what, said=f"{model}, batch {batch}: "):
-                progress(said + what)
-
-            if not cases:
-                parity = measure.parity(untouched, fused, inputs, train=train, progress=tell)
-            variants = [v for v in measure.VARIANTS if compiled or v != "compile"]
-            x = measure.random_input(shape, 0, device, dtype)
-            timed = measure.Variants(untouched, x, variants, train=train, progress=tell).measure(seconds, tell)
-            for t in timed["variants"].values():
-                t["images_per_s"] = 1e3 * batch / t["p50_ms"]
-            cases.append(
-                {
-                    "model": model,
-                    "mode": "train" if train else "eval",
-                    "batch": batch,
-                    "size": size,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "device": device.type,
-                    "parity": parity,
-                    **timed,
-                }
-            )
+    for batch in batches:
+        variants = [v for v in measure.VARIANTS if compiled or v != "compile"]
+        x = measure.random_input((batch, 3, size, size), 0, device, dtype)
+        with measure.fastest_library():
+            timed = measure.Variants(untouched, x, variants, train=train, progress=progress).measure(seconds, progress)
+        for t in timed["variants"].values():
+            t["images_per_s"] = 1e3 * batch / t["p50_ms"]
+        cases.append(
+            {
+                "model": model,
+                "mode": "train" if train else "eval",
+                "batch": batch,
+                "size": size,
+                "dtype": str(dtype).removeprefix("torch."),
+                "device": device.type,
+                "parity": parity,
+                **timed,
+            }
+        )
     return {"schema": 1, "environment": doctor.environment(), "cases": cases}
-
-
-@contextlib.contextmanager
-def _fastest_library(device: torch.device):
-    """cuDNN's benchmark mode: the untouched model deserves its best."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def show_case(case: dict, console: Console) -> None:

@@ -115,7 +115,19 @@ def test_a_readme_without_markers_is_refused(written):
 
 def test_recording_writes_what_the_table_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(record.PLANS, "cpu", ((False, (1,), ("float32",)),))
-    options = ["--device", "cpu", "--models", "resnet18", "--size", "40", "--seconds", "0", "--seeds", "1"]
+    options = [
+        "--device",
+        "cpu",
+        "--models",
+        "resnet18",
+        "--size",
+        "40",
+        "--seconds",
+        "0",
+        "--seeds",
+        "1",
+        "--no-compile",
+    ]
     assert record.main([*options, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "cpu.json").read_text())
     assert result["load_before"] >= 0 and result["environment"]["threads"] >= 1
