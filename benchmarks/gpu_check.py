@@ -106,7 +106,7 @@ class Part:
             process, started = self.start(command, environment), time.time()
             why = None
             while process.poll() is None:
-                time.sleep(0.1)
+                time.sleep(0.2)
                 running, since = self.running(lines_before, started)
                 limit = self.case_limit if running else START_LIMIT_S
                 # What is cut off by the end of the part gets no status: it runs when the part is resumed.

@@ -14,7 +14,7 @@ COLUMNS = {
     "channels_last": "channels_last",
     "compile": "torch.compile",
     "fused": "fused_resnet",
-    "fused_channels_last": "fused_resnet, channels_last input",
+    "fused_channels_last": "fused_resnet, NHWC input",
 }
 
 

@@ -32,7 +32,7 @@ TITLES = {
     "channels_last": "torchvision, channels_last",
     "compile": "torch.compile, channels_last",
     "fused": "fused_resnet",
-    "fused_channels_last": "fused_resnet, channels_last input",
+    "fused_channels_last": "fused_resnet, NHWC input",
 }
 
 

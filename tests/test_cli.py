@@ -1,10 +1,12 @@
 """The command line: each subcommand, its errors, its exit status and the schema of its JSON."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +265,17 @@ def test_doctor_tells_of_a_forced_backend_that_cannot_run():
         assert report["bn_stats"] == {"backend": None, "declined": [f"cudnn: {doctor.unavailable()['cudnn']}"]}
     else:
         assert report["bn_stats"]["declined"] == ["cudnn: needs CUDA tensors, got cpu"]
+
+
+def test_the_example_trains_alike():
+    script = str(Path(__file__).resolve().parent.parent / "examples" / "swap_and_train.py")
+    command = [sys.executable, script, "--steps", "2", "--device", "cpu"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    losses = [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in answer.stdout.splitlines()]
+    assert len(losses) == 2
+    for untouched, fused in losses:
+        assert fused == pytest.approx(untouched, rel=1e-3)
 
 
 def test_the_module_runs_as_a_program():
