@@ -37,6 +37,8 @@ SHAPES = {
     "depthwise": Shape(c=6, k=6, groups=6, stride=(2, 2)),
     "uneven": Shape(kernel=(3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1)),
     "1x1-map": Shape(c=4, k=4, size=(1, 1)),
+    "grey": Shape(c=1, k=4),
+    "one-output": Shape(c=4, k=1, kernel=(1, 1), padding=(0, 0)),
 }
 
 

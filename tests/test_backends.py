@@ -72,9 +72,13 @@ def check_parity(ours, unfused, make) -> None:
     parity.check(parity.worst(measured), parity.worst(yardstick), dtype)
 
 
+# The gradient of one channel's weight is a single number, which may be near zero by chance: no norm to be relative to.
+SEVERAL = {name: shape for name, shape in SHAPES.items() if shape.k > 1}
+
+
 @layouts
 @dtypes
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", SEVERAL.values(), ids=SEVERAL)
 def test_conv_bn_act_parity(backend, device, shape, dtype, layout):
     def make(seed):
         return conv_case(shape, dtype, layout, device=device, requires_grad=True, seed=seed)
@@ -185,7 +189,7 @@ def assert_as_fake(op, args, result) -> None:
 
 @dtypes
 @pytest.mark.parametrize("how", ["sliced", "permuted", "offset", "contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", ["3x3", "1x1-stride2", "32x4d", "depthwise", "1x1-map"])
+@pytest.mark.parametrize("shape", ["3x3", "1x1-stride2", "32x4d", "depthwise", "1x1-map", "grey", "one-output"])
 def test_conv_bn_act_takes_any_strides(backend, device, shape, how, dtype):
     case = conv_case(SHAPES[shape], dtype, device=device)
     if refused(backend, "conv_bn_act", *case.args):
@@ -434,7 +438,7 @@ def test_environment_forces_a_backend(name, expected):
     script += "; print(f.backends.forced())"
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "FUSED_RESNET_BACKEND": name, "PYTHONPATH": os.path.dirname(fused_resnet.__path__[0])},
+        env={**os.environ, "FUSED_RESNET_BACKEND": name, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )

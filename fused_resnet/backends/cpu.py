@@ -65,7 +65,9 @@ def _pack(weight, stride, padding, dilation, groups, input_shape):
 def _pointwise(x, packed, bias, residual, stride, padding, dilation, groups):
     """Convolution and add. oneDNN could apply the ReLU as well, but its ReLU turns NaN into 0."""
     conv = (padding, stride, dilation, groups)
-    if residual is None or groups > 1:  # with groups PyTorch fuses no add, and lacks what it falls back on in 16 bits
+    # With groups PyTorch fuses no add, and lacks what it falls back on in 16 bits; torch 2.11 fails on 1x1 maps and on
+    # single channels, which are contiguous as well.
+    if residual is None or groups > 1 or residual.is_contiguous():
         y = _mkldnn._convolution_pointwise.default(x, packed, bias, *conv, "none", [], "")
         return y if residual is None else y.add_(residual)
     return _mkldnn._convolution_pointwise.binary(x, residual, packed, bias, *conv, "add", 1.0, None, [], "")
