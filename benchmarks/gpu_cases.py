@@ -176,7 +176,7 @@ def refusals() -> list[str]:
 
 
 def _model_parity(model: str, mode: str, dtype: str, device: torch.device) -> dict:
-    untouched = measure.build_model(model).to(device=device, dtype=DTYPES[dtype])
+    untouched = measure.build_model(model, firm=mode == "train").to(device=device, dtype=DTYPES[dtype])
     size = 224 if device.type == "cuda" else 40
     inputs = [measure.random_input((2, 3, size, size), seed, device, DTYPES[dtype]) for seed in range(3)]
     fused = fused_resnet.swap_blocks(copy.deepcopy(untouched))

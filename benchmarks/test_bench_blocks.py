@@ -18,7 +18,7 @@ BLOCKS = {
 }
 
 
-def build(block: str) -> nn.Module:
+def build(block: str, firm: bool) -> nn.Module:
     """The block with calibrated BNs, always the same numbers."""
     kind, channels, planes, stride, _ = BLOCKS[block]
     with torch.random.fork_rng(devices=[]):
@@ -29,11 +29,11 @@ def build(block: str) -> nn.Module:
                 conv1x1(channels, planes * kind.expansion, stride), nn.BatchNorm2d(planes * kind.expansion)
             )
         module = kind(channels, planes, stride, projection)
-        return measure.calibrate(module, torch.randn(4, channels, 14, 14)).eval()
+        return measure.calibrate(module, torch.randn(4, channels, 14, 14), firm=firm).eval()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block(compare, request, block, dtype, mode, batch, variant):
     _, channels, _, _, fraction = BLOCKS[block]
     size = max(2, request.config.getoption("--size") // fraction)
-    compare(block, build(block), (batch, channels, size, size), variant, mode, dtype)
+    compare(block, build(block, mode == "train"), (batch, channels, size, size), variant, mode, dtype)

@@ -11,7 +11,7 @@ def models():
 
 
 def test_model(compare, models, request, name, dtype, mode, batch, variant):
-    if name not in models:
-        models[name] = measure.build_model(name)
+    if (name, mode) not in models:
+        models[name, mode] = measure.build_model(name, firm=mode == "train")
     size = request.config.getoption("--size")
-    compare(name, measure.copy.deepcopy(models[name]), (batch, 3, size, size), variant, mode, dtype)
+    compare(name, measure.copy.deepcopy(models[name, mode]), (batch, 3, size, size), variant, mode, dtype)

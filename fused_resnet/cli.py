@@ -268,7 +268,7 @@ def run_bench(
     model: str, *, batches, size, train, compiled, dtype, device, seconds, seeds=3, progress=lambda what: None
 ) -> dict:
     """What `bench` measures, as JSON-able data: one entry in 'cases' a batch size."""
-    untouched = measure.build_model(model).to(device=device, dtype=dtype)
+    untouched = measure.build_model(model, firm=train).to(device=device, dtype=dtype)
     # float64 is slow: parity is checked on two images, which in training is also the least that makes a batch.
     inputs = [measure.random_input((2, 3, size, size), seed, device, dtype) for seed in range(seeds)]
     parity = measure.parity(untouched, swap_blocks(copy.deepcopy(untouched)), inputs, train=train, progress=progress)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .convert import swap_blocks
 
@@ -38,24 +39,38 @@ Step = Callable[[], object]
 # --- models and inputs ------------------------------------------------------------------------------------------------
 
 
-def build_model(name: str, seed: int = 0) -> nn.Module:
-    """A torchvision model, randomly initialised from the seed, in eval mode. Its running statistics fit its
-    activations: with the initial ones, these grow from block to block, and no comparison means much."""
+def build_model(name: str, *, firm: bool = False, seed: int = 0) -> nn.Module:
+    """A torchvision model, randomly initialised from the seed, in eval mode; see `calibrate`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = torchvision.models.get_model(name, weights=None)
-        return calibrate(model, torch.randn(4, 3, 64, 64)).eval()
+        return calibrate(model, torch.randn(4, 3, 64, 64), firm=firm).eval()
 
 
 @torch.no_grad()
-def calibrate(module: nn.Module, x: Tensor) -> nn.Module:
-    """Set the running statistics to those of x; BN weights and biases move away from 1 and 0."""
+def calibrate(module: nn.Module, x: Tensor, *, firm: bool = False) -> nn.Module:
+    """Set the running statistics to those of x, and BN weights and biases away from 1 and 0.
+
+    The last BN of a block is small, as in a trained network: its branch is a correction, and rounding errors do not
+    grow from block to block. firm: biases so large that hardly any pre-activation lies near zero, where a rounding
+    error would flip a ReLU and with it whole gradients; what is left is the error of the kernels.
+    """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    blocks = [m for m in module.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    joining = [m.bn3 if isinstance(m, Bottleneck) else m.bn2 for m in blocks]
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.momentum = 0.9
         m.weight.uniform_(0.5, 1.2)
         m.bias.uniform_(-0.3, 0.3)
+    for m in joining:
+        m.weight.mul_(0.2)
+    if firm:
+        joining += [m.downsample[1] for m in blocks if m.downsample is not None]
+        for m in norms:
+            m.bias.uniform_(5, 6)
+            if m not in joining:  # inside a branch a quarter of the channels is off; where branches are joined, none
+                m.bias[::4] *= -1
     module.train()(x)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
@@ -70,13 +85,13 @@ def random_input(shape: tuple[int, ...], seed: int, device, dtype: torch.dtype) 
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-def error(v: Tensor, judge: Tensor) -> float:
-    """|v - judge| / |judge|; infinite where one is finite and the other is not."""
+def error(v: Tensor, judge: Tensor, least: float = 0.0) -> float:
+    """|v - judge| / max(|judge|, least); infinite where one is finite and the other is not."""
     v, judge = v.double(), judge.double()
     if v.shape != judge.shape or not torch.equal(v.isfinite(), judge.isfinite()):
         return float("inf")
     v, judge = v.nan_to_num(0, 0, 0), judge.nan_to_num(0, 0, 0)
-    distance, norm = (v - judge).norm().item(), judge.norm().item()
+    distance, norm = (v - judge).norm().item(), max(judge.norm().item(), least)
     return distance / norm if norm else (0.0 if distance == 0 else float("inf"))
 
 
@@ -141,8 +156,12 @@ def parity(
 
 
 def _keep_worst(worst: dict[str, float], seen: dict[str, Tensor], judge: dict[str, Tensor]) -> None:
+    # A gradient may vanish (of a bias whose channel is on everywhere, in front of a batch norm): there is nothing that
+    # its rounding errors could be relative to but the other gradients.
+    largest = max((g.double().norm().item() for name, g in judge.items() if name.startswith("gradient")), default=0.0)
     for name in judge.keys() | seen.keys():
-        e = error(seen[name], judge[name]) if name in seen and name in judge else float("inf")
+        least = 1e-3 * largest if name.startswith("gradient") else 0.0
+        e = error(seen[name], judge[name], least) if name in seen and name in judge else float("inf")
         worst[name] = max(e, worst.get(name, 0.0))
 
 

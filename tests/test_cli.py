@@ -195,12 +195,10 @@ def test_bench_fails_when_a_gradient_is_wrong_by_one_percent(capsys, monkeypatch
         return model
 
     monkeypatch.setattr(cli, "swap_blocks", spoiled)
-    # One seed, in which no ReLU of torchvision's own variants flips: a flip moves whole gradients by a percent.
-    argv = ["bench", "resnet18", "--batch", "2", "--size", "40", "--seconds", "0", "--train", "--seeds", "1"]
-    status, out, _ = run(capsys, *argv)
+    status, out, _ = run(capsys, "bench", "resnet18", "--batch", "2", "--size", "40", "--seconds", "0", "--train")
     assert status == cli.DISAGREES
     assert out.count("parity fails") == 1
-    assert "parity fails: gradient of layer2.0.conv1.weight: off by 1.0e-02" in out
+    assert "parity fails: gradient of layer2.0.conv1.weight: off by" in out
 
 
 @pytest.mark.parametrize(
