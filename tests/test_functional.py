@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cases import LAYOUTS, bn_case, same_strides
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -364,17 +365,22 @@ def test_a_compiler_sees_the_op(inference):
     assert any(OP in str(node.target) for node in graphs[0].graph.nodes)
 
 
-def test_a_subclass_sees_the_op(inference):
+def test_a_subclass_sees_the_op(inference, monkeypatch):
     call, x, expected = inference
+    names, dispatch = [], TwoTensor.__torch_dispatch__.__func__
+    spy = classmethod(lambda cls, func, *rest: names.append(str(func)) or dispatch(cls, func, *rest))
+    monkeypatch.setattr(TwoTensor, "__torch_dispatch__", spy)
     y = call(TwoTensor(x, 2 * x))
+    assert any(OP in name for name in names)
     torch.testing.assert_close(y.a, expected)
     torch.testing.assert_close(y.b, call(2 * x))
 
 
-def test_autocast_is_heard_in_inference(inference):
+@layouts
+def test_autocast_is_heard_in_inference(layout, inference):
     call, x, expected = inference
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = call(x)
+        y = call(x.contiguous(memory_format=LAYOUTS[layout]))
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y.float(), expected, rtol=0, atol=2**-6 * expected.abs().max().item())
 
@@ -385,6 +391,8 @@ def test_transforms_raise_in_inference_as_well(inference):
         torch.vmap(call)(x[None])
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(call, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        call(forward_ad.make_dual(x, x))
 
 
 def test_inference_leaves_no_inference_tensor_behind(inference):
