@@ -125,7 +125,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
     type_name = type(block).__name__
-    if type(block) in ORIGINAL:
+    if isinstance(block, tuple(ORIGINAL)):  # FSDP makes subclasses of fused blocks
         reason = unfusable(block)
         note = _downsample_note(block)
         return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)

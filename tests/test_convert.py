@@ -589,6 +589,20 @@ def test_report_tells_of_a_fused_block_that_falls_back(device):
     assert entry(model, "layer1.0").reason == ""
 
 
+class OnFused(FusedBottleneck):
+    """A user's subclass of a fused block."""
+
+
+def test_report_on_a_subclass_of_a_fused_block(device):
+    """It is fused by its own doing; to restore_blocks it is nobody's business."""
+    model = network(OnFused, device=device)
+    assert [b.status for b in swap_report(model).blocks] == ["fused"] * 5
+    assert {type(m) for m in swap_blocks(restore_blocks(model)).layer1} == {OnFused}
+    theirs = network(device=device)
+    theirs.load_state_dict(model.state_dict())
+    assert_same(model, theirs, image(device))
+
+
 def test_report_on_built_models(device):
     model = torchvision.models.resnet18()
     model.layer1[0] = FusedBasicBlock(64, 64)
