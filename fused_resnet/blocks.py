@@ -78,7 +78,7 @@ def _shortcut(x: Tensor, downsample: nn.Module | None, out: Tensor) -> Tensor:
         return x
     if projection_unfusable(downsample) is not None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
-        return downsample(x).expand(out.shape[0], -1, *out.shape[2:])
+        return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
     return _conv_bn(x, downsample[0], downsample[1], relu=False)
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
-from fused_resnet import FusedBasicBlock, FusedBottleneck, backends, restore_blocks, swap_blocks
+from fused_resnet import FusedBasicBlock, FusedBottleneck, backends, blocks, restore_blocks, swap_blocks
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 MARGIN = 1e-4
@@ -339,6 +339,22 @@ def test_sync_batch_norm_conversion(maker, layout, device):
     judge = parity.judge_of(block, x)
     seen = parity.observe(*parity.as_variant(layout, converted, x))
     parity.check(parity.errors(seen, judge), parity.yardstick_of(block, x, judge))
+
+
+@pytest.mark.parametrize("maker", named([basic_down, bottleneck, bottleneck_down]))
+def test_norm_that_collects_from_other_processes(maker, device, monkeypatch):
+    """Where SyncBatchNorm has a collective to do it is called, and the rest of the block around it stays the same."""
+    monkeypatch.setattr(blocks, "_needs_collective", lambda bn: type(bn) is nn.SyncBatchNorm and bn.training)
+    block = made(maker, norm=nn.SyncBatchNorm, device=device)
+    called = []
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda bn, x: called.append(bn) or nn.BatchNorm2d.forward(bn, x))
+    x = sharp(block)
+    judge = parity.judge_of(block, x)
+    yardstick = parity.yardstick_of(block, x, judge)
+    called.clear()
+    parity.check(parity.errors(parity.observe(twin(block), x), judge), yardstick)
+    assert len(called) == len(norms_of(block))
+    assert "bn_stats" not in ops_in(twin(block), x)
 
 
 # --- nothing goes stale -----------------------------------------------------------------------------------------------

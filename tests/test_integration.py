@@ -261,6 +261,24 @@ def test_feature_extractor(block, train, device):
         close(extractor(image(device, 3))["avgpool"], reference(image(device, 3))["avgpool"])
 
 
+@modes
+def test_unusual_shortcut_in_tools(train, device, fresh_dynamo):
+    """A downsample that is called as it is (ResNet-D's) goes through FX, dynamo and export as well."""
+    ours, theirs = pair(device=device, train=train)
+    for model in (ours, theirs):
+        torch.manual_seed(4)
+        project = [nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(256, 512, 1, bias=False), nn.BatchNorm2d(512)]
+        model.layer2[0].downsample = nn.Sequential(*project).to(device).train(train)
+    x = image(device, 3)
+    batch = torch.export.Dim("batch", min=2, max=16)
+    program = torch.export.export(copy.deepcopy(ours), (image(device, 2),), dynamic_shapes=({0: batch},)).module()
+    extractor = create_feature_extractor(copy.deepcopy(ours), {"fc": "logits"})
+    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager")
+    expected = theirs(x)
+    for y in (program(x), extractor(x)["logits"], compiled(x)):
+        close(y, expected)
+
+
 @blocks
 def test_extractor_trains_as_the_model(block, device):
     """N steps of the extractor equal N steps of the model, num_batches_tracked included."""
