@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
   m.impl("fingerprint", TORCH_BOX(&fused_resnet::fingerprint));
+}
+
+// On any device, to answer "no" where the tensors are not on the CPU.
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CompositeExplicitAutograd, m) {
   m.impl("unchanged", TORCH_BOX(&fused_resnet::unchanged));
 }
 

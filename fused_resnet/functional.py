@@ -17,7 +17,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
-from torch.autograd import forward_ad
+from torch.autograd import _profiler_enabled, forward_ad
 
 from .ops import conv_bn_act_kernel
 
@@ -56,13 +56,13 @@ def conv_bn_act(
     """
     conv = (_pair(stride), _pair(padding), _pair(dilation), groups, relu)
     args = (x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv)
-    if _nothing_to_record(x, weight):
+    if _nothing_to_record(x, weight, residual):
         with _AutoDispatchBelowAutograd():
             return conv_bn_act_kernel(*args)
     return _ops.conv_bn_act.default(*args)
 
 
-def _nothing_to_record(x: Tensor, weight: Tensor) -> bool:
+def _nothing_to_record(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
     """Whether this is plain eager inference: no gradient, no tracer, transform, mode or autocast that must see the op.
 
     The dispatcher would then lead through two Python kernels to the same function, at a price: leaving it out made
@@ -71,10 +71,13 @@ def _nothing_to_record(x: Tensor, weight: Tensor) -> bool:
     return (
         type(x) is Tensor
         and type(weight) in (nn.Parameter, Tensor)
+        and (residual is None or type(residual) is Tensor)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and (x.is_cpu or x.is_cuda)
+        and not x.is_neg()  # a lazy negation is the dispatcher's to resolve
         and not _is_any_autocast_enabled()
+        and not _profiler_enabled()
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
         and _get_tracing_state() is None

@@ -7,7 +7,7 @@
     conv_bn_act_bwd, bn_act_bwd
 
 To autograd, the statistics of `bn_stats` are constants: `bn_act(..., batch_stats=True)` carries their derivative. The
-`_bwd` ops are differentiable in turn, through the reference. vmap and forward-mode AD raise.
+`_bwd` ops are differentiable in turn, through the reference. vmap, torch.func and forward-mode AD raise.
 """
 
 from __future__ import annotations
@@ -339,11 +339,13 @@ def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean,
     if momentum is None:  # the cumulative average over all batches so far
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
     unbiased = var * (count / (count - 1))
-    for running, batch in ((running_mean, mean), (running_var, unbiased)):
-        if running.dtype is batch.dtype:
-            running.mul_(1 - momentum).add_(batch, alpha=momentum)
-        else:  # other buffers: one rounding, at the store
-            running.copy_(running.to(batch.dtype) * (1 - momentum) + batch * momentum)
+    running, batch = [running_mean, running_var], [mean, unbiased]
+    if running_mean.dtype is running_var.dtype is mean.dtype:
+        torch._foreach_mul_(running, 1 - momentum)  # one launch for both
+        torch._foreach_add_(running, batch, alpha=momentum)
+        return
+    for r, b in zip(running, batch, strict=True):  # other buffers: one rounding, at the store
+        r.copy_(r.to(b.dtype) * (1 - momentum) + b * momentum)
 
 
 def _update_running_stats_fake(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):

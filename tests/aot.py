@@ -63,7 +63,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def convolution(host, n, c, size, k, taps, stride, groups, precision, residual=True, backward=False):
     """One conv_bn_act of a square map, padded by taps // 2."""
     dtype = DTYPES[precision]
-    host._tf32 = lambda: precision != "ieee"
+    host.tf32_allowed = lambda: precision != "ieee"
     x, weight = meta(n, c, size, size, dtype=dtype), meta(k, c // groups, taps, taps, dtype=dtype)
     conv = ([stride] * 2, [taps // 2] * 2, [1, 1], groups)
     out = meta(n, k, *[(size + 2 * (taps // 2) - taps) // stride + 1] * 2, dtype=dtype)
@@ -146,10 +146,11 @@ def source(kernel, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
     options = {k: v for k, v in kwargs.items() if k not in names}
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    plain = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(names):
         value = values[name]
-        if name in constexprs or value is None or (type(value) is int and value == 1):
+        if name in constexprs or value is None or (type(value) is int and value == 1 and name not in plain):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -158,7 +159,7 @@ def source(kernel, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and name not in plain):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 

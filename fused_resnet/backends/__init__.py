@@ -58,6 +58,13 @@ def refuses(candidate, op: str, args: tuple) -> str | None:
     return reason and f"{candidate.NAME}: {reason}"
 
 
+def _defers(candidate, op: str, args: tuple) -> str | None:
+    """Why an automatic choice leaves this call to the next backend, though this one could run it."""
+    defers = getattr(candidate, "defers", None)
+    reason = defers and defers(op, *args)
+    return reason and f"{candidate.NAME}: {reason}"
+
+
 def run(op: str, *args):
     """Run an op on the backend that is forced, or else on the first that can."""
     if _forced:
@@ -66,7 +73,7 @@ def run(op: str, *args):
             raise RuntimeError(f"fused_resnet::{op}: {reason} (this backend is forced)")
         return getattr(chosen, op)(*args)
     for candidate in ORDER.get(args[0].device.type, ()):
-        if reason := refuses(candidate, op, args):
+        if reason := refuses(candidate, op, args) or _defers(candidate, op, args):
             _tell_once(logging.INFO, f"{op}: {reason}")
         elif candidate in TRUSTED:
             return getattr(candidate, op)(*args)

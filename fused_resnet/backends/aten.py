@@ -41,46 +41,46 @@ def relu_bwd(grad: Tensor, y: Tensor | None, relu: bool) -> Tensor:
     return _aten.threshold_backward(grad, y, 0) if relu else grad
 
 
-def conv_bn_act_bwd(
-    grad,
-    y,
-    x,
-    weight,
-    bn_weight,
-    running_mean,
-    running_var,
-    eps,
-    stride,
-    padding,
-    dilation,
-    groups,
-    relu,
-    output_mask,
-):
+def conv_bn_act_bwd(grad, y, x, weight, *rest):
+    *_, relu, output_mask = rest
+    g = relu_bwd(grad, y, relu).contiguous(memory_format=output_format(x, weight))
+    return conv_bn_act_bwd_masked(g, None, x, weight, *rest)
+
+
+def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest):
+    """conv_bn_act_bwd from g, the gradient that the ReLU let through, and its sum per channel (None: not known yet)."""
+    bn_weight, mean, var, eps, stride, padding, dilation, groups, _, output_mask = rest
     need_x, need_weight, need_bn_weight, need_bn_bias, need_residual = output_mask
     acc = accumulator(x.dtype)
-    format = output_format(x, weight)
-    g = relu_bwd(grad, y, relu).contiguous(memory_format=format)
+    conv = (None, stride, padding, dilation, False, [0, 0], groups)
     inv = scale = None
-    if running_mean is not None:
-        inv, scale = inverse_and_scale(acc, bn_weight, running_var, eps)
+    if mean is not None:
+        inv, scale = inverse_and_scale(acc, bn_weight, var, eps)
         scale = scale.view(-1, 1, 1, 1)
+    if sum_g is None and (need_bn_weight or need_bn_bias):
+        sum_g = g.sum((0, 2, 3), dtype=acc)
     need_raw = need_weight or need_bn_weight
-    dx = dweight = dbn_weight = dbn_bias = None
+    # The plain convolution's weight gradient is the real one divided by BN's scale: out of float16's range where the
+    # real one is well inside. There g takes 1 / sqrt(var + eps) along, and only bn_weight is left for afterwards.
+    ahead = need_raw and inv is not None and x.dtype is torch.float16
+    dx = dweight = dbn_weight = None
     if need_x or need_raw:
         folded = weight if scale is None or not need_x else (weight * scale).to(weight.dtype)
-        dx, raw, _ = _aten.convolution_backward(
-            g, x, folded, None, stride, padding, dilation, False, [0, 0], groups, [need_x, need_raw, False]
-        )
+        mask = [need_x, need_raw and not ahead, False]
+        dx, raw, _ = _aten.convolution_backward(g, x, folded, *conv, mask) if any(mask) else (None, None, None)
     if need_x:
-        dx = dx.contiguous(memory_format=format)
-    if need_bn_weight or need_bn_bias:
-        dbn_bias = g.sum((0, 2, 3), dtype=acc)
+        dx = dx.contiguous(memory_format=output_format(x, weight))
+    if ahead:
+        ahead_g = g * inv.to(g.dtype).view(1, -1, 1, 1)
+        raw = _aten.convolution_backward(ahead_g, x, weight, *conv, [False, True, False])[1]
     if need_bn_weight:
-        dbn_weight = inv * ((raw * weight.to(acc)).sum((1, 2, 3)) - running_mean.to(acc) * dbn_bias)
+        product = (raw * weight.to(acc)).sum((1, 2, 3))
+        dbn_weight = product - inv * mean.to(acc) * sum_g if ahead else inv * (product - mean.to(acc) * sum_g)
     if need_weight:
+        if ahead:
+            scale = None if bn_weight is None else bn_weight.to(acc).view(-1, 1, 1, 1)
         dweight = with_strides_of(weight, raw if scale is None else raw * scale)
-    return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, g if need_residual else None
+    return dx, dweight, dbn_weight, sum_g if need_bn_bias else None, g if need_residual else None
 
 
 def bn_stats(x):

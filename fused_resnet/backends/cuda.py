@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import aten
 from .layout import output_format
 
 NAME = "cuda"
@@ -162,49 +163,8 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     )
 
 
-def conv_bn_act_bwd(
-    grad,
-    y,
-    x,
-    weight,
-    bn_weight,
-    running_mean,
-    running_var,
-    eps,
-    stride,
-    padding,
-    dilation,
-    groups,
-    relu,
-    output_mask,
-):
+def conv_bn_act_bwd(grad, y, x, weight, *rest):
     """The mask and the sum of the masked gradient in one pass; the convolution's gradients by PyTorch's own kernels."""
-    need_x, need_weight, need_bn_weight, need_bn_bias, need_residual = output_mask
-    g, dbn_bias = torch.ops.fused_resnet_cuda.relu_bwd_sum(_rows(grad), _rows(y))
-    mean, var, gamma = _vectors(running_mean, running_var, bn_weight)
-    inv = scale = None
-    if var is not None:
-        inv = torch.rsqrt(var + eps)
-        scale = (inv if gamma is None else inv * gamma).view(-1, 1, 1, 1)
-    conv = (None, stride, padding, dilation, False, [0, 0], groups)
-    backward = torch.ops.aten.convolution_backward
-    format = output_format(x, weight)
-    dx = dweight = dbn_weight = None
-    if need_x:
-        folded = weight if scale is None else (weight * scale).to(weight.dtype)
-        dx = _laid_out(backward(g, x, folded, *conv, [True, False, False])[0], format)
-    if need_weight or need_bn_weight:
-        # dbn_weight is a difference of large sums: the raw weight gradient it is formed from stays in float32.
-        wide = torch.float32 if need_bn_weight else x.dtype
-        raw = backward(g.to(wide), x.to(wide), weight.to(wide), *conv, [False, True, False])[1].float()
-        if need_bn_weight:
-            dbn_weight = inv * ((raw * weight).sum((1, 2, 3)) - mean * dbn_bias)
-        if need_weight:
-            dweight = torch.empty_like(weight, requires_grad=False).copy_(raw if scale is None else raw * scale)
-    return (
-        dx,
-        dweight,
-        dbn_weight,
-        dbn_bias if need_bn_bias else None,
-        _laid_out(g, format) if need_residual else None,
-    )
+    g, sum_g = torch.ops.fused_resnet_cuda.relu_bwd_sum(_rows(grad), _rows(y))
+    g = g.contiguous(memory_format=output_format(x, weight))
+    return aten.conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest)

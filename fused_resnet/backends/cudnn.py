@@ -38,15 +38,35 @@ def declines(op: str, x, *args) -> str | None:
 
 def conv_bn_act(*args):
     x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu = args
-    if not relu:  # cuDNN's bindings have no form without it
+    # cuDNN's bindings know no form without a ReLU, and their form without an addend reads an uninitialised one.
+    if not relu or residual is None or groups > 1 or not _fuses(x.device.index, x.dtype):
         return aten.conv_bn_act(*args)
     format = output_format(x, weight)
     folded, bias = fold(weight, *bn, eps)
-    x = x.contiguous(memory_format=format)
-    folded = folded.contiguous(memory_format=format)
-    conv = (bias, stride, padding, dilation, groups)
-    if residual is None:
-        y = torch.cudnn_convolution_relu(x, folded, *conv)
-    else:
-        y = torch.cudnn_convolution_add_relu(x, folded, residual.contiguous(memory_format=format), 1.0, *conv)
+    if bias is None:
+        bias = x.new_zeros(weight.shape[0])
+    x, folded, residual = (t.contiguous(memory_format=format) for t in (x, folded, residual))
+    y = torch.cudnn_convolution_add_relu(x, folded, residual, 1.0, bias, stride, padding, dilation, groups)
     return y.contiguous(memory_format=format)
+
+
+_fused: dict[tuple, bool] = {}
+
+
+def _fuses(device: int, dtype: torch.dtype) -> bool:
+    """Whether the fused call runs for this dtype on this device and lets NaN and inf through its ReLU: asked once."""
+    key = (device, dtype)
+    if key not in _fused:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        try:
+            x = torch.ones(1, 64, 8, 8, device=f"cuda:{device}", dtype=dtype)
+            x[0, 0, 0, 0], x[0, 0, 7, 7] = float("nan"), float("inf")
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = torch.eye(64, device=x.device, dtype=dtype).view(64, 64, 1, 1)
+            conv = ([1, 1], [0, 0], [1, 1], 1)
+            y = torch.cudnn_convolution_add_relu(x, weight, torch.zeros_like(x), 1.0, x.new_zeros(64), *conv)
+            _fused[key] = torch.equal(y.isnan(), torch.conv2d(x, weight).isnan())
+        except RuntimeError:
+            _fused[key] = False
+    return _fused[key]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import tiles
 from .layout import conv_output_size, output_format
+from .verify import tf32_allowed
 
 try:
     from ..kernels import bn_act as _bn
@@ -93,11 +94,23 @@ def declines(op: str, *args) -> str | None:
     return None
 
 
-def _tf32() -> bool:
-    """Whether PyTorch's flags let a float32 convolution use TF32."""
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    precision = getattr(conv, "fp32_precision", None)
-    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+def defers(op: str, *args) -> str | None:
+    """Why an automatic choice passes over this call, though it can run here."""
+    if op == "conv_bn_act" and args[0].dtype is torch.float32 and not tf32_allowed():
+        return "float32 without TF32 runs on FMA units, where cuDNN is at home"
+    return None
+
+
+def variant(op: str, *args) -> tuple | None:
+    """What the kernel is specialised on beyond dtypes, channels and options: the tile, picked by the number of rows."""
+    return _tile(args[0], args[1], *args[8:12]) if op == "conv_bn_act" else None
+
+
+def _tile(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> tiles.ConvTile:
+    n, k, p, q = conv_output_size(x, weight, stride, padding, dilation)
+    _, c_group, r, s = weight.shape
+    fma = x.dtype is torch.float32 and not tf32_allowed()
+    return tiles.conv_tile(n * p * q, k, c_group, groups, r * s, x.element_size(), *_chip(x), fma)
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -161,9 +174,8 @@ def conv_bn_act(
         h, w = x.shape[2:]
         _, c_group, r, s = weight.shape
         m = n * p * q
-        arch, sms = _chip(x)
-        precision = "tf32" if x.dtype != torch.float32 or _tf32() else "ieee"
-        tile = tiles.conv_tile(m, k, c_group, groups, r * s, x.element_size(), arch, sms, precision == "ieee")
+        precision = "tf32" if x.dtype != torch.float32 or tf32_allowed() else "ieee"
+        tile = _tile(x, weight, stride, padding, dilation, groups)
         out = _Output(shape, output_format(x, weight), x)
         if not tile.flat and x.stride(1) != 1:
             x = _channels_last(x)
@@ -270,24 +282,25 @@ def conv_bn_act_bwd(
                 dbn_bias, _, _ = _finish(partial, None, None, eps)
         dx = dweight = dbn_weight = None
         if need_x or need_raw:
-            bn = tuple(map(_per_channel, (bn_weight, running_mean, running_var)))
-            dx, raw, _ = torch.ops.aten.convolution_backward(
-                g,
-                _channels_last(x),
-                _folded(weight, bn[0], bn[2], eps) if need_x else _channels_last(weight),
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                [0, 0],
-                groups,
-                [need_x, need_raw, False],
-            )
+            gamma, mean, var = map(_per_channel, (bn_weight, running_mean, running_var))
+            conv = (None, stride, padding, dilation, False, [0, 0], groups)
+            backward = torch.ops.aten.convolution_backward
+            x = _channels_last(x)
             if need_x:
+                dx = backward(g, x, _folded(weight, gamma, var, eps), *conv, [True, False, False])[0]
                 dx = _in_format(dx, format)
             if need_raw:
-                dweight, dbn_weight = _weight_grads(raw, weight, *bn, eps, dbn_bias, need_weight, need_bn_weight)
+                sum_g = dbn_bias
+                if var is not None and x.dtype is torch.float16:
+                    # The plain convolution's gradient leaves float16's range where the scaled one is well inside:
+                    # scale first, and let the kernel below see a BN of unit deviation.
+                    inv = torch.rsqrt(var.float() + eps)
+                    g = g * inv.to(g.dtype).view(1, -1, 1, 1)
+                    sum_g = None if sum_g is None else sum_g * inv
+                    var = torch.full_like(inv, 1 - eps)
+                raw = backward(g, x, _channels_last(weight), *conv, [False, True, False])[1]
+                bn = (gamma, mean, var)
+                dweight, dbn_weight = _weight_grads(raw, weight, *bn, eps, sum_g, need_weight, need_bn_weight)
         return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, _result(dresidual)
 
 

@@ -1,24 +1,29 @@
 """No kernel is trusted before it has agreed with the reference on the machine it runs on.
 
-Before the first call of every signature (op, dtypes, layouts, alignment, channels, kernel size, options: all that a
-kernel is specialised on, so everything but the batch and the size of the maps) the backend and the reference run on
-random tensors that lie in memory as the call's own do. The verdict is a matter of the signature alone: a constant image
-or a diverged batch, where rounding or NaN would drown the comparison, says nothing about a kernel.
+Before the first call of every signature (op, dtypes, layouts, alignment, channels, kernel size, options, and the
+variant that a backend picks by the batch and the size of the maps) the backend and the reference run on random tensors
+that lie in memory as the call's own do. The verdict is a matter of the signature alone: a constant image or a diverged batch,
+where rounding or NaN would drown the comparison, says nothing about a kernel.
 """
 
 from __future__ import annotations
+
+import contextlib
+import math
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .layout import conv_output_size
 
 # Of |v - e| / (|e| + rms(e)), elementwise, so that one wrong tile among thousands cannot hide in a norm. Rounding is
 # below one eps; four leave room for folded weights and 4608-term sums, and a lost tile is far above.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
 TOLERANCE_TF32 = 1e-2
 WEIGHT_AT = {"conv_bn_act": 1, "conv_bn_act_bwd": 3}
-MAX_SAMPLE = 2**25  # elements compared: the reference's float32 copies of a large batch may not fit beside a training
+MAX_SAMPLE = 2**25  # elements of the largest tensor compared: a training may have left little memory beside it
+CHUNK = 2**22  # elements compared at once, in float64
 
 _verdicts: dict[tuple, str | None] = {}
 
@@ -29,13 +34,34 @@ def verified(candidate, op: str, args: tuple) -> tuple[object, str | None]:
     if key not in _verdicts:
         if _capturing(args[0].device):
             return None, "not verified yet, and a CUDA graph is being captured (call once before the capture)"
-        _verdicts[key] = _judge(candidate, op, args)
+        try:
+            with _unobserved(args[0].device):
+                _verdicts[key] = _judge(candidate, op, args)
+        except torch.OutOfMemoryError:
+            return None, "not verified: there is too little memory beside this call"
     reason = _verdicts[key]
     return (getattr(candidate, op)(*args), None) if reason is None else (None, reason)
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def _unobserved(device: torch.device):
+    """Comparing waits for the GPU, once a signature: not what the user's sync debug mode is looking for."""
+    if device.type != "cuda":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _judge(candidate, op: str, args: tuple) -> str | None:
@@ -52,7 +78,7 @@ def _judge(candidate, op: str, args: tuple) -> str | None:
     for i, (v, e) in enumerate(zip(_tuple(result), _tuple(expected), strict=True)):
         if e is None:
             continue
-        if v is None or (v.shape, v.dtype, v.device) != (e.shape, e.dtype, e.device):
+        if v is None or _facts(v) != _facts(e):
             return f"output {i} is {_describe(v)}, the reference's {_describe(e)}"
         error = difference(v, e)
         if error > limit:
@@ -61,16 +87,19 @@ def _judge(candidate, op: str, args: tuple) -> str | None:
 
 
 def _sample(op: str, args: tuple) -> tuple:
-    """The call's arguments with random values: same strides and alignment, at most MAX_SAMPLE elements of x."""
+    """The call's arguments with random values: same strides and alignment, no tensor above MAX_SAMPLE elements."""
     first = args[0]
     generator = torch.Generator(first.device).manual_seed(0)
-    batch = max(1, min(first.shape[0], MAX_SAMPLE * first.shape[0] // max(1, first.numel())))
+    per_image = max(a[0].numel() for i, a in enumerate(args) if _has_batch(op, i, a))
+    if op == "conv_bn_act":
+        per_image = max(per_image, math.prod(conv_output_size(first, args[1], *args[8:11])[1:]))
+    batch = max(1, min(first.shape[0], MAX_SAMPLE // max(1, per_image)))
 
     def random(i: int, a):
         if not isinstance(a, Tensor):
             return a
         is_weight = i == WEIGHT_AT.get(op)
-        shape = (batch, *a.shape[1:]) if a.dim() == 4 and not is_weight else a.shape
+        shape = (batch, *a.shape[1:]) if _has_batch(op, i, a) else a.shape
         shift = a.data_ptr() % 16 // a.element_size()
         extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, a.stride(), strict=True))
         flat = torch.empty(shift + extent, dtype=a.dtype, device=a.device)
@@ -83,20 +112,36 @@ def _sample(op: str, args: tuple) -> tuple:
     return tuple(random(i, a) for i, a in enumerate(args))
 
 
+def _has_batch(op: str, i: int, a) -> bool:
+    return isinstance(a, Tensor) and a.dim() == 4 and i != WEIGHT_AT.get(op)
+
+
 def difference(v: Tensor, e: Tensor) -> float:
     """The largest |v - e| / (|e| + rms(e)); |v| where all that is expected is zero, inf for a NaN in v."""
-    v, e = v.double(), e.double()
-    scale = e.abs() + e.square().mean().sqrt()
-    error = (v - e).abs() / scale.where(scale > 0, 1.0)
-    return error.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item() if error.numel() else 0.0
+    if not e.numel():
+        return 0.0
+    rms = torch.linalg.vector_norm(e, dtype=torch.float64) / math.sqrt(e.numel())
+    rows = max(1, CHUNK * e.shape[0] // e.numel())
+    worst = 0.0
+    for a, b in zip(v.split(rows), e.split(rows), strict=True):
+        a, b = a.double(), b.double()
+        scale = b.abs() + rms
+        error = (a - b).abs() / scale.where(scale > 0, 1.0)
+        worst = max(worst, error.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item())
+    return worst
 
 
 def _tuple(result) -> tuple:
     return result if isinstance(result, tuple) else (result,)
 
 
+def _facts(t: Tensor) -> tuple:
+    """What callers and compiled code rely on. The stride of a dimension of one says nothing."""
+    return t.shape, t.dtype, t.device, [step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1]
+
+
 def _describe(t: Tensor | None) -> str:
-    return "None" if t is None else f"{list(t.shape)} {t.dtype} on {t.device}"
+    return "None" if t is None else f"{list(t.shape)} {t.dtype} on {t.device}, strides {t.stride()}"
 
 
 def tolerance(op: str, args: tuple) -> float:
@@ -117,7 +162,8 @@ def tf32_allowed() -> bool:
 
 
 def _signature(candidate, op: str, args: tuple) -> tuple:
-    key = [candidate.NAME, op, _uses_tf32(op, args)]
+    variant = getattr(candidate, "variant", None)
+    key = [candidate.NAME, op, _uses_tf32(op, args), variant and variant(op, *args)]
     weight_at = WEIGHT_AT.get(op)
     for i, a in enumerate(args):
         if not isinstance(a, Tensor):

@@ -18,7 +18,7 @@ def _masked(grad_ptr, y_ptr, at, ok):
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def _bn_stats_partial_kernel(
     x_ptr,  # [M, C]
     mean_ptr,  # [splits, C] float32: mean of x - pivot, the pivot being x's first row
@@ -56,7 +56,7 @@ def _bn_stats_partial_kernel(
     tl.store(m2_ptr + at, m2, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits", "rows_per_split"])
 def _bn_stats_merge_kernel(
     x_ptr,  # [M, C], for its first row, the pivot
     partial_mean_ptr,  # [splits, C] float32
@@ -92,7 +92,7 @@ def _bn_stats_merge_kernel(
     tl.store(var_ptr + c, tl.sum(total, axis=0) / M, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _bn_act_fwd_kernel(
     x_ptr,  # [M, C]
     mean_ptr,  # [C]
@@ -129,7 +129,7 @@ def _bn_act_fwd_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def _bn_act_bwd_reduce_kernel(
     grad_ptr,  # [M, C]
     y_ptr,  # [M, C] or None: no ReLU
@@ -181,7 +181,7 @@ def _bn_act_bwd_reduce_kernel(
         tl.store(partial_gx_ptr + at, tl.sum(sum_gx, axis=0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _bn_act_bwd_finish_kernel(
     partial_g_ptr,  # [splits, C] float32
     partial_gx_ptr,  # [splits, C] float32, or None
@@ -213,7 +213,7 @@ def _bn_act_bwd_finish_kernel(
         tl.store(dbn_weight_ptr + c, gx * inv, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _bn_act_bwd_input_kernel(
     grad_ptr,  # [M, C]
     y_ptr,  # [M, C] or None: no ReLU, or grad already masked

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "P", "Q", "H", "W"])
 def _conv_bn_act_fwd_kernel(
     x_ptr,  # [N, C, H, W], any strides (a channel stride of 1 is what makes it fast)
     weight_ptr,  # [K, R, S, C_group], dense

@@ -11,7 +11,7 @@ import triton.language as tl
 from .bn_act import _masked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def _conv_bn_act_bwd_mask_kernel(
     grad_ptr,  # [M, K]
     y_ptr,  # [M, K] or None: no ReLU
