@@ -168,6 +168,23 @@ def test_a_channel_without_variance(backend, device, layout):
     assert y[:, 1].abs().max() <= 7.25 / 1e-5**0.5 * torch.finfo(torch.float32).eps
 
 
+@layouts
+def test_float16_gradients_in_range_do_not_overflow_on_the_way(backend, device, layout):
+    """With a large variance the weight's gradient is small, and that of the plain convolution out of range."""
+    case = conv_case(SHAPES["3x3"], torch.float16, layout, relu=False, residual=False, device=device)
+    x, weight, bn_weight, bn_bias, mean, var, *rest = case.args
+    bwd = (case.grad * 200, None, x * 50, weight, bn_weight, mean * 100, var * 1e8, rest[0], *rest[2:], [True] * 5)
+    if refused(backend, "conv_bn_act_bwd", *bwd):
+        pytest.skip(f"{backend} declines")
+    with fused_resnet.backend(backend):
+        found = conv_bn_act_bwd(*bwd)
+    wide = to(torch.float64, bwd)
+    plain = reference.conv_bn_act_bwd(*wide[:4], None, None, None, *wide[7:-1], [False, True, False, False, False])[1]
+    assert plain.abs().max() > torch.finfo(torch.float16).max
+    for v, e in zip(found, reference.conv_bn_act_bwd(*wide), strict=True):
+        assert parity.error(v, e) < 4 * torch.finfo(torch.float16).eps
+
+
 # --- layout, strides and partial outputs ---
 
 
@@ -487,6 +504,9 @@ class Fake:
         return None
 
     def __getattr__(self, op):
+        if op not in ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd"):
+            raise AttributeError(op)
+
         def call(*args):
             self.calls.append(op)
             return self.spoil(op, getattr(reference, op)(*args), args)
@@ -541,6 +561,10 @@ def without_last(op, result, args):
     return (*result[:-1], None) if isinstance(result, tuple) else None
 
 
+def transposed(op, result, args):
+    return verify._tuple(result)[0].contiguous(memory_format=torch.channels_last)
+
+
 SPOILS = {
     "one-percent": (scaled(1.01), "differs from the reference by"),
     "one-element": (one_wrong_element, "differs from the reference by"),
@@ -548,6 +572,7 @@ SPOILS = {
     "raises": (raising(RuntimeError), "RuntimeError: out of shared memory$"),
     "raises-its-own": (raising(type("OutOfResources", (Exception,), {})), "OutOfResources: out of shared memory$"),
     "wrong-dtype": (lambda op, r, args: verify._tuple(r)[0].double() if op == "conv_bn_act" else r, "torch.float64"),
+    "wrong-strides": (transposed, "strides"),
     "nothing": (without_last, "is None"),
 }
 
@@ -638,15 +663,16 @@ def test_verification_touches_neither_arguments_nor_random_state(trial):
 def test_the_sample_lies_in_memory_as_the_call_does():
     x, weight = torch.empty(6, 3, 7, 9)[1:5:2, :, ::2], torch.empty(5, 3, 3, 3).to(memory_format=torch.channels_last)
     expanded = torch.empty(2, 5, 1, 1).expand(2, 5, 4, 9)
-    sample = verify._sample("conv_bn_act", (x, weight, None, expanded, 1e-5, [1, 1]))
-    for a, b in zip((x, weight, expanded), (sample[0], sample[1], sample[3]), strict=True):
+    args = (x, weight, None, None, None, None, 1e-5, expanded, [1, 1], [1, 1], [1, 1], 1, True)
+    sample = verify._sample("conv_bn_act", args)
+    for a, b in zip((x, weight, expanded), (sample[0], sample[1], sample[7]), strict=True):
         assert a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() % 16 == b.data_ptr() % 16
         assert b.isfinite().all() and b.data_ptr() != a.data_ptr()
-    assert sample[2] is None and sample[4:] == (1e-5, [1, 1])
+    assert sample[2:7] == args[2:7] and sample[8:] == args[8:]
 
 
 def test_a_large_batch_is_sampled(monkeypatch, trial):
-    monkeypatch.setattr(verify, "MAX_SAMPLE", 2 * 3 * 7 * 9)
+    monkeypatch.setattr(verify, "MAX_SAMPLE", 2 * 5 * 7 * 9)  # two images of the largest tensor, which is the output
     sizes = []
     trial(lambda op, result, args: sizes.append(args[0].shape[0]) or result)
     case = conv_args(n=5)
@@ -682,11 +708,45 @@ def test_tf32_is_another_signature(trial):
     assert len(verify._verdicts) == 2
 
 
-def test_out_of_memory_is_no_verdict(trial):
-    trial(raising(torch.OutOfMemoryError))
-    with pytest.raises(torch.OutOfMemoryError):
-        conv_bn_act(*conv_args().args)
-    assert not verify._verdicts
+def test_out_of_memory_is_no_verdict(trial, caplog):
+    fake, args = trial(raising(torch.OutOfMemoryError)), conv_args().args
+    torch.testing.assert_close(conv_bn_act(*args), reference.conv_bn_act(*args))
+    assert not verify._verdicts and "too little memory" in caplog.text
+    fake.spoil = lambda op, result, args: result
+    conv_bn_act(*args)
+    assert list(verify._verdicts.values()) == [None]
+
+
+def test_a_comparison_in_parts_is_a_comparison_of_the_whole(monkeypatch):
+    e = torch.randn(5, 3, 7, 9)
+    v = e.clone()
+    v[4, 2, 6, 8] += 1
+    whole = verify.difference(v, e)
+    monkeypatch.setattr(verify, "CHUNK", 3 * 7 * 9)
+    assert verify.difference(v, e) == pytest.approx(whole) and whole > 0.1
+    assert verify.difference(e, e) == 0
+    assert verify.difference(torch.full_like(e, torch.nan), e) == float("inf")
+    assert verify.difference(torch.full((3,), 1e-9), torch.zeros(3)) == pytest.approx(1e-9)
+
+
+def test_the_variant_that_a_backend_picks_is_part_of_the_signature(trial):
+    fake = trial()
+    fake.variant = lambda op, *args: args[0].shape[0] > 2
+    for n, judged in ((1, 1), (2, 1), (3, 2), (4, 2)):
+        conv_bn_act(*conv_args(n=n).args)
+        assert len(verify._verdicts) == judged
+
+
+def test_a_backend_may_leave_a_call_to_the_next(trial, monkeypatch, caplog):
+    fake, args = trial(), conv_args().args
+    fake.defers = lambda op, *args: "slower than the next on a Tuesday"
+    with caplog.at_level(logging.INFO, logger="fused_resnet"):
+        conv_bn_act(*args)
+    assert not fake.calls and "conv_bn_act: fake: slower than the next on a Tuesday" in caplog.text
+    monkeypatch.setitem(backends.BACKENDS, "fake", fake)
+    with fused_resnet.backend("fake"):
+        conv_bn_act(*args)
+    assert fake.calls == ["conv_bn_act"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

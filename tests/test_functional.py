@@ -376,6 +376,18 @@ def test_a_subclass_sees_the_op(inference, monkeypatch):
     torch.testing.assert_close(y.b, call(2 * x))
 
 
+def test_the_profiler_sees_the_op(inference):
+    call, x, expected = inference
+    with torch.profiler.profile() as profile:
+        torch.testing.assert_close(call(x), expected)
+    assert any(event.key == OP.replace(".", "::") for event in profile.key_averages())
+
+
+def test_a_lazy_negation_is_resolved(inference):
+    call, x, _ = inference
+    torch.testing.assert_close(call(torch._neg_view(x)), call(-x))
+
+
 @layouts
 def test_autocast_is_heard_in_inference(layout, inference):
     call, x, expected = inference
