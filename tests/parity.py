@@ -180,15 +180,19 @@ def randomize_norms(model: nn.Module, seed: int, branch: float = 1.0, firm: bool
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
+def calibrate(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
     """Running statistics near those of the data, as a trained model has: with others, a deep eval-mode net explodes."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     training, momenta = model.training, [m.momentum for m in norms]
     for m in norms:
-        m.momentum = 0.9
+        m.momentum = 1.0
     model.train()(x)
     model.train(training)
+    g = torch.Generator().manual_seed(seed)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
         m.num_batches_tracked.zero_()
+        shift, factor = torch.empty(2, m.num_features).uniform_(-0.1, 0.1, generator=g).to(x.device)
+        m.running_mean.add_(shift * m.running_var.sqrt())
+        m.running_var.mul_(1 + factor)
     return model
