@@ -2,8 +2,8 @@
 
 Before the first call of every signature (op, dtypes, layouts, alignment, channels, kernel size, options, and the
 variant that a backend picks by the batch and the size of the maps) the backend and the reference run on random tensors
-that lie in memory as the call's own do. The verdict is a matter of the signature alone: a constant image or a diverged batch,
-where rounding or NaN would drown the comparison, says nothing about a kernel.
+that lie in memory as the call's own do. The verdict is a matter of the signature alone: a constant image or a diverged
+batch, where rounding or NaN would drown the comparison, says nothing about a kernel.
 """
 
 from __future__ import annotations
