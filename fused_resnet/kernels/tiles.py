@@ -107,7 +107,7 @@ def row_tile(m: int, c: int, elements: int = 2048, programs: int = 1024) -> RowT
     The split depends on the shape alone, so sums come out the same on every run and every GPU.
     """
     block_c = min(64, power_of_2(c))
-    block_r = elements // block_c
+    block_r = min(elements // block_c, 512)  # narrower columns than 4: registers go to row offsets
     blocks = ceil_div(m, block_r)
     steps = ceil_div(blocks, min(blocks, max(1, programs // ceil_div(c, block_c))))
     return RowTile(block_r, block_c, ceil_div(blocks, steps), steps)
