@@ -8,7 +8,9 @@ nothing is kept and every call folds anew.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 from typing import NamedTuple
 
 import torch
@@ -116,6 +118,17 @@ def _fits(residual: Tensor, x: Tensor) -> bool:
     return residual.is_cpu and residual.dtype is x.dtype and residual.is_contiguous(memory_format=torch.channels_last)
 
 
+@functools.cache
+def _malloc_trim():
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
+
+
+def _return_free_memory() -> None:
+    """malloc would keep the folded weights that went between the packed ones that stay: nearly a second copy."""
+    if trim := _malloc_trim():
+        trim(0)
+
+
 def _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups) -> tuple[Tensor, Tensor | None]:
     """Packed weight and bias of conv then BN (bn_weight, bn_bias, running_mean, running_var, each maybe None)."""
     sources = [weight, *(t for t in bn if t is not None)]
@@ -132,6 +145,9 @@ def _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups) -> 
     folded, bias = fold(weight, *bn, eps)
     folded = folded.contiguous(memory_format=torch.channels_last)
     packed = _pack(folded, stride, padding, dilation, groups, list(x.shape))
+    if seen:
+        del folded
+        _return_free_memory()
     if proof is not None:
         _kept[weight] = _Folded(proof, config, shapes, packed if seen else None, bias)
     return packed, bias
