@@ -135,7 +135,7 @@ def choices(device: str, dtype: torch.dtype) -> dict[str, dict]:
         order = (backends.BACKENDS[forced],) if forced else (*backends.ORDER[device], backends.reference)
         declined = []
         for candidate in order:
-            reason = backends.refuses(candidate, op, args)
+            reason = backends.refuses(candidate, op, args) or (None if forced else backends.defers(candidate, op, args))
             if reason is None:
                 break
             declined.append(reason)

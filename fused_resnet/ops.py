@@ -136,7 +136,9 @@ def _check_residual(residual: Tensor | None, shape, x: Tensor) -> None:
     _check_like(residual, "residual", x)
 
 
-def _check_conv(x, weight, bn_weight, bn_bias, running_mean, running_var, residual, stride, padding, dilation, groups):
+def _check_conv(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
+):
     """Raise for what no backend could compute; return the output's shape [N, K, P, Q]."""
     # Conv2d takes 3-D (no batch), so BatchNorm2d is who refuses it, with a ValueError.
     _check_4d(x, ValueError if x.dim() == 3 else RuntimeError)
@@ -168,7 +170,7 @@ def _check_conv(x, weight, bn_weight, bn_bias, running_mean, running_var, residu
     return shape
 
 
-def _check_bn(x, mean, var, bn_weight, bn_bias, residual) -> None:
+def _check_bn(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats) -> None:
     _check_4d(x, ValueError)
     _check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
     _check_residual(residual, x.shape, x)
@@ -206,19 +208,12 @@ def _run_bwd(op: str, grad, y, x, *args):
 
 def conv_bn_act_kernel(*args):
     y = backends.repeated(*args)
-    if y is not None:
-        return y
-    x, weight, *bn, eps, residual, stride, padding, dilation, groups, relu = args
-    _check_conv(x, weight, *bn, residual, stride, padding, dilation, groups)
-    return backends.run("conv_bn_act", *args)
+    return backends.run("conv_bn_act", *args, check=_check_conv) if y is None else y
 
 
-def _conv_bn_act_fake(
-    x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
-):
-    bn = (bn_weight, bn_bias, running_mean, running_var)
-    shape = _check_conv(x, weight, *bn, residual, stride, padding, dilation, groups)
-    return _empty(shape, x, output_format(x, weight))
+def _conv_bn_act_fake(*args):
+    shape = _check_conv(*args)
+    return _empty(shape, args[0], output_format(*args[:2]))
 
 
 def _conv_bn_act_bwd_fake(grad, y, x, weight, *args):
@@ -270,8 +265,7 @@ def _conv_backward(ctx, grad):
 
 
 def _bn_stats(x):
-    _check_stats(x)
-    return backends.run("bn_stats", x)
+    return backends.run("bn_stats", x, check=_check_stats)
 
 
 def _bn_stats_fake(x):
@@ -280,13 +274,12 @@ def _bn_stats_fake(x):
     return mean, torch.empty_like(mean)
 
 
-def _bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
-    _check_bn(x, mean, var, bn_weight, bn_bias, residual)
-    return backends.run("bn_act", x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats)
+def _bn_act(*args):
+    return backends.run("bn_act", *args, check=_check_bn)
 
 
-def _bn_act_fake(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
-    _check_bn(x, mean, var, bn_weight, bn_bias, residual)
+def _bn_act_fake(x, *args):
+    _check_bn(x, *args)
     return _empty(x.shape, x, output_format(x))
 
 

@@ -42,6 +42,14 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Tests put other backends and reasons in place of the real ones: what an earlier test made ready is forgotten."""
+    from fused_resnet import backends
+
+    backends._ready.clear()
+
+
+@pytest.fixture(autouse=True)
 def exact_float32():
     """float32 is float32: no TF32, and cuDNN deterministic, so that an error has one cause."""
     cudnn, tf32 = torch.backends.cudnn, torch.backends.cuda.matmul.allow_tf32

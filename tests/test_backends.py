@@ -596,7 +596,7 @@ def test_a_backend_that_is_right_serves(trial):
     case = conv_args()
     for _ in range(3):
         conv_bn_act(*case.args)
-    assert fake.calls == ["conv_bn_act"] * 4  # the comparison and three calls
+    assert fake.calls == ["conv_bn_act"] * 5  # two in the comparison, and the three
     assert list(verify._verdicts.values()) == [None]
 
 
@@ -615,16 +615,27 @@ def test_every_op_is_judged(trial, op, caplog):
     assert fake.calls == [op] and f"{op}: fake: output 0 differs" in caplog.text
 
 
+def test_a_repetition_that_goes_wrong_is_found(trial, caplog):
+    """What a backend prepared at its first call serves the second, on another path: both are compared."""
+    trial(lambda op, result, args: result if len(fake.calls) == 1 else result * 1.01)
+    (fake,) = backends.ORDER["cpu"]
+    args = conv_args().args
+    torch.testing.assert_close(conv_bn_act(*args), reference.conv_bn_act(*args))
+    assert "conv_bn_act: fake: output 0 differs" in caplog.text and len(fake.calls) == 2
+
+
 def test_the_verdict_does_not_depend_on_the_data(trial):
     """NaN, zeros and constants are no reason to distrust or to trust."""
     fake = trial()
     for value in (float("nan"), 0.0, 1.0):
         verify._verdicts.clear()
+        backends._ready.clear()
         args = [torch.full_like(a, value) if isinstance(a, torch.Tensor) else a for a in conv_args().args]
         conv_bn_act(*args)
         assert list(verify._verdicts.values()) == [None]
     trial(scaled(1.01))
     verify._verdicts.clear()
+    backends._ready.clear()
     conv_bn_act(*[torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in conv_args().args])
     assert None not in verify._verdicts.values()
     assert fake.calls
@@ -677,7 +688,7 @@ def test_a_large_batch_is_sampled(monkeypatch, trial):
     trial(lambda op, result, args: sizes.append(args[0].shape[0]) or result)
     case = conv_args(n=5)
     assert conv_bn_act(*case.args).shape[0] == 5
-    assert sizes == [2, 5]
+    assert sizes == [2, 2, 5]
 
 
 def test_nothing_is_judged_while_a_cuda_graph_is_captured(trial, monkeypatch, caplog):
@@ -747,6 +758,119 @@ def test_a_backend_may_leave_a_call_to_the_next(trial, monkeypatch, caplog):
     with fused_resnet.backend("fake"):
         conv_bn_act(*args)
     assert fake.calls == ["conv_bn_act"]
+
+
+# --- a call like one before is neither checked nor chosen for again ---
+
+
+@pytest.fixture
+def chosen(trial, monkeypatch):
+    """choices(call) -> how often a backend had to be chosen in it; the chosen one is judged right without a look."""
+    fake, count = trial(), []
+    monkeypatch.setattr(verify, "_judge", lambda *args: None)
+    original = backends._choose
+    monkeypatch.setattr(backends, "_choose", lambda op, args: count.append(op) or original(op, args))
+
+    def choices(call) -> int:
+        before = len(count)
+        call()
+        return len(count) - before
+
+    choices.fake = fake
+    return choices
+
+
+def test_what_makes_a_call_another_one(chosen):
+    case = conv_args()
+    x, weight, *vectors, eps, residual, stride, padding, dilation, groups, relu = case.args
+    conv = (stride, padding, dilation, groups, relu)
+
+    def call(x=x, weight=weight, vectors=vectors, eps=eps, residual=residual, conv=conv):
+        return lambda: conv_bn_act(x, weight, *vectors, eps, residual, *conv)
+
+    assert chosen(call()) == 1
+    assert chosen(call()) == 0
+    assert chosen(call(x=torch.randn_like(x), weight=torch.randn_like(weight))) == 0  # values do not
+    shifted = torch.empty(x.numel() + 1).as_strided(x.shape, x.stride(), 1).copy_(x)
+    assert shifted.data_ptr() % 16 != x.data_ptr() % 16
+    larger = torch.randn(x.shape[0] + 1, *x.shape[1:]), torch.randn(residual.shape[0] + 1, *residual.shape[1:])
+    others = {
+        "alignment": call(x=shifted),
+        "batch": call(x=larger[0], residual=larger[1]),
+        "layout of x": call(x=x.contiguous(memory_format=torch.channels_last)),
+        "layout of weight": call(weight=weight.contiguous(memory_format=torch.channels_last)),
+        "layout of residual": call(residual=residual.contiguous(memory_format=torch.channels_last)),
+        "strides of a vector": call(vectors=[v.repeat_interleave(2)[::2] for v in vectors]),
+        "dtype of a vector": call(vectors=[vectors[0].double(), *vectors[1:]]),
+        "no bn_weight": call(vectors=[None, *vectors[1:]]),
+        "eps": call(eps=eps * 2),
+        "no residual": call(residual=None),
+        "relu": call(conv=(*conv[:-1], not relu)),
+        "stride": call(conv=([2, 2], *conv[1:]), residual=None),
+    }
+    for what, other in others.items():
+        assert chosen(other) == 1, what
+        assert chosen(other) == 0, what
+    with torch.backends.cudnn.flags(enabled=False):
+        assert chosen(call()) == 1
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=not verify.tf32_allowed()):
+        assert chosen(call()) == 1
+    with fused_resnet.backend("reference"):
+        calls = len(chosen.fake.calls)
+        assert chosen(call()) == 1
+        assert chosen(call()) == 0
+        assert len(chosen.fake.calls) == calls
+    assert chosen(call()) == 0
+
+
+def test_wrong_arguments_after_right_ones_are_still_refused(chosen):
+    x, weight, *rest = conv_args().args
+    conv_bn_act(x, weight, *rest)
+    for wrong, name in [
+        ((x.double(), weight, *rest), "weight"),
+        ((x[:, :-1], weight, *rest), "x"),
+        ((x, weight, rest[0][:-1], *rest[1:]), "bn_weight"),
+        ((x, weight, *rest[:5], rest[5][:, :, :-1], *rest[6:]), "residual"),
+        ((x, weight, *rest[:6], [1], *rest[7:]), "stride"),
+    ]:
+        with pytest.raises((RuntimeError, ValueError), match=f"^{name}: expected"):
+            conv_bn_act(*wrong)
+    bn_stats(torch.randn(2, 3, 1, 1))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        bn_stats(torch.randn(1, 3, 1, 1))
+
+
+def test_every_op_is_served_without_a_choice(chosen):
+    calls = {
+        "conv_bn_act_bwd": (*conv_args().bwd, [True] * 5),
+        "bn_stats": bn_args().args[:1],
+        "bn_act": bn_args().args,
+        "bn_act_bwd": (*bn_args().bwd, [True] * 4),
+    }
+    for op, args in calls.items():
+        call = getattr(torch.ops.fused_resnet, op).default
+        first = verify._tuple(call(*args))
+        again = []
+        assert chosen(lambda call=call, args=args, again=again: again.extend(verify._tuple(call(*args)))) == 0, op
+        for a, b in zip(again, first, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    mask = [True, True, True, False]
+    assert chosen(lambda: torch.ops.fused_resnet.bn_act_bwd(*bn_args().bwd, mask)) == 1
+
+
+def test_what_is_remembered_is_bounded(chosen, monkeypatch):
+    monkeypatch.setattr(backends, "MOST_READY", 3)
+    for n in range(2, 12):
+        bn_stats(torch.randn(n, 3, 2, 2))
+        assert len(backends._ready) <= 3
+    assert chosen(lambda: bn_stats(torch.randn(11, 3, 2, 2))) == 0
+
+
+def test_tensors_without_strides_are_refused_as_ever(device):
+    x = torch.randn(1, 3, 5, 5, device=device).to_sparse()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ops.fused_resnet.bn_stats(x)
+    assert not backends._ready
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,7 +1,7 @@
 """The Triton kernels, compiled for GPUs that are not here: no spill, shared memory that fits, tensor cores that work.
 
-Runs tests/aot.py in a process of its own, under the installed Triton and, if it is there, under the one in
-FUSED_RESNET_TRITON36 (.cache/triton-3.6 by default), made by `pip install --no-deps --target DIR triton==3.6.0`.
+Runs tests/aot.py and tests/launches.py in processes of their own, under the installed Triton and, if it is there, the
+one in FUSED_RESNET_TRITON36 (.cache/triton-3.6 by default), made by `pip install --no-deps --target DIR triton==3.6.0`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ CONV = "_conv_bn_act_fwd_kernel"
 @functools.cache
 def compiled(version: str, arch: int) -> list[dict]:
     """What tests/aot.py says of every kernel on sm_<arch>."""
+    return told(version, "aot.py", "--arch", str(arch))
+
+
+def told(version: str, script: str, *options: str) -> list[dict]:
+    """The lines that a script in tests/ prints under this Triton."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if version == "3.6":
         environment["PYTHONPATH"] = str(TRITON_36)
-    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--arch", str(arch)]
+    command = [sys.executable, str(ROOT / "tests" / script), *options]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-4000:]
     lines = [json.loads(line) for line in run.stdout.splitlines()]
@@ -80,3 +85,12 @@ def test_whole_channel_blocks_are_copied_asynchronously(version, arch):
         if re.match("(3x3|1x1)_.*_b[0-9]+_", line["instance"]):
             assert line["async_copy"] > 0, line["instance"]
             assert line["store"] == line["store_16_bytes"] > 0, line["instance"]
+
+
+def test_a_prepared_launch_is_the_one_that_triton_would_make(version):
+    """Argument by argument, for a second set of tensors; what skips Triton's dispatch must not skip anything else."""
+    lines = told(version, "launches.py")
+    assert {line["op"] for line in lines} == {"conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd"}
+    for line in lines:
+        assert line["launches"] > 0 and line["skips_the_dispatch"], line["case"]
+        assert line["same"], (line["case"], line["differences"])

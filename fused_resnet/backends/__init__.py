@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
+
+import torch
 
 from . import cpu, cuda, cudnn, reference, triton
-from .verify import verified
+from .verify import objection, prepare, tf32_allowed
 
 logger = logging.getLogger("fused_resnet")
 
@@ -21,9 +24,11 @@ BACKENDS = {b.NAME: b for b in (cuda, triton, cudnn, cpu, reference)}
 ORDER = {"cuda": (cuda, triton, cudnn), "cpu": (cpu,)}
 TRUSTED = {cpu}  # PyTorch's own kernels, probed once; all others are compared with the reference first
 ENVIRONMENT = "FUSED_RESNET_BACKEND"
+MOST_READY = 4096  # kinds of calls remembered: more than a network has, fewer than an endless stream of sizes brings
 
 _forced: list[str] = [os.environ[ENVIRONMENT]] if os.environ.get(ENVIRONMENT) else []
 _told: set[str] = set()
+_ready: dict[tuple, Callable] = {}
 
 
 @contextlib.contextmanager
@@ -58,35 +63,73 @@ def refuses(candidate, op: str, args: tuple) -> str | None:
     return reason and f"{candidate.NAME}: {reason}"
 
 
-def _defers(candidate, op: str, args: tuple) -> str | None:
+def defers(candidate, op: str, args: tuple) -> str | None:
     """Why an automatic choice leaves this call to the next backend, though this one could run it."""
     defers = getattr(candidate, "defers", None)
     reason = defers and defers(op, *args)
     return reason and f"{candidate.NAME}: {reason}"
 
 
-def run(op: str, *args):
-    """Run an op on the backend that is forced, or else on the first that can."""
+def run(op: str, *args, check=None):
+    """Run an op on the backend that is forced, or else on the first that can.
+
+    check(*args) raises for arguments that no backend could use. Neither it nor the choice is made again for a call
+    like one that went through before: such a call costs a look-up, and what its backend prepared.
+    """
+    key = _key(op, args)
+    ready = _ready.get(key)
+    if ready is not None:
+        return ready(*args)
+    if check is not None:
+        check(*args)
+    serve, lasting = _choose(op, args)
+    result = serve(*args)
+    if lasting and key is not None:
+        if len(_ready) >= MOST_READY:
+            _ready.clear()
+        _ready[key] = serve
+    return result
+
+
+def _choose(op: str, args: tuple):
+    """(function that serves this call, whether it serves all later ones like it)."""
     if _forced:
         chosen = _named(_forced[-1], ENVIRONMENT)
         if reason := refuses(chosen, op, args):
             raise RuntimeError(f"fused_resnet::{op}: {reason} (this backend is forced)")
-        return getattr(chosen, op)(*args)
+        return prepare(chosen, op, args), True
+    lasting = True
     for candidate in ORDER.get(args[0].device.type, ()):
-        if reason := refuses(candidate, op, args) or _defers(candidate, op, args):
+        if reason := refuses(candidate, op, args) or defers(candidate, op, args):
             _tell_once(logging.INFO, f"{op}: {reason}")
-        elif candidate in TRUSTED:
-            return getattr(candidate, op)(*args)
-        else:
-            result, reason = verified(candidate, op, args)
-            if reason is None:
-                return result
-            _tell_once(logging.WARNING, f"{op}: {candidate.NAME}: {reason}; the next backend serves")
-    return getattr(reference, op)(*args)
+            continue
+        reason, settled = (None, True) if candidate in TRUSTED else objection(candidate, op, args)
+        if reason is None:
+            return prepare(candidate, op, args), lasting
+        _tell_once(logging.WARNING, f"{op}: {candidate.NAME}: {reason}; the next backend serves")
+        lasting = lasting and settled
+    return prepare(reference, op, args), lasting
+
+
+def _key(op: str, args: tuple) -> tuple | None:
+    """All that the checks, the choice and what is prepared depend on; None for tensors that have no strides."""
+    x = args[0]
+    key = [op, _forced[-1] if _forced else None, x.device, torch._C._get_cudnn_enabled()]
+    if x.dtype is torch.float32:
+        key.append(tf32_allowed())
+    try:
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                key += (a.shape, a.stride(), a.dtype, a.get_device(), a.data_ptr() % 16)
+            else:
+                key.append(tuple(a) if type(a) is list else a)
+    except RuntimeError:
+        return None
+    return tuple(key)
 
 
 def repeated(x, *args):
-    """conv_bn_act on a CPU, answered before validation if this very call went through before; else None."""
+    """conv_bn_act on a CPU, its weights folded before, if this very call went through before; else None."""
     return cpu.repeated(x, *args) if x.is_cpu and (not _forced or _forced[-1] == cpu.NAME) else None
 
 

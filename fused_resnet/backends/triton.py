@@ -6,6 +6,7 @@ with few input channels (the stem) gathers from x as it lies.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 
@@ -131,6 +132,59 @@ class _Output:
         return self.tensor if self.rows is self.tensor else self.tensor.copy_(self.rows)
 
 
+_HERE = contextlib.nullcontext()
+
+
+def _device_of(x: Tensor):
+    """x's device as the current one; nothing is entered where it is that already."""
+    return torch.cuda.device_of(x) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _HERE
+
+
+def _dispatch(kernel, grid: tuple[int, ...], *args, **constants):
+    """Launch by Triton's own dispatch, which compiles or finds the kernel and looks at every argument. constants: the
+    kernel's, and Triton's own options. Returns what was launched; the interpreter returns None."""
+    return kernel[grid](*args, **constants)
+
+
+class _Prepared:
+    """An op's function for calls of one kind (shapes, strides, alignments, dtypes, options).
+
+    The first call launches by Triton's dispatch. Later ones make the same launches, in the same order, of arguments of
+    which all that the dispatch looks at is the same: they hand theirs to the kernels that it found.
+    """
+
+    def __init__(self, function):
+        self.function = function
+        self.found: list | None = None
+
+    def __call__(self, *args):
+        if self.found is not None:
+            found = iter(self.found)
+
+            def launch(kernel, grid, *args, **constants):
+                compiled, values = next(found)
+                compiled(*args, *values)
+
+            return self.function(*args, launch=launch)
+
+        dispatched = []
+
+        def launch(kernel, grid, *args, **constants):
+            compiled = _dispatch(kernel, grid, *args, **constants)
+            if compiled is not None:
+                values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+                dispatched.append((compiled[(*grid, 1, 1)[:3]], values))
+
+        result = self.function(*args, launch=launch)
+        self.found = dispatched or None
+        return result
+
+
+def prepare(op: str, *args):
+    """The function for this call and for all of the same shapes, strides, alignments, dtypes and options."""
+    return _Prepared(_Convolution(*args) if op == "conv_bn_act" else globals()[op])
+
+
 def _output(wanted: bool, shape, format: torch.memory_format, like: Tensor) -> _Output | None:
     return _Output(shape, format, like) if wanted else None
 
@@ -152,84 +206,79 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    relu: bool,
-) -> Tensor:
-    """y: [N, K, P, Q] = act(bn(conv(x: [N, C, H, W], weight: [K, C/groups, R, S])) + residual: [N, K, P, Q])."""
-    with torch.cuda.device_of(x):
-        shape = conv_output_size(x, weight, stride, padding, dilation)
-        n, k, p, q = shape
+class _Convolution:
+    """conv_bn_act for calls of one kind: all that follows from shapes, layouts and options is worked out once."""
+
+    def __init__(self, x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *options):
+        stride, padding, dilation, groups, relu = options
+        self.shape = conv_output_size(x, weight, stride, padding, dilation)
+        self.format = output_format(x, weight)
+        n, k, p, q = self.shape
         h, w = x.shape[2:]
         _, c_group, r, s = weight.shape
         m = n * p * q
-        precision = "tf32" if x.dtype != torch.float32 or tf32_allowed() else "ieee"
         tile = _tile(x, weight, stride, padding, dilation, groups)
-        out = _Output(shape, output_format(x, weight), x)
-        if not tile.flat and x.stride(1) != 1:
-            x = _channels_last(x)
-        weight = _channels_last(weight)
-        residual = None if residual is None else _channels_last(residual)
-        row_stride = None if r * s > 1 or any(padding) or max(stride) > 1 else _row_stride(x)
-        xn, xc, xh, xw = x.stride()
         span = tile.groups_per_tile
-        column_tiles = tiles.ceil_div(groups, span) * tiles.ceil_div(span * (k // groups), tile.block_n)
-        _conv._conv_bn_act_fwd_kernel[(tiles.ceil_div(m, tile.block_m) * column_tiles,)](
-            x,
-            weight,
-            _per_channel(bn_weight),
-            _per_channel(bn_bias),
-            _per_channel(running_mean),
-            _per_channel(running_var),
-            residual,
-            out.rows,
-            eps,
-            m,
-            p,
-            q,
-            h,
-            w,
-            k,
-            c_group,
-            k // groups,
-            groups,
-            xn,
-            xh,
-            xw if row_stride is None else row_stride,
-            xc,
-            *stride,
-            *padding,
-            *dilation,
-            R=r,
-            S=s,
-            PADDED=any(padding),
-            ROWS=row_stride is not None,
-            FLAT_C=c_group if tile.flat else 0,
-            GROUPS_PER_TILE=span,
-            EVEN_C=span * c_group % tile.block_k == 0 and groups % span == 0,
-            EVEN_K=span * (k // groups) % tile.block_n == 0 and groups % span == 0,
-            RELU=relu,
-            INPUT_PRECISION=precision,
-            UPCAST=interpreting() and x.dtype == torch.bfloat16,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+
+        # What a call has to bring into the form that the kernel reads.
+        self.converts_x = not tile.flat and x.stride(1) != 1
+        self.converts_weight = _channels_last(weight) is not weight
+        self.converts_residual = residual is not None and _channels_last(residual) is not residual
+        self.converts_vectors = any(
+            v is not None and not v.is_contiguous() for v in (bn_weight, bn_bias, running_mean, running_var)
         )
-        return out.result()
+        xn, xc, xh, xw = (_channels_last(x) if self.converts_x else x).stride()
+        rows = r * s == 1 and not any(padding) and max(stride) == 1
+        row_stride = _row_stride((n, h, w), (xn, xh, xw)) if rows else None
+
+        column_tiles = tiles.ceil_div(groups, span) * tiles.ceil_div(span * (k // groups), tile.block_n)
+        self.grid = (tiles.ceil_div(m, tile.block_m) * column_tiles,)
+        numbers = (m, p, q, h, w, k, c_group, k // groups, groups, xn, xh, xw if row_stride is None else row_stride, xc)
+        self.numbers = (*numbers, *stride, *padding, *dilation)
+        self.constants = {
+            "R": r,
+            "S": s,
+            "PADDED": any(padding),
+            "ROWS": row_stride is not None,
+            "FLAT_C": c_group if tile.flat else 0,
+            "GROUPS_PER_TILE": span,
+            "EVEN_C": span * c_group % tile.block_k == 0 and groups % span == 0,
+            "EVEN_K": span * (k // groups) % tile.block_n == 0 and groups % span == 0,
+            "RELU": relu,
+            "INPUT_PRECISION": "tf32" if x.dtype != torch.float32 or tf32_allowed() else "ieee",
+            "UPCAST": interpreting() and x.dtype == torch.bfloat16,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "GROUP_M": tile.group_m,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+        }
+
+    def __call__(
+        self, x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *_, launch=_dispatch
+    ) -> Tensor:
+        with _device_of(x):
+            y = rows = torch.empty(self.shape, dtype=x.dtype, device=x.device, memory_format=self.format)
+            if not y.is_contiguous(memory_format=torch.channels_last):
+                rows = torch.empty_like(y, memory_format=torch.channels_last)
+            if self.converts_x:
+                x = _channels_last(x)
+            if self.converts_weight:
+                weight = _channels_last(weight)
+            if self.converts_residual:
+                residual = _channels_last(residual)
+            vectors = (bn_weight, bn_bias, running_mean, running_var)
+            if self.converts_vectors:
+                vectors = map(_per_channel, vectors)
+            args = (x, weight, *vectors, residual, rows, eps, *self.numbers)
+            launch(_conv._conv_bn_act_fwd_kernel, self.grid, *args, **self.constants)
+            return y if rows is y else y.copy_(rows)
+
+
+def conv_bn_act(*args) -> Tensor:
+    """y: [N, K, P, Q] = act(bn(conv(x: [N, C, H, W], weight: [K, C/groups, R, S])) + residual: [N, K, P, Q])."""
+    return _Convolution(*args)(*args)
 
 
 def conv_bn_act_bwd(
@@ -247,6 +296,8 @@ def conv_bn_act_bwd(
     groups: int,
     relu: bool,
     output_mask: list[bool],
+    *,
+    launch=_dispatch,
 ) -> tuple[Tensor | None, ...]:
     """(dx: [N, C, H, W], dweight: [K, C/groups, R, S], dbn_weight: [K], dbn_bias: [K], dresidual: [N, K, P, Q]) for
     grad, y: [N, K, P, Q]; None where output_mask is off. The two convolutions are PyTorch's, the rest is fused."""
@@ -254,7 +305,7 @@ def conv_bn_act_bwd(
     need_sum = need_bn_weight or need_bn_bias
     need_raw = need_weight or need_bn_weight
     format = output_format(x, weight)
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         k = grad.shape[1]
         dresidual = _output(need_residual, grad.shape, format, grad)
         grad = _channels_last(grad)
@@ -267,7 +318,9 @@ def conv_bn_act_bwd(
         if need_sum or (relu and g is not None):
             tile = tiles.row_tile(grad.numel() // k, k)
             partial = _floats(x, tile.splits, k) if need_sum else None
-            _conv_bwd._conv_bn_act_bwd_mask_kernel[(tiles.ceil_div(k, tile.block_c), tile.splits)](
+            launch(
+                _conv_bwd._conv_bn_act_bwd_mask_kernel,
+                (tiles.ceil_div(k, tile.block_c), tile.splits),
                 grad,
                 _channels_last(y) if relu else None,
                 g if relu else None,
@@ -279,7 +332,7 @@ def conv_bn_act_bwd(
                 BLOCK_C=tile.block_c,
             )
             if need_sum:
-                dbn_bias, _, _ = _finish(partial, None, None, eps)
+                dbn_bias, _, _ = _finish(launch, partial, None, None, eps)
         dx = dweight = dbn_weight = None
         if need_x or need_raw:
             gamma, mean, var = map(_per_channel, (bn_weight, running_mean, running_var))
@@ -287,7 +340,7 @@ def conv_bn_act_bwd(
             backward = torch.ops.aten.convolution_backward
             x = _channels_last(x)
             if need_x:
-                dx = backward(g, x, _folded(weight, gamma, var, eps), *conv, [True, False, False])[0]
+                dx = backward(g, x, _folded(launch, weight, gamma, var, eps), *conv, [True, False, False])[0]
                 dx = _in_format(dx, format)
             if need_raw:
                 sum_g = dbn_bias
@@ -298,18 +351,19 @@ def conv_bn_act_bwd(
                     g = g * inv.to(g.dtype).view(1, -1, 1, 1)
                     sum_g = None if sum_g is None else sum_g * inv
                     var = torch.full_like(inv, 1 - eps)
-                raw = backward(g, x, _channels_last(weight), *conv, [False, True, False])[1]
+                raw = _channels_last(backward(g, x, _channels_last(weight), *conv, [False, True, False])[1])
                 bn = (gamma, mean, var)
-                dweight, dbn_weight = _weight_grads(raw, weight, *bn, eps, sum_g, need_weight, need_bn_weight)
+                dweight, dbn_weight = _weight_grads(launch, raw, weight, *bn, eps, sum_g, need_weight, need_bn_weight)
         return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, _result(dresidual)
 
 
-def _row_stride(x: Tensor) -> int | None:
-    """The one stride that walks all rows (n, h, w) of x: [N, C, H, W] in order; None if there is none."""
-    dims = [(size, step) for size, step in zip(x.shape, x.stride(), strict=True)]
-    inner, *outer = [d for d in (dims[3], dims[2], dims[0]) if d[0] > 1] or [(1, x.shape[1])]
-    rows, step = inner
-    for size, outer_step in outer:
+def _row_stride(sizes: tuple[int, int, int], strides: tuple[int, int, int]) -> int | None:
+    """The one stride that walks all rows (n, h, w) of these sizes and strides in order; None if there is none."""
+    dims = [d for d in zip(sizes, strides, strict=True) if d[0] > 1]
+    if not dims:
+        return strides[-1]
+    rows, step = dims.pop()
+    for size, outer_step in reversed(dims):
         if outer_step != rows * step:
             return None
         rows *= size
@@ -322,20 +376,29 @@ def _in_format(t: Tensor, format: torch.memory_format) -> Tensor:
     return t if t.stride() == out.stride() else out.copy_(t)
 
 
-def _folded(weight: Tensor, bn_weight: Tensor | None, running_var: Tensor | None, eps: float) -> Tensor:
+def _folded(launch, weight: Tensor, bn_weight: Tensor | None, running_var: Tensor | None, eps: float) -> Tensor:
     """weight: [K, C/groups, R, S] times BN's scale of its output channel, channels_last."""
     weight = _channels_last(weight)
     if running_var is None:
         return weight
     folded = torch.empty_like(weight)
     k, size, block = weight.shape[0], weight[0].numel(), 1024
-    _conv_bwd._conv_bn_act_bwd_fold_kernel[(k, tiles.ceil_div(size, block))](
-        weight, bn_weight, running_var, folded, eps, size, BLOCK=block
+    launch(
+        _conv_bwd._conv_bn_act_bwd_fold_kernel,
+        (k, tiles.ceil_div(size, block)),
+        weight,
+        bn_weight,
+        running_var,
+        folded,
+        eps,
+        size,
+        BLOCK=block,
     )
     return folded
 
 
 def _weight_grads(
+    launch,
     raw: Tensor,
     weight: Tensor,
     bn_weight: Tensor | None,
@@ -355,7 +418,9 @@ def _weight_grads(
         return [0, 0, 0, 0] if t is None else [t.stride(0), *(t.stride(i) for i in order)]
 
     size = weight[0].numel()
-    _conv_bwd._conv_bn_act_bwd_weight_kernel[(weight.shape[0],)](
+    launch(
+        _conv_bwd._conv_bn_act_bwd_weight_kernel,
+        (weight.shape[0],),
         raw,
         weight if need_bn_weight else None,
         bn_weight,
@@ -377,33 +442,56 @@ def _weight_grads(
 
 
 def _finish(
-    partial_g: Tensor, partial_gx: Tensor | None, var: Tensor | None, eps: float
+    launch, partial_g: Tensor, partial_gx: Tensor | None, var: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(sum g, sum g * (x - mean), dbn_weight), each [C] in float32, from partials [splits, C]."""
     splits, c = partial_g.shape
     block_s, block_c = tiles.finish_tile(splits, c)
     sum_g = _floats(partial_g, c)
     sum_gx, dbn_weight = (None, None) if partial_gx is None else (_floats(partial_g, c), _floats(partial_g, c))
-    _bn._bn_act_bwd_finish_kernel[(tiles.ceil_div(c, block_c),)](
-        partial_g, partial_gx, var, sum_g, sum_gx, dbn_weight, eps, c, splits, BLOCK_S=block_s, BLOCK_C=block_c
+    launch(
+        _bn._bn_act_bwd_finish_kernel,
+        (tiles.ceil_div(c, block_c),),
+        partial_g,
+        partial_gx,
+        var,
+        sum_g,
+        sum_gx,
+        dbn_weight,
+        eps,
+        c,
+        splits,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
     )
     return sum_g, sum_gx, dbn_weight
 
 
-def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+def bn_stats(x: Tensor, *, launch=_dispatch) -> tuple[Tensor, Tensor]:
     """(mean: [C], biased variance: [C]) of x: [N, C, H, W], in float32."""
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         x = _channels_last(x)
         c = x.shape[1]
         m = x.numel() // c
         tile = tiles.row_tile(m, c)
         partial_mean, partial_m2 = _floats(x, tile.splits, c), _floats(x, tile.splits, c)
-        _bn._bn_stats_partial_kernel[(tiles.ceil_div(c, tile.block_c), tile.splits)](
-            x, partial_mean, partial_m2, m, c, tile.steps, BLOCK_R=tile.block_r, BLOCK_C=tile.block_c
+        launch(
+            _bn._bn_stats_partial_kernel,
+            (tiles.ceil_div(c, tile.block_c), tile.splits),
+            x,
+            partial_mean,
+            partial_m2,
+            m,
+            c,
+            tile.steps,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
         )
         mean, var = _floats(x, c), _floats(x, c)
         block_s, block_c = tiles.finish_tile(tile.splits, c)
-        _bn._bn_stats_merge_kernel[(tiles.ceil_div(c, block_c),)](
+        launch(
+            _bn._bn_stats_merge_kernel,
+            (tiles.ceil_div(c, block_c),),
             x,
             partial_mean,
             partial_m2,
@@ -429,15 +517,19 @@ def bn_act(
     residual: Tensor | None,
     relu: bool,
     batch_stats: bool,
+    *,
+    launch=_dispatch,
 ) -> Tensor:
     """y: [N, C, H, W] = act((x - mean) / sqrt(var + eps) * bn_weight + bn_bias + residual); [C] what is per channel."""
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         out = _Output(x.shape, output_format(x), x)
         x = _channels_last(x)
         c = x.shape[1]
         m = x.numel() // c
         tile = tiles.row_tile(m, c)
-        _bn._bn_act_fwd_kernel[(tiles.ceil_div(m, tile.block_r) * tiles.ceil_div(c, tile.block_c),)](
+        launch(
+            _bn._bn_act_fwd_kernel,
+            (tiles.ceil_div(m, tile.block_r) * tiles.ceil_div(c, tile.block_c),),
             x,
             *map(_per_channel, (mean, var, bn_weight, bn_bias)),
             None if residual is None else _channels_last(residual),
@@ -463,13 +555,15 @@ def bn_act_bwd(
     relu: bool,
     batch_stats: bool,
     output_mask: list[bool],
+    *,
+    launch=_dispatch,
 ) -> tuple[Tensor | None, ...]:
     """(dx: [N, C, H, W], dbn_weight: [C], dbn_bias: [C], dresidual: [N, C, H, W]); None where output_mask is off.
 
     With batch_stats, mean and var are those of x and dx carries their derivative: two passes over the rows, else one.
     """
     need_x, need_bn_weight, need_bn_bias, need_residual = output_mask
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         format = output_format(x)
         dx = _output(need_x, x.shape, format, x)
         dresidual = _output(need_residual, x.shape, format, x)
@@ -483,7 +577,9 @@ def bn_act_bwd(
         partial_g = _floats(x, tile.splits, c) if need_g else None
         partial_gx = _floats(x, tile.splits, c) if need_gx else None
         blocks_c = tiles.ceil_div(c, tile.block_c)
-        _bn._bn_act_bwd_reduce_kernel[(blocks_c, tile.splits)](
+        launch(
+            _bn._bn_act_bwd_reduce_kernel,
+            (blocks_c, tile.splits),
             grad,
             y,
             x if need_gx else None,
@@ -503,9 +599,11 @@ def bn_act_bwd(
         )
         sum_g = dbn_weight = None
         if need_g:
-            sum_g, sum_gx, dbn_weight = _finish(partial_g, partial_gx, var, eps)
+            sum_g, sum_gx, dbn_weight = _finish(launch, partial_g, partial_gx, var, eps)
         if need_x and batch_stats:
-            _bn._bn_act_bwd_input_kernel[(tiles.ceil_div(m, tile.block_r) * blocks_c,)](
+            launch(
+                _bn._bn_act_bwd_input_kernel,
+                (tiles.ceil_div(m, tile.block_r) * blocks_c,),
                 grad if dresidual is None else dresidual.rows,
                 y if dresidual is None else None,
                 x,

@@ -28,19 +28,25 @@ CHUNK = 2**22  # elements compared at once, in float64
 _verdicts: dict[tuple, str | None] = {}
 
 
-def verified(candidate, op: str, args: tuple) -> tuple[object, str | None]:
-    """(result, None) from a backend that is trusted with this signature or earns it now, else (None, the reason)."""
+def prepare(candidate, op: str, args: tuple):
+    """The backend's function for this call and for all of the same shapes, strides, alignments, dtypes and options."""
+    if hasattr(candidate, "prepare"):
+        return candidate.prepare(op, *args)
+    return lambda *args: getattr(candidate, op)(*args)
+
+
+def objection(candidate, op: str, args: tuple) -> tuple[str | None, bool]:
+    """(why this backend may not serve this call, or None; whether that is settled or has to be asked again)."""
     key = _signature(candidate, op, args)
     if key not in _verdicts:
         if _capturing(args[0].device):
-            return None, "not verified yet, and a CUDA graph is being captured (call once before the capture)"
+            return "not verified yet, and a CUDA graph is being captured (call once before the capture)", False
         try:
             with _unobserved(args[0].device):
                 _verdicts[key] = _judge(candidate, op, args)
         except torch.OutOfMemoryError:
-            return None, "not verified: there is too little memory beside this call"
-    reason = _verdicts[key]
-    return (getattr(candidate, op)(*args), None) if reason is None else (None, reason)
+            return "not verified: there is too little memory beside this call", False
+    return _verdicts[key], True
 
 
 def _capturing(device: torch.device) -> bool:
@@ -65,16 +71,25 @@ def _unobserved(device: torch.device):
 
 
 def _judge(candidate, op: str, args: tuple) -> str | None:
-    """Why the backend's result is not the reference's; None if it is."""
+    """Why the backend's result is not the reference's; None if it is. Asked twice: what the first call prepared serves
+    all later ones."""
     sample = _sample(op, args)
     expected = getattr(reference, op)(*sample)
-    try:
-        result = getattr(candidate, op)(*sample)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # no verdict on the kernel; nothing left to fall back on
-        raise
-    except Exception as failure:  # does not compile or launch: Triton's errors derive from Exception itself
-        return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
-    limit = tolerance(op, args)
+    call = None
+    for _ in range(2):
+        try:
+            call = call or prepare(candidate, op, sample)
+            result = call(*sample)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # no verdict on the kernel; nothing to fall back on
+            raise
+        except Exception as failure:  # does not compile or launch: Triton's errors derive from Exception itself
+            return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
+        if reason := _disagreement(result, expected, tolerance(op, args)):
+            return reason
+    return None
+
+
+def _disagreement(result, expected, limit: float) -> str | None:
     for i, (v, e) in enumerate(zip(_tuple(result), _tuple(expected), strict=True)):
         if e is None:
             continue
