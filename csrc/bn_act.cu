@@ -19,12 +19,15 @@ namespace {
 // the memory's latency. Twelve are whole waves of three and of four.
 constexpr int kReductionBlocks = 3;
 constexpr int kStreamBlocks = 12;
+// Rows of a thread, at least: what it loads and computes for its channels, and its share of a partial result, has to be
+// earned back. A multiple of the rows that a kernel has in flight, so that only the last block reads a row again.
+constexpr int kLeastRows = 4;
 
 struct Geometry {
   int64_t rows;
   int channels;
   int vector;              // elements a load
-  int64_t rows_per_block;  // a multiple of block.y
+  int64_t rows_per_block;  // a multiple of kLeastRows * block.y
   dim3 grid, block;
 
   int splits() const { return static_cast<int>(grid.y); }
@@ -34,16 +37,17 @@ struct Geometry {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The geometry for maps like x; `maps` are all the pointers that are read or written 16 bytes at a time if they can be.
-Geometry geometry_of(const char* op, const Tensor& x, std::initializer_list<const void*> maps, int blocks) {
+// The geometry for maps like x; `pointers` are those of maps and parameters, which are read or written 16 bytes at a
+// time if all of them can be.
+Geometry geometry_of(const char* op, const Tensor& x, std::initializer_list<const void*> pointers, int blocks) {
   Geometry g;
   const int64_t channels = x.size(1);
   check(channels <= std::numeric_limits<int>::max() / 2, op, ": too many channels, got ", channels);
   g.rows = x.numel() / channels;
   g.channels = static_cast<int>(channels);
   const int wide = static_cast<int>(16 / x.element_size());
-  const bool aligned =
-      std::all_of(maps.begin(), maps.end(), [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+  const bool aligned = std::all_of(pointers.begin(), pointers.end(),
+                                   [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
   g.vector = channels % wide == 0 && aligned ? wide : 1;
 
   const int64_t vectors = channels / g.vector;
@@ -53,7 +57,8 @@ Geometry geometry_of(const char* op, const Tensor& x, std::initializer_list<cons
   const int64_t tiles = ceil_div(vectors, lanes);
   // gridDim.y ends at 65535; a device has far fewer multiprocessors than that.
   const int64_t splits = std::clamp<int64_t>(blocks / tiles, 1, 32768);
-  g.rows_per_block = ceil_div(ceil_div(g.rows, splits), g.block.y) * g.block.y;
+  const int64_t least = int64_t{kLeastRows} * g.block.y;
+  g.rows_per_block = ceil_div(ceil_div(g.rows, splits), least) * least;
   g.grid = dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(g.rows, g.rows_per_block)));
   return g;
 }
@@ -87,7 +92,7 @@ struct BwdSums {
 BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const std::optional<Tensor>& y,
                  const std::optional<Tensor>& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                  double eps, const Tensor& g) {
-  const Geometry geometry = geometry_of(op, grad, {address(grad), address(y), address(x), address(g)},
+  const Geometry geometry = geometry_of(op, grad, {address(grad), address(y), address(x), address(g), address(mean)},
                                         kReductionBlocks * device.multiprocessors);
   const int words = x.has_value() ? 2 : 1;
   const Tensor partial = new_floats(grad, words * geometry.splits() * static_cast<int64_t>(geometry.channels));
@@ -144,8 +149,10 @@ Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& var, const std:
   if (residual.has_value()) check_map_like(op, "residual", *residual, x);
   const Device device(x);
   const Tensor y = torch::stable::empty_like(x);
-  const Geometry geometry =
-      geometry_of(op, x, {address(x), address(residual), address(y)}, kStreamBlocks * device.multiprocessors);
+  const Geometry geometry = geometry_of(op, x,
+                                        {address(x), address(residual), address(y), address(mean), address(var),
+                                         address(weight), address(bias)},
+                                        kStreamBlocks * device.multiprocessors);
   with_type(op, x, geometry, [&](auto element, auto vector) {
     using T = decltype(element);
     with_bool(residual.has_value(), [&](auto add) {
@@ -180,8 +187,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(const Tensor& grad, const 
     // g, once it is stored, stands for grad and y: one read less.
     const Tensor& from = need_g ? g : grad;
     const std::optional<Tensor> under = need_g ? std::nullopt : y;
-    const Geometry geometry = geometry_of(op, x, {address(from), address(under), address(x), address(dx)},
-                                          kStreamBlocks * device.multiprocessors);
+    const Geometry geometry =
+        geometry_of(op, x,
+                    {address(from), address(under), address(x), address(dx), address(mean), address(var),
+                     address(weight), address(sums.sum_g), address(sums.dweight)},
+                    kStreamBlocks * device.multiprocessors);
     with_type(op, x, geometry, [&](auto element, auto vector) {
       using T = decltype(element);
       with_bool(under.has_value(), [&](auto mask) {

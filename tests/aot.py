@@ -107,8 +107,18 @@ def instances() -> dict[str, tuple]:
         "depthwise_b32_fp16": (convolution, 32, 96, 28, 96, 3, 1, 96, "fp16", False),
         "stem_b32_ieee": (convolution, 32, 3, 224, 64, 7, 2, 1, "ieee", False),
         "3x3_128_b32_ieee": (convolution, 32, 128, 28, 128, 3, 1, 1, "ieee"),
+        # Multiples of 16 bytes that 16 does not divide; rows that no vector load fits.
+        "3x3_72_b32_fp16": (convolution, 32, 72, 28, 72, 3, 1, 1, "fp16"),
+        "1x1_40_160_b32_fp16": (convolution, 32, 40, 28, 160, 1, 1, 1, "fp16"),
+        "3x3_36_b32_tf32": (convolution, 32, 36, 28, 36, 3, 1, 1, "tf32"),
+        "3x3_24_b32_tf32": (convolution, 32, 24, 28, 24, 3, 1, 1, "tf32"),
+        "5x5_72_136_b32_fp16": (convolution, 32, 72, 28, 136, 5, 1, 1, "fp16"),
+        "3x3_17_200_odd_fp16": (convolution, 32, 17, 28, 200, 3, 1, 1, "fp16"),
+        "1x1_8_256_odd_tf32": (convolution, 32, 8, 28, 256, 1, 1, 1, "tf32"),
         "bwd_3x3_256_b32_fp16": (convolution, 32, 256, 14, 256, 3, 1, 1, "fp16", True, True),
+        "bwd_3x3_72_b32_fp16": (convolution, 32, 72, 14, 72, 3, 1, 1, "fp16", True, True),
         "bn_256_b32_fp16": (batch_norm, 32, 256, 56, "fp16"),
+        "bn_72_b32_fp16": (batch_norm, 32, 72, 28, "fp16"),
         "bn_3_b5_tf32": (batch_norm, 5, 3, 9, "tf32"),
         # Every extent and stride is 1, which Triton turns into a constant.
         "ones_fp16": (convolution, 1, 1, 1, 1, 1, 1, 1, "fp16"),
@@ -203,6 +213,7 @@ def main() -> None:
                     "stages": compiled.metadata.num_stages,
                     "tile": {k: v for k, v in keywords.items() if k.startswith("BLOCK")},
                     "shared": compiled.metadata.shared,
+                    "rounded_to_tf32": compiled.asm["ptx"].count("cvt.rna.tf32"),
                     **inspect(compiled.asm["cubin"]),
                     "seconds": round(time.perf_counter() - started, 2),
                 }

@@ -158,6 +158,18 @@ def test_vector_instances_move_16_bytes(arch):
 
 @needs_kernels
 @pytest.mark.parametrize("arch", sass_archs())
+def test_vector_instances_read_parameters_16_bytes_at_a_time(arch):
+    """One channel at a time, they would cost more than the rows where a thread has only a few."""
+    kernel = r"(bn_act|bn_bwd_input)_kernel<[^,>]+, (\(int\))?[48]\b"
+    vectors = {name: code for name, code in machine_code(arch).items() if re.search(kernel, name)}
+    assert vectors
+    for name, code in vectors.items():
+        loads = re.findall(r"\bLDG\.\S+", code)
+        assert loads and all(".128" in load for load in loads), (name, loads)
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", sass_archs())
 def test_no_float_atomics(arch):
     for name, code in machine_code(arch).items():
         assert not re.search(r"\b(RED|ATOM|ATOMG|ATOMS)\b", code), name

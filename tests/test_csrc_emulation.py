@@ -178,6 +178,24 @@ def test_bn_act_bwd(shape, dtype, misaligned, relu, batch_stats, mask):
         assert got[3].data_ptr() != grad.data_ptr()
 
 
+@pytest.mark.parametrize("which", range(4), ids=["mean", "var", "weight", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_a_parameter_may_lie_anywhere(dtype, which):
+    """A view into a flat buffer, say: four bytes behind a multiple of 16, the only one of all pointers."""
+    x, residual, grad, weight, bias = case((2, 16, 9, 5), dtype)
+    vectors = [*(s.float() for s in exact_stats(x)), weight, bias]
+    vectors[which] = torch.full((22,), float("nan"))[5:21].copy_(vectors[which])
+    assert vectors[which].data_ptr() % 16 == 4
+    y = cuda.bn_act(x, *vectors, EPS, residual, True, True)
+    expected = reference.bn_act(x.double(), *(v.double() for v in vectors), EPS, residual.double(), True, True)
+    assert error(y, expected) < bound(dtype)
+    mask = [True] * 4
+    got = cuda.bn_act_bwd(grad, y, x, *vectors[:3], EPS, True, True, mask)
+    expected = reference.bn_act_bwd(*(t.double() for t in (grad, y, x, *vectors[:3])), EPS, True, True, mask)
+    for g, e, tolerance in zip(got, expected, [bound(dtype), 2e-6, 2e-6, 0.0], strict=True):
+        assert error(g, e) <= tolerance
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bn", [False, True], ids=["plain", "bn"])
 def test_conv_bn_act_bwd(groups, bn):

@@ -82,9 +82,31 @@ def test_every_dot_runs_on_the_tensor_cores(version, arch):
 def test_whole_channel_blocks_are_copied_asynchronously(version, arch):
     """And 16 bytes at a time at the end: what makes a channels_last convolution stream."""
     for line in compiled(version, arch):
-        if re.match("(3x3|1x1)_.*_b[0-9]+_", line["instance"]):
+        if re.match("[135]x[135]_.*_b[0-9]+_", line["instance"]):
             assert line["async_copy"] > 0, line["instance"]
             assert line["store"] == line["store_16_bytes"] > 0, line["instance"]
+
+
+@pytest.mark.parametrize("arch", SHARED_KIB)
+def test_rows_move_16_bytes_at_a_time(version, arch):
+    """Also where 8 divides the channels and 16 does not, which Triton does not find out by itself."""
+    rows = ("_bn_stats_partial", "_bn_act_fwd", "_bn_act_bwd_reduce", "_bn_act_bwd_input", "_conv_bn_act_bwd_mask")
+    seen = set()
+    for line in compiled(version, arch):
+        name = line["kernel"].removesuffix("_kernel")
+        if name in rows and re.match("(bn|bwd_3x3)_(256|72)_", line["instance"]):
+            assert line["load_16_bytes"] > 0, (line["instance"], name)
+            assert name not in ("_bn_act_fwd", "_bn_act_bwd_input") or line["store"] == line["store_16_bytes"] > 0
+            seen.add((name, "72" in line["instance"]))
+    assert seen == {(name, narrow) for name in rows for narrow in (False, True)}
+
+
+@pytest.mark.parametrize("arch", SHARED_KIB)
+def test_tf32_operands_are_rounded(version, arch):
+    """The tensor core would cut them off, which makes all products of activations behind a ReLU too small."""
+    for line in compiled(version, arch):
+        if line["kernel"] == CONV:
+            assert (line["rounded_to_tf32"] > 0) == line["instance"].endswith("_tf32"), line["instance"]
 
 
 def test_a_prepared_launch_is_the_one_that_triton_would_make(version):

@@ -147,12 +147,22 @@ __device__ void store(T* data, int64_t offset, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(data + offset) = pack;
 }
 
-// A channel vector's share of this thread. Every parameter is loaded before any arithmetic, so that the latencies
-// overlap; one element at a time, because a parameter may lie at any multiple of four bytes.
+// A channel vector's share of this thread, 16 bytes at a time: where V > 1, the launcher has seen to the alignment.
+// Every parameter is loaded before any arithmetic, so that the latencies overlap.
 template <int V>
 __device__ void load_parameters(float (&to)[V], const float* from, int channel, float otherwise) {
+  constexpr int kWide = V % 4 == 0 ? 4 : 1;
 #pragma unroll
-  for (int j = 0; j < V; ++j) to[j] = from == nullptr ? otherwise : from[channel + j];
+  for (int j = 0; j < V; j += kWide) {
+    if (from == nullptr) {
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) to[j + i] = otherwise;
+    } else {
+      const Pack<float, kWide> in = load<kWide>(from, channel + j);
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) to[j + i] = in.value[i];
+    }
+  }
 }
 
 // out[i][split][channel], i < Acc::kWords - kSkip: the partial result of a block without its first kSkip words.

@@ -104,10 +104,12 @@ def _choose(op: str, args: tuple):
             _tell_once(logging.INFO, f"{op}: {reason}")
             continue
         reason, settled = (None, True) if candidate in TRUSTED else objection(candidate, op, args)
-        if reason is None:
+        lasting = lasting and settled
+        if reason is None or (candidate is cudnn and not settled):
+            # PyTorch's own kernels serve for now, where there is no room or no moment to compare them: the reference
+            # would need several times the memory.
             return prepare(candidate, op, args), lasting
         _tell_once(logging.WARNING, f"{op}: {candidate.NAME}: {reason}; the next backend serves")
-        lasting = lasting and settled
     return prepare(reference, op, args), lasting
 
 

@@ -61,7 +61,7 @@ def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest):
         sum_g = g.sum((0, 2, 3), dtype=acc)
     need_raw = need_weight or need_bn_weight
     # The plain convolution's weight gradient is the real one divided by BN's scale: out of float16's range where the
-    # real one is well inside. There g takes 1 / sqrt(var + eps) along, and only bn_weight is left for afterwards.
+    # real one is well inside. There g takes the power of two nearest to 1 / sqrt(var + eps) along.
     ahead = need_raw and inv is not None and x.dtype is torch.float16
     dx = dweight = dbn_weight = None
     if need_x or need_raw:
@@ -71,16 +71,22 @@ def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest):
     if need_x:
         dx = dx.contiguous(memory_format=output_format(x, weight))
     if ahead:
-        ahead_g = g * inv.to(g.dtype).view(1, -1, 1, 1)
+        power = nearest_power_of_2(inv)
+        ahead_g = g * power.to(g.dtype).view(1, -1, 1, 1)
         raw = _aten.convolution_backward(ahead_g, x, weight, *conv, [False, True, False])[1]
+        inv, scale = inv / power, scale / power.view(-1, 1, 1, 1)
+        sum_ahead = None if sum_g is None else sum_g * power
     if need_bn_weight:
         product = (raw * weight.to(acc)).sum((1, 2, 3))
-        dbn_weight = product - inv * mean.to(acc) * sum_g if ahead else inv * (product - mean.to(acc) * sum_g)
+        dbn_weight = inv * (product - mean.to(acc) * (sum_ahead if ahead else sum_g))
     if need_weight:
-        if ahead:
-            scale = None if bn_weight is None else bn_weight.to(acc).view(-1, 1, 1, 1)
         dweight = with_strides_of(weight, raw if scale is None else raw * scale)
     return dx, dweight, dbn_weight, sum_g if need_bn_bias else None, g if need_residual else None
+
+
+def nearest_power_of_2(scale: Tensor) -> Tensor:
+    """The nearest that float16 has: multiplying by it moves an exponent and rounds nothing."""
+    return scale.log2().round_().clamp_(-14, 15).exp2_()
 
 
 def bn_stats(x):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 
 import torch
 from torch import Tensor
 
 from ..kernels import tiles
+from .aten import nearest_power_of_2
 from .layout import conv_output_size, output_format
 from .verify import tf32_allowed
 
@@ -97,14 +99,19 @@ def declines(op: str, *args) -> str | None:
 
 def defers(op: str, *args) -> str | None:
     """Why an automatic choice passes over this call, though it can run here."""
-    if op == "conv_bn_act" and args[0].dtype is torch.float32 and not tf32_allowed():
-        return "float32 without TF32 runs on FMA units, where cuDNN is at home"
+    if op == "conv_bn_act" and args[0].dtype is torch.float32:
+        return "float32 convolutions are cuDNN's until these kernels have been measured beside it"
     return None
 
 
 def variant(op: str, *args) -> tuple | None:
-    """What the kernel is specialised on beyond dtypes, channels and options: the tile, picked by the number of rows."""
-    return _tile(args[0], args[1], *args[8:12]) if op == "conv_bn_act" else None
+    """What the kernel is specialised on beyond dtypes, channels and options: the tile, picked by the number of rows,
+    and what x's strides allow."""
+    if op != "conv_bn_act":
+        return None
+    x = args[0]
+    rows = _row_stride((x.shape[0], *x.shape[2:]), (x.stride(0), *x.stride()[2:])) is not None
+    return _tile(x, args[1], *args[8:12]), rows, math.gcd(*x.stride(), 16)
 
 
 def _tile(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> tiles.ConvTile:
@@ -244,8 +251,11 @@ class _Convolution:
             "GROUPS_PER_TILE": span,
             "EVEN_C": span * c_group % tile.block_k == 0 and groups % span == 0,
             "EVEN_K": span * (k // groups) % tile.block_n == 0 and groups % span == 0,
+            "ALIGN_X": math.gcd(c_group, xn, xh, xw, 16),
+            "ALIGN_K": math.gcd(k // groups, 16),
             "RELU": relu,
             "INPUT_PRECISION": "tf32" if x.dtype != torch.float32 or tf32_allowed() else "ieee",
+            "ROUND_TF32": x.dtype == torch.float32 and tf32_allowed() and not interpreting(),
             "UPCAST": interpreting() and x.dtype == torch.bfloat16,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
@@ -330,6 +340,7 @@ def conv_bn_act_bwd(
                 tile.steps,
                 BLOCK_R=tile.block_r,
                 BLOCK_C=tile.block_c,
+                ALIGN=tile.align,
             )
             if need_sum:
                 dbn_bias, _, _ = _finish(launch, partial, None, None, eps)
@@ -346,11 +357,12 @@ def conv_bn_act_bwd(
                 sum_g = dbn_bias
                 if var is not None and x.dtype is torch.float16:
                     # The plain convolution's gradient leaves float16's range where the scaled one is well inside:
-                    # scale first, and let the kernel below see a BN of unit deviation.
-                    inv = torch.rsqrt(var.float() + eps)
-                    g = g * inv.to(g.dtype).view(1, -1, 1, 1)
-                    sum_g = None if sum_g is None else sum_g * inv
-                    var = torch.full_like(inv, 1 - eps)
+                    # scale first, by the nearest power of two; the kernel below sees a BN of about unit deviation.
+                    deviation = (var.float() + eps).sqrt()
+                    power = nearest_power_of_2(deviation.reciprocal())
+                    g = g * power.to(g.dtype).view(1, -1, 1, 1)
+                    sum_g = None if sum_g is None else sum_g * power
+                    var = (deviation * power).square() - eps
                 raw = _channels_last(backward(g, x, _channels_last(weight), *conv, [False, True, False])[1])
                 bn = (gamma, mean, var)
                 dweight, dbn_weight = _weight_grads(launch, raw, weight, *bn, eps, sum_g, need_weight, need_bn_weight)
@@ -486,6 +498,7 @@ def bn_stats(x: Tensor, *, launch=_dispatch) -> tuple[Tensor, Tensor]:
             tile.steps,
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
+            ALIGN=tile.align,
         )
         mean, var = _floats(x, c), _floats(x, c)
         block_s, block_c = tiles.finish_tile(tile.splits, c)
@@ -540,6 +553,7 @@ def bn_act(
             RELU=relu,
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
+            ALIGN=tile.align,
         )
         return out.result()
 
@@ -596,6 +610,7 @@ def bn_act_bwd(
             tile.steps,
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
+            ALIGN=tile.align,
         )
         sum_g = dbn_weight = None
         if need_g:
@@ -618,6 +633,7 @@ def bn_act_bwd(
                 c,
                 BLOCK_R=tile.block_r,
                 BLOCK_C=tile.block_c,
+                ALIGN=tile.align,
             )
         return (
             _result(dx),

@@ -28,7 +28,10 @@ def _bn_stats_partial_kernel(
     steps,  # row blocks of one split
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,  # what divides C, up to 16: Triton finds out only whether 16 does
 ):
+    if ALIGN < 16:
+        C = C // ALIGN * ALIGN
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
     lane = tl.arange(0, BLOCK_R)
@@ -107,7 +110,10 @@ def _bn_act_fwd_kernel(
     RELU: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,  # what divides C, up to 16: Triton finds out only whether 16 does
 ):
+    if ALIGN < 16:
+        C = C // ALIGN * ALIGN
     blocks_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -147,7 +153,10 @@ def _bn_act_bwd_reduce_kernel(
     steps,  # row blocks of one split
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,  # what divides C, up to 16: Triton finds out only whether 16 does
 ):
+    if ALIGN < 16:
+        C = C // ALIGN * ALIGN
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
     if x_ptr is not None:
@@ -229,7 +238,10 @@ def _bn_act_bwd_input_kernel(
     C,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,  # what divides C, up to 16: Triton finds out only whether 16 does
 ):
+    if ALIGN < 16:
+        C = C // ALIGN * ALIGN
     blocks_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)

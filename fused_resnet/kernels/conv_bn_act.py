@@ -9,6 +9,17 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _operand(v, ROUND_TF32: tl.constexpr, UPCAST: tl.constexpr):
+    """v as the tensor core shall see it. Of a float32 it takes the upper 19 bits and drops the rest: after a ReLU that
+    would make every product too small, and a deep network's errors would add up."""
+    if UPCAST:
+        v = v.to(tl.float32)
+    if ROUND_TF32:
+        v = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1)
+    return v
+
+
 @triton.jit(do_not_specialize=["M", "P", "Q", "H", "W"])
 def _conv_bn_act_fwd_kernel(
     x_ptr,  # [N, C, H, W], any strides (a channel stride of 1 is what makes it fast)
@@ -47,8 +58,11 @@ def _conv_bn_act_fwd_kernel(
     GROUPS_PER_TILE: tl.constexpr,  # > 1: a tile spans whole groups, its right operand is block-diagonal
     EVEN_C: tl.constexpr,  # channel blocks never reach past the last channel of a tile's groups
     EVEN_K: tl.constexpr,  # the same for output channels
+    ALIGN_X: tl.constexpr,  # what divides x's strides and C_group, up to 16
+    ALIGN_K: tl.constexpr,  # what divides K_group, up to 16
     RELU: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,  # round operands to TF32
     UPCAST: tl.constexpr,  # operands to fp32: the interpreter's tl.dot returns garbage for bf16
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -56,6 +70,15 @@ def _conv_bn_act_fwd_kernel(
     GROUP_M: tl.constexpr,
 ):
     TAPS: tl.constexpr = R * S
+    # Triton finds out by itself only what 16 divides; 8 channels of 16 bits are 16 bytes already.
+    if ALIGN_X < 16:
+        C_group = C_group // ALIGN_X * ALIGN_X
+        stride_xn = stride_xn // ALIGN_X * ALIGN_X
+        stride_xh = stride_xh // ALIGN_X * ALIGN_X
+        stride_xw = stride_xw // ALIGN_X * ALIGN_X
+    if ALIGN_K < 16:
+        K = K // ALIGN_K * ALIGN_K
+        K_group = K_group // ALIGN_K * ALIGN_K
 
     # Programs that run together share GROUP_M row blocks and walk the column blocks: x rows and weights stay in L2.
     tiles_per_group = tl.cdiv(K_group * GROUPS_PER_TILE, BLOCK_N)
@@ -109,9 +132,8 @@ def _conv_bn_act_fwd_kernel(
                 x_ok = x_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             a = tl.load(x_rows[:, None] + offset[None, :], mask=x_ok, other=0.0)
             b = tl.load(w_rows[None, :] + i[:, None], mask=ok[:, None], other=0.0)
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
+            a = _operand(a, ROUND_TF32, UPCAST)
+            b = _operand(b, ROUND_TF32, UPCAST)
             acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
     else:
         # One loop over (channel block, tap): nested loops would drain the pipeline at every tap. Taps are innermost:
@@ -148,9 +170,8 @@ def _conv_bn_act_fwd_kernel(
                 b = tl.load(w_rows[None, :] + (tap * C_group + c)[:, None])
             else:
                 b = tl.load(w_rows[None, :] + (tap * C_group + c)[:, None], mask=(c < channels)[:, None], other=0.0)
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
+            a = _operand(a, ROUND_TF32, UPCAST)
+            b = _operand(b, ROUND_TF32, UPCAST)
             acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
 
         if GROUPS_PER_TILE > 1:

@@ -22,7 +22,10 @@ def _conv_bn_act_bwd_mask_kernel(
     steps,  # row blocks of one split
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,  # what divides K, up to 16: Triton finds out only whether 16 does
 ):
+    if ALIGN < 16:
+        K = K // ALIGN * ALIGN
     k = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(1)
     total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)

@@ -4,6 +4,7 @@ picks.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ def conv_tile(
         tiles = ceil_div(m, block_m) * ceil_div(groups, per_tile) * ceil_div(per_tile * k_group, block_n)
         return ceil_div(tiles, sms) * block_m * block_n / share
 
-    largest = (64 * 32 if flat else 64 * 64) if fma else 128 * 128
+    # Loads of a few bytes each take a register for every pointer: less is left for the accumulator.
+    largest = (64 * 32 if flat else 64 * 64) if fma else 128 * 64 if scattered else 128 * 128
     fits = [c for c in _CANDIDATES if c[1] <= max(columns, 32) and c[0] * c[1] <= largest]
     block_m, block_n, num_warps, _ = min(fits, key=cost)
     block_n = min(block_n, columns)
@@ -98,6 +100,7 @@ class RowTile(NamedTuple):
     block_c: int
     splits: int
     steps: int  # row blocks a split walks
+    align: int  # what divides the channels, up to 16
 
 
 @cache
@@ -110,7 +113,7 @@ def row_tile(m: int, c: int, elements: int = 2048, programs: int = 1024) -> RowT
     block_r = min(elements // block_c, 512)  # narrower columns than 4: registers go to row offsets
     blocks = ceil_div(m, block_r)
     steps = ceil_div(blocks, min(blocks, max(1, programs // ceil_div(c, block_c))))
-    return RowTile(block_r, block_c, ceil_div(blocks, steps), steps)
+    return RowTile(block_r, block_c, ceil_div(blocks, steps), steps, math.gcd(c, 16))
 
 
 def finish_tile(splits: int, c: int) -> tuple[int, int]:
