@@ -55,16 +55,16 @@ def backend() -> types.ModuleType:
     return importlib.import_module("fused_resnet.backends.triton")
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    format = CL if len(shape) == 4 else torch.contiguous_format
+def meta(*shape: int, dtype: torch.dtype = torch.float32, format=CL) -> torch.Tensor:
+    format = format if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=format)
 
 
-def convolution(host, n, c, size, k, taps, stride, groups, precision, residual=True, backward=False):
-    """One conv_bn_act of a square map, padded by taps // 2."""
+def convolution(host, n, c, size, k, taps, stride, groups, precision, residual=True, backward=False, image=CL):
+    """One conv_bn_act of a square map, padded by taps // 2; image: the layout of x."""
     dtype = DTYPES[precision]
     host.tf32_allowed = lambda: precision != "ieee"
-    x, weight = meta(n, c, size, size, dtype=dtype), meta(k, c // groups, taps, taps, dtype=dtype)
+    x, weight = meta(n, c, size, size, dtype=dtype, format=image), meta(k, c // groups, taps, taps, dtype=dtype)
     conv = ([stride] * 2, [taps // 2] * 2, [1, 1], groups)
     out = meta(n, k, *[(size + 2 * (taps // 2) - taps) // stride + 1] * 2, dtype=dtype)
     if backward:
@@ -105,6 +105,7 @@ def instances() -> dict[str, tuple]:
         "1x1_1024_2048_stride2_b32_fp16": (convolution, 32, 1024, 14, 2048, 1, 2, 1, "fp16", False),
         "resnext_32_b32_fp16": (convolution, 32, 1024, 14, 1024, 3, 2, 32, "fp16", False),
         "depthwise_b32_fp16": (convolution, 32, 96, 28, 96, 3, 1, 96, "fp16", False),
+        "stem_nchw_b32_fp16": (convolution, 32, 3, 224, 64, 7, 2, 1, "fp16", False, False, torch.contiguous_format),
         "stem_b32_ieee": (convolution, 32, 3, 224, 64, 7, 2, 1, "ieee", False),
         "3x3_128_b32_ieee": (convolution, 32, 128, 28, 128, 3, 1, 1, "ieee"),
         # Multiples of 16 bytes that 16 does not divide; rows that no vector load fits.
@@ -118,6 +119,7 @@ def instances() -> dict[str, tuple]:
         "bwd_3x3_256_b32_fp16": (convolution, 32, 256, 14, 256, 3, 1, 1, "fp16", True, True),
         "bwd_3x3_72_b32_fp16": (convolution, 32, 72, 14, 72, 3, 1, 1, "fp16", True, True),
         "bn_256_b32_fp16": (batch_norm, 32, 256, 56, "fp16"),
+        "bn_256_b32_bf16": (batch_norm, 32, 256, 56, "bf16"),
         "bn_72_b32_fp16": (batch_norm, 32, 72, 28, "fp16"),
         "bn_3_b5_tf32": (batch_norm, 5, 3, 9, "tf32"),
         # Every extent and stride is 1, which Triton turns into a constant.

@@ -106,6 +106,7 @@ CASES = {
     "vectors-apart-in-half": ("conv_bn_act", case, {"spread": 2, "vectors": torch.float16}),
     "plain": ("conv_bn_act", case, {"bn": False, "residual": False, "relu": False}),
     "float32": ("conv_bn_act", case, {"dtype": torch.float32}),
+    "1x1-maps": ("conv_bn_act", case, {"h": 1, "w": 1, "layout": torch.contiguous_format}),
     "ones": ("conv_bn_act", case, {"n": 1, "c": 1, "h": 1, "w": 1, "k": 1, "kernel": 1}),
     "backward": ("conv_bn_act_bwd", backward, {"dtype": torch.float32}),
     "backward-half": ("conv_bn_act_bwd", backward, {}),

@@ -728,6 +728,47 @@ def test_out_of_memory_is_no_verdict(trial, caplog):
     assert list(verify._verdicts.values()) == [None]
 
 
+def test_with_little_memory_a_smaller_sample_is_compared(trial, monkeypatch):
+    monkeypatch.setattr(verify, "MAX_SAMPLE", 16 * 2 * 5 * 7 * 9)
+    sizes = []
+
+    def spoil(op, result, args):
+        sizes.append(args[0].shape[0])
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("a whole batch")
+        return result
+
+    trial(spoil)
+    conv_bn_act(*conv_args(n=5).args)
+    assert sizes == [5, 2, 2, 5] and list(verify._verdicts.values()) == [None]
+
+
+@pytest.mark.parametrize("why", ["memory", "capture"])
+def test_pytorchs_own_kernels_serve_where_nothing_can_be_compared(trial, monkeypatch, why):
+    """And not the reference, which would need several times the memory; asked again at the next call."""
+    own, first = Fake(), trial()
+    monkeypatch.setattr(backends, "cudnn", own)
+    monkeypatch.setitem(backends.ORDER, "cpu", (first, own))
+    args = conv_args().args
+    if why == "capture":
+        monkeypatch.setattr(verify, "_capturing", lambda device: True)
+    else:
+        out_of_memory = raising(torch.OutOfMemoryError)
+        monkeypatch.setattr(verify, "_judge", lambda candidate, op, args, limit: out_of_memory(op, None, args))
+    conv_bn_act(*args)
+    assert own.calls == ["conv_bn_act"] and not first.calls and not backends._ready
+    monkeypatch.undo()
+
+
+def test_a_sample_that_took_another_tile_is_the_whole_batch(trial, monkeypatch):
+    monkeypatch.setattr(verify, "MAX_SAMPLE", 2 * 5 * 7 * 9)
+    sizes = []
+    fake = trial(lambda op, result, args: sizes.append(args[0].shape[0]) or result)
+    fake.variant = lambda op, *args: args[0].shape[0] > 2
+    conv_bn_act(*conv_args(n=5).args)
+    assert sizes == [5, 5, 5]
+
+
 def test_a_comparison_in_parts_is_a_comparison_of_the_whole(monkeypatch):
     e = torch.randn(5, 3, 7, 9)
     v = e.clone()

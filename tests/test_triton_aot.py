@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,15 @@ CONV = "_conv_bn_act_fwd_kernel"
 @functools.cache
 def compiled(version: str, arch: int) -> list[dict]:
     """What tests/aot.py says of every kernel on sm_<arch>."""
-    return told(version, "aot.py", "--arch", str(arch))
+    return runs()[version, arch].result()
+
+
+@functools.cache
+def runs() -> dict[tuple[str, int], Future]:
+    """One for every Triton and chip, as many at once as MAX_JOBS says: ptxas keeps one core busy."""
+    pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
+    versions = ["installed", *(["3.6"] if (TRITON_36 / "triton").is_dir() else [])]
+    return {(v, a): pool.submit(told, v, "aot.py", "--arch", str(a)) for v in versions for a in SHARED_KIB}
 
 
 def told(version: str, script: str, *options: str) -> list[dict]:

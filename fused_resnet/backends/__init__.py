@@ -1,9 +1,16 @@
 """The backends, their order, and the choice among them.
 
-A backend is a module with NAME, `unavailable()` (why it cannot run here), `declines(op, *args)` (why it cannot run
-this call) and a function for each op it has. An automatic choice takes the first that neither is unavailable nor
-declines; on a GPU a kernel is compared with the reference, once a signature, before it is trusted. A forced choice
-(`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs that backend or raises its reason.
+A backend is a module with NAME and a function for each op it has, and
+    unavailable()       why it cannot run here
+    declines(op, *args) why it cannot run this call
+and, if it likes,
+    defers(op, *args)   why an automatic choice should go on to the next backend
+    variant(op, *args)  what its kernels are specialised on beyond dtypes, layouts, channels and options
+    prepare(op, *args)  a function for this call and for all like it
+
+An automatic choice takes the first that has no such reason; on a GPU a kernel is compared with the reference, once a
+signature (verify.py), before it is trusted. A forced choice (`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs
+that backend or raises its reason.
 """
 
 from __future__ import annotations
@@ -48,13 +55,30 @@ def backend(name: str):
 
 def _named(name: str, source: str):
     if name not in BACKENDS:
-        raise ValueError(f"{source}: there is no backend {name!r}; there are {', '.join(BACKENDS)}")
+        raise ValueError(_no_such(name, source))
     return BACKENDS[name]
+
+
+def _no_such(name: str, source: str) -> str:
+    return f"{source}: there is no backend {name!r}; there are {', '.join(BACKENDS)}"
 
 
 def forced() -> str | None:
     """The name of the backend that is forced now, or None."""
     return _forced[-1] if _forced else None
+
+
+def unknown() -> str | None:
+    """Why what is forced is no backend; None if it is one, or nothing is forced."""
+    if not _forced or _forced[-1] in BACKENDS:
+        return None
+    return _no_such(_forced[-1], ENVIRONMENT)
+
+
+def refuses_device(name: str, device: torch.device) -> str | None:
+    """Why this backend runs nothing on this device; None if it may."""
+    candidate = BACKENDS[name]
+    return refuses(candidate, "bn_stats", (torch.ones(1, 1, 2, 2, device=device),))
 
 
 def refuses(candidate, op: str, args: tuple) -> str | None:
@@ -116,13 +140,13 @@ def _choose(op: str, args: tuple):
 def _key(op: str, args: tuple) -> tuple | None:
     """All that the checks, the choice and what is prepared depend on; None for tensors that have no strides."""
     x = args[0]
-    key = [op, _forced[-1] if _forced else None, x.device, torch._C._get_cudnn_enabled()]
+    key = [op, _forced[-1] if _forced else None, torch._C._get_cudnn_enabled()]
     if x.dtype is torch.float32:
         key.append(tf32_allowed())
     try:
         for a in args:
             if isinstance(a, torch.Tensor):
-                key += (a.shape, a.stride(), a.dtype, a.get_device(), a.data_ptr() % 16)
+                key += (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() % 16)
             else:
                 key.append(tuple(a) if type(a) is list else a)
     except RuntimeError:

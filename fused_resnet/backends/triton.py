@@ -110,8 +110,9 @@ def variant(op: str, *args) -> tuple | None:
     if op != "conv_bn_act":
         return None
     x = args[0]
-    rows = _row_stride((x.shape[0], *x.shape[2:]), (x.stride(0), *x.stride()[2:])) is not None
-    return _tile(x, args[1], *args[8:12]), rows, math.gcd(*x.stride(), 16)
+    xn, _, xh, xw = _strides(x)
+    rows = _row_stride((x.shape[0], *x.shape[2:]), (xn, xh, xw)) is not None
+    return _tile(x, args[1], *args[8:12]), rows, math.gcd(xn, xh, xw, 16)
 
 
 def _tile(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> tiles.ConvTile:
@@ -234,7 +235,7 @@ class _Convolution:
         self.converts_vectors = any(
             v is not None and not v.is_contiguous() for v in (bn_weight, bn_bias, running_mean, running_var)
         )
-        xn, xc, xh, xw = (_channels_last(x) if self.converts_x else x).stride()
+        xn, xc, xh, xw = _strides(_channels_last(x) if self.converts_x else x)
         rows = r * s == 1 and not any(padding) and max(stride) == 1
         row_stride = _row_stride((n, h, w), (xn, xh, xw)) if rows else None
 
@@ -367,6 +368,11 @@ def conv_bn_act_bwd(
                 bn = (gamma, mean, var)
                 dweight, dbn_weight = _weight_grads(launch, raw, weight, *bn, eps, sum_g, need_weight, need_bn_weight)
         return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, _result(dresidual)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """x's strides; where an image or a map has an extent of one the stride says nothing, and is one that is aligned."""
+    return [16 if size == 1 and i != 1 else s for i, (size, s) in enumerate(zip(x.shape, x.stride(), strict=True))]
 
 
 def _row_stride(sizes: tuple[int, int, int], strides: tuple[int, int, int]) -> int | None:

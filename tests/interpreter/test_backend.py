@@ -65,3 +65,26 @@ def test_row_tiles_cover_every_row_once():
             tile = tiles.row_tile(m, c)
             rows = tile.steps * tile.block_r
             assert (tile.splits - 1) * rows < m <= tile.splits * rows
+
+
+def test_float32_convolutions_are_left_to_cudnn(monkeypatch):
+    """Everything else is this backend's, and a forced choice is not asked."""
+    for dtype, left in ((torch.float32, True), (torch.float16, False), (torch.bfloat16, False)):
+        for tf32 in (False, True):
+            monkeypatch.setattr(backend, "tf32_allowed", lambda tf32=tf32: tf32)
+            x, weight = rand(1, 3, 7, 9, dtype=dtype), rand(4, 3, 3, 3, dtype=dtype)
+            assert (backend.defers("conv_bn_act", *conv_args(x, weight)) is not None) is left
+            assert backend.defers("bn_stats", x) is None
+
+
+def test_what_strides_allow_is_part_of_the_variant():
+    """Two 1x1 convolutions of one layout flag may still run two kernels: their verdicts are two."""
+    weight = rand(4, 16, 1, 1, dtype=torch.float16)
+    wide = rand(2, 32, 6, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    some_channels, some_columns, odd = wide[:, :16], wide[:, :16, :, :5], wide[:, 3:19]
+    variants = {backend.variant("conv_bn_act", *conv_args(x, weight, padding=0)) for x in (some_channels, some_columns)}
+    assert len(variants) == 2
+    assert odd.stride() == some_channels.stride()
+    # 1x1 maps are contiguous and channels_last at once; their strides of 1 must not spoil the alignment of the rest.
+    tiny = rand(2, 32, 1, 1, dtype=torch.float16)
+    assert backend.variant("conv_bn_act", *conv_args(tiny, rand(4, 32, 1, 1, dtype=torch.float16), padding=0))[-1] == 16

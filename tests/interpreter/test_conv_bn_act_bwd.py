@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import test_float16_range
 import torch
 
+from fused_resnet.backends import reference
 from fused_resnet.backends import triton as backend
 from fused_resnet.backends.layout import output_format
 
@@ -153,3 +155,11 @@ def test_sums_over_many_rows_and_a_second_run():
     for name, f, s, w in zip(NAMES, first, second, expected(grad, y, x, weight, params, conv, True), strict=True):
         assert torch.equal(f, s), name
         assert_close(f, w, factor=FACTOR, name=name)
+
+
+@pytest.mark.parametrize("case", test_float16_range.CASES)
+def test_float16_weight_gradients_stay_in_range(case):
+    args = test_float16_range.stem_bwd(**test_float16_range.CASES[case])
+    wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+    for name, v, e in zip(NAMES, backend.conv_bn_act_bwd(*args), reference.conv_bn_act_bwd(*wide), strict=True):
+        assert ((v.double() - e).norm() / e.norm()).item() < 2e-3, name
