@@ -1,7 +1,7 @@
 """The command line: `python -m fused_resnet classify | bench | doctor`.
 
 Exit status: 0 fine; 1 the fused model disagrees with the untouched one; 2 an argument is wrong; 3 the weights could not
-be had.
+be had; 4 something else went wrong, with its traceback.
 """
 
 from __future__ import annotations
@@ -9,22 +9,25 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import os
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import __version__, doctor, measure, models
+from . import __version__, backends, doctor, measure, models
 from .convert import swap_blocks, swap_report
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DISAGREES, WRONG_ARGUMENT, NO_WEIGHTS = 1, 2, 3
+DISAGREES, WRONG_ARGUMENT, NO_WEIGHTS, FAILED = 1, 2, 3, 4
 NETWORK_TIMEOUT_S = 20
 VERSIONS = ("fused_resnet", "python", "system", "torch", "torchvision", "triton", "cuda", "cudnn", "nvcc", "driver")
 TITLES = {
@@ -52,10 +55,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if getattr(arguments, "threads", None):
             torch.set_num_threads(arguments.threads)
+        if reason := backends.unknown():
+            raise CliError(reason)
         return arguments.run(arguments, console)
     except CliError as error:
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"fused-resnet: error: {error}")
         return error.status
+    except Exception:  # 1 would say that the models disagree
+        traceback.print_exc()
+        return FAILED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         prog="fused-resnet",
         description="Fused residual blocks for PyTorch's ResNets.",
         epilog="Exit status: 0 fine; 1 the fused model disagrees with the untouched one; 2 an argument is wrong; "
-        "3 the weights could not be had.",
+        "3 the weights could not be had; 4 something else went wrong.",
     )
     top.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="classify | bench | doctor")
@@ -91,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--dtype", default="float32", choices=DTYPES)
     b.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: cuda if there is one")
     b.add_argument("--threads", type=_positive, help="CPU threads")
-    b.add_argument("--seconds", type=float, default=20.0, help="time spent on the timing of each batch; default: 20")
+    b.add_argument("--seconds", type=_seconds, default=20.0, help="time spent on the timing of each batch; default: 20")
     b.add_argument("--seeds", type=_positive, default=3, help="inputs that parity is checked with; default: 3")
     b.add_argument("--json", metavar="FILE", help="write everything, and what it was measured on")
     b.set_defaults(run=bench)
@@ -114,7 +122,26 @@ def _at_least(least: int):
 _positive = _at_least(1)
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
+    return value
+
+
 def _device(name: str) -> torch.device:
+    """The device that --device names, on which the backend that is forced, if any, can run."""
+    device = _named_device(name)
+    forced = backends.forced()
+    if forced and (reason := backends.refuses_device(forced, device)):
+        raise CliError(f"{backends.ENVIRONMENT}: {reason}")
+    return device
+
+
+def _named_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -169,11 +196,14 @@ def classify(arguments: argparse.Namespace, console: Console) -> int:
 def _open(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)  # upright, as the camera was held
+            if image.mode.startswith("I;16"):
+                image = image.point(lambda v: v / 257, "L")  # conversion would cut off all above 255
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise CliError(f"IMAGE: {path} is not an image that Pillow can read") from None
-    except OSError as error:
-        raise CliError(f"IMAGE: cannot read {path}: {error.strerror or error}") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise CliError(f"IMAGE: cannot read {path!r}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _classifier(arguments: argparse.Namespace, console: Console):
@@ -186,7 +216,10 @@ def _classifier(arguments: argparse.Namespace, console: Console):
     if arguments.random:
         return measure.build_model(arguments.model), entry, classes.__getitem__
     state = _checkpoint(asked, enum) if named is None else _download(named, console)
-    count = state["fc.weight"].shape[0] if "fc.weight" in state else len(classes)
+    head = state.get("fc.weight")
+    count = len(classes) if head is None else head.shape[0] if head.dim() == 2 else 0
+    if count < 1:
+        raise CliError(f"--weights: {asked} has an fc.weight of shape {list(head.shape)}, not [classes, features]")
     model = torchvision.models.get_model(arguments.model, weights=None, num_classes=count)
     _load(model, state, arguments)
     return model, entry, classes.__getitem__ if count == len(classes) else "class {}".format
@@ -216,11 +249,12 @@ def _checkpoint(path: str, enum) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling fails in as many ways as there are files
-        raise CliError(f"--weights: {path} is not a checkpoint of tensors: {str(error).splitlines()[0]}") from None
+        words = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CliError(f"--weights: {path} is not a checkpoint of tensors: {words}") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(state[k], torch.Tensor) for k in state):
         raise CliError(f"--weights: {path} holds no state_dict")
     return {key.removeprefix("module."): value for key, value in state.items()}  # DistributedDataParallel's prefix
 
@@ -239,8 +273,8 @@ def _load(model: nn.Module, state: dict, arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace, console: Console) -> int:
     """Parity, then speed, for each batch; status 1 if parity fails."""
     device, dtype = _device(arguments.device), DTYPES[arguments.dtype]
-    if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
-        raise CliError(f"--json: the folder of {arguments.json} does not exist")
+    if arguments.json is not None:
+        _writable(arguments.json)
     if arguments.train and arguments.size <= 32 and min(arguments.batch) == 1:
         raise CliError("--size: with --train and a batch of 1, the last maps need more than one value: at least 33")
     with console.status(f"building {arguments.model}") as status:
@@ -258,10 +292,22 @@ def bench(arguments: argparse.Namespace, console: Console) -> int:
         )
     for case in result["cases"]:
         show_case(case, console)
-    if arguments.json:
+    if arguments.json is not None:
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written: {arguments.json}")
     return 0 if all(case["parity"]["ok"] for case in result["cases"]) else DISAGREES
+
+
+def _writable(path: str) -> None:
+    """Raise before anything is measured if the result could not be written."""
+    existed = os.path.exists(path)
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise CliError(f"--json: cannot write {path!r}: {error.strerror}") from None
+    if not existed:
+        os.remove(path)
 
 
 def run_bench(

@@ -8,6 +8,7 @@ import sys
 import urllib.error
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torchvision
@@ -120,9 +121,43 @@ def test_a_failed_download_is_one_sentence_with_a_way_out(capsys, photo, monkeyp
     assert timeouts == [cli.NETWORK_TIMEOUT_S] and socket.getdefaulttimeout() is None
 
 
+def test_classify_takes_weights_by_name(capsys, photo, checkpoint, monkeypatch):
+    asked = []
+
+    def get_state_dict(self, *args, **kwargs):
+        asked.append(self.name)
+        return torch.load(checkpoint, weights_only=True)
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    by_file = run(capsys, "classify", photo, "--model", "resnet18", "--weights", checkpoint)
+    for name in ("DEFAULT", "IMAGENET1K_V1"):
+        assert run(capsys, "classify", photo, "--model", "resnet18", "--weights", name) == by_file
+    assert asked == ["IMAGENET1K_V1"] * 2  # which is the default
+
+
+def test_a_photo_is_opened_upright_and_in_its_full_range(tmp_path):
+    ramp = torch.linspace(0, 65535, 60).expand(40, 60).to(torch.int32).numpy().astype("uint16")
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    values = torch.from_numpy(numpy.array(cli._open(str(tmp_path / "deep.png")))).double()
+    assert abs(values.mean().item() - 127.5) < 1 and values.max() == 255
+    sideways = Image.new("RGB", (60, 40), "red")
+    sideways.paste("blue", (0, 0, 30, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    sideways.save(tmp_path / "sideways.png", exif=exif)
+    upright = cli._open(str(tmp_path / "sideways.png"))
+    assert upright.size == (40, 60) and upright.getpixel((20, 5)) == (0, 0, 255)
+
+
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.pt").write_bytes(b"")
+    torch.save(torch.nn.Linear(2, 2), folder / "module.pt")
+    torch.save({1: torch.ones(2)}, folder / "numbered.pt")
+    torch.save({"fc.weight": torch.tensor(1.0)}, folder / "scalar.pt")
+    torch.save({"fc.weight": torch.ones(0, 512)}, folder / "classless.pt")
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
     (folder / "text.txt").write_text("not a picture")
     torch.save([1, 2], folder / "list.pt")
     torch.save(torchvision.models.resnet34().state_dict(), folder / "resnet34.pt")
@@ -134,6 +169,12 @@ def bad_files(tmp_path_factory):
     [
         (["{bad}/none.jpg"], "IMAGE: cannot read"),
         (["{bad}/text.txt"], "IMAGE: {bad}/text.txt is not an image"),
+        (["{bad}/bomb.png"], "IMAGE: cannot read '{bad}/bomb.png': Image size (400000000 pixels)"),
+        (["{photo}", "--weights", "{bad}/empty.pt"], "--weights: {bad}/empty.pt is not a checkpoint"),
+        (["{photo}", "--weights", "{bad}/module.pt"], "--weights: {bad}/module.pt is not a checkpoint of tensors"),
+        (["{photo}", "--weights", "{bad}/numbered.pt"], "--weights: {bad}/numbered.pt holds no state_dict"),
+        (["{photo}", "--weights", "{bad}/scalar.pt"], "fc.weight of shape [], not [classes, features]"),
+        (["{photo}", "--weights", "{bad}/classless.pt"], "fc.weight of shape [0, 512], not [classes, features]"),
         (["{photo}", "--weights", "{bad}/none.pt"], "--weights: {bad}/none.pt is neither a file nor one of DEFAULT"),
         (["{photo}", "--weights", "{bad}/text.txt"], "--weights: {bad}/text.txt is not a checkpoint"),
         (["{photo}", "--weights", "{bad}/list.pt"], "--weights: {bad}/list.pt holds no state_dict"),
@@ -208,7 +249,12 @@ def test_bench_fails_when_a_gradient_is_wrong_by_one_percent(capsys, monkeypatch
         (["resnet18", "--batch", "0"], "--batch: expected an integer of at least 1, got '0'"),
         (["resnet18", "--size", "8"], "--size: expected an integer of at least 32"),
         (["resnet18", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        (["resnet18", "--json", "/nonexistent/x.json"], "--json: the folder of /nonexistent/x.json does not exist"),
+        (["resnet18", "--json", "/nonexistent/x.json"], "--json: cannot write '/nonexistent/x.json'"),
+        (["resnet18", "--json", "."], "--json: cannot write '.': Is a directory"),
+        (["resnet18", "--json", ""], "--json: cannot write ''"),
+        (["resnet18", "--seconds", "nan"], "--seconds: expected a number of seconds, got 'nan'"),
+        (["resnet18", "--seconds", "inf"], "--seconds: expected a number of seconds, got 'inf'"),
+        (["resnet18", "--seconds", "-1"], "--seconds: expected a number of seconds, got '-1'"),
         (["resnet18", "--train", "--size", "32", "--batch", "1"], "--size: with --train and a batch of 1"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -217,6 +263,36 @@ def test_wrong_arguments_of_bench_are_named(capsys, argv, words):
     status, _, err = run(capsys, "bench", *argv)
     assert status == cli.WRONG_ARGUMENT
     assert words in err
+
+
+def test_an_earlier_json_outlives_a_wrong_argument(capsys, tmp_path):
+    (tmp_path / "old.json").write_text("{}")
+    assert run(capsys, "bench", "resnet18", "--json", str(tmp_path / "old.json"), "--device", "cuda:99")[0] == 2
+    assert (tmp_path / "old.json").read_text() == "{}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for the backend to run on")
+@pytest.mark.parametrize("argv", [("bench", "resnet18"), ("classify", "PHOTO", "--model", "resnet18", "--random")])
+def test_a_forced_backend_that_cannot_run_is_one_sentence(capsys, photo, argv):
+    with backends.backend("cuda"):
+        status, _, err = run(capsys, *(photo if a == "PHOTO" else a for a in argv))
+    assert status == cli.WRONG_ARGUMENT
+    assert err == f"fused-resnet: error: FUSED_RESNET_BACKEND: cuda: {doctor.unavailable()['cuda']}\n"
+
+
+@pytest.mark.parametrize("command", [("doctor",), ("doctor", "--json"), ("bench", "resnet18")], ids=" ".join)
+def test_a_backend_that_does_not_exist_is_one_sentence(capsys, monkeypatch, command):
+    monkeypatch.setattr(backends, "_forced", ["cudann"])
+    status, _, err = run(capsys, *command)
+    assert status == cli.WRONG_ARGUMENT
+    assert "FUSED_RESNET_BACKEND: there is no backend 'cudann'; there are cuda, triton" in err
+
+
+def test_what_nobody_foresaw_is_not_a_disagreement(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "report", lambda: 1 / 0)
+    status, _, err = run(capsys, "doctor")
+    assert status == cli.FAILED == 4
+    assert "ZeroDivisionError" in err
 
 
 def test_interleaving_times_every_variant_once_a_round():
@@ -243,6 +319,19 @@ def test_doctor_prints_versions_backends_and_build(capsys):
         assert name in out, name
     for reason in filter(None, doctor.unavailable().values()):
         assert reason.split()[0] in out
+    build = out[out.index("build") : out.index("environment variables")]
+    for fact in doctor.build_facts():
+        assert fact in build, fact
+
+
+def test_doctor_tells_of_a_backend_that_leaves_a_call_to_the_next(monkeypatch):
+    monkeypatch.setattr(backends.cpu, "defers", lambda op, *args: "not on a Tuesday", raising=False)
+    assert doctor.choices("cpu", torch.float32)["bn_stats"] == {
+        "backend": "reference",
+        "declined": ["cpu: not on a Tuesday"],
+    }
+    with backends.backend("cpu"):
+        assert doctor.choices("cpu", torch.float32)["bn_stats"]["backend"] == "cpu"
 
 
 def test_doctor_json_has_every_op_of_every_device(capsys):
