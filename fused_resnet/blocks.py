@@ -8,8 +8,9 @@ fused path cannot honour (hooks, parametrizations, foreign norm layers) runs thr
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
+from torchvision.models.feature_extraction import NodePathTracer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -27,10 +28,10 @@ class FusedBasicBlock(BasicBlock):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if unfusable(self) is not None:
+        if unfusable(self) is not None or _recorded(x):
             return super().forward(x)
         out = _conv_bn(x, self.conv1, self.bn1)
-        return _conv_bn(out, self.conv2, self.bn2, _shortcut(x, self.downsample, out))
+        return _conv_bn(out, self.conv2, self.bn2, _shortcut(x, self, out))
 
 
 class FusedBottleneck(Bottleneck):
@@ -41,11 +42,11 @@ class FusedBottleneck(Bottleneck):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if unfusable(self) is not None:
+        if unfusable(self) is not None or _recorded(x):
             return super().forward(x)
         out = _conv_bn(x, self.conv1, self.bn1)
         out = _conv_bn(out, self.conv2, self.bn2)
-        return _conv_bn(out, self.conv3, self.bn3, _shortcut(x, self.downsample, out))
+        return _conv_bn(out, self.conv3, self.bn3, _shortcut(x, self, out))
 
 
 def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -72,14 +73,27 @@ def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None 
     )
 
 
-def _shortcut(x: Tensor, downsample: nn.Module | None, out: Tensor) -> Tensor:
+def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor:
     """What is added to the last convolution's result, whose maps are as large as those of `out`."""
+    downsample = block.downsample
     if downsample is None:
-        return x
+        if block.conv1.in_channels > 1:
+            return x
+        last = block.conv3 if isinstance(block, Bottleneck) else block.conv2
+        return x.expand(-1, last.out_channels, -1, -1)  # as torchvision's add broadcasts a single channel
     if projection_unfusable(downsample) is not None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
         return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
     return _conv_bn(x, downsample[0], downsample[1], relu=False)
+
+
+def _recorded(x: Tensor) -> bool:
+    """Whether torch.fx writes down the path that this call takes.
+
+    Called as modules, BNs can still be switched between training and eval in its graph, and quantized. torchvision's
+    feature extractors trace both modes, so they may have the fused path.
+    """
+    return isinstance(x, fx.Proxy) and not isinstance(x.tracer, NodePathTracer)
 
 
 def _needs_collective(bn: nn.Module) -> bool:
@@ -106,7 +120,7 @@ def unfusable(block: nn.Module) -> str | None:
         reason = _unfusable_conv(modules[name]) if name[0] == "c" else _unfusable_norm(modules[name])
         if reason is not None:
             return f"{name}: {reason}"
-    relu = modules["relu"]
+    relu = modules.get("relu")
     if type(relu) is not nn.ReLU:
         return f"relu: {type(relu).__name__} is not ReLU"
     reason = _tampered(relu)
@@ -128,7 +142,8 @@ def _tampered(m: nn.Module) -> str | None:
     """Why this module must be called, rather than its parameters read."""
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return "has hooks"
-    return "forward is overridden on the instance" if "forward" in m.__dict__ else None
+    overridden = next((name for name in ("forward", "_conv_forward") if name in m.__dict__), None)
+    return overridden and f"{overridden} is overridden on the instance"
 
 
 def _unfusable_conv(conv: nn.Module) -> str | None:

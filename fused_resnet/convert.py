@@ -68,8 +68,10 @@ def swap_blocks(model: nn.Module, *, memory_format: torch.memory_format = torch.
 
     memory_format: layout given to the weights of all the model's convolutions if a block is swapped (as
     `model.to(memory_format=...)` would; the stem's decides what the first block reads). The default, channels_last, is
-    the layout in which the fused kernels read and write, and the activations follow it. Values and shapes stay,
-    but `.view()` on such an activation may need `.reshape()`; torch.preserve_format leaves every layout alone.
+    the layout in which the fused kernels read and write, and activations and gradients follow it. Values and shapes
+    stay, but `.view()` on such a tensor may need `.reshape()`; torch.preserve_format leaves every layout alone. Use it
+    where an optimizer with fused=True holds state already, or loads some: it combines state and weight by their places
+    in memory, whatever their layouts (as after `model.to(memory_format=...)`, too).
 
     Returns the same model. Raises TypeError if model is not a module, ValueError for another memory_format.
     """

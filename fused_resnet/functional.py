@@ -7,6 +7,8 @@ for float64). Under autocast x, weight and residual are cast, as for a convoluti
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, nn
 from torch._C import (
@@ -52,11 +54,12 @@ def conv_bn_act(
     frozen: Ioffe & Szegedy, arXiv 1502.03167, section 3.1). BN is folded inside the op from the tensors as they are at
     the call, so nothing goes stale.
 
-    Raises ValueError for an x that is not 4-D and RuntimeError for any other mismatch, naming the argument.
+    Raises ValueError for an x of three dimensions, TypeError for what is no tensor or no integer, and RuntimeError for
+    any other mismatch, naming the argument.
     """
-    conv = (_pair(stride), _pair(padding), _pair(dilation), groups, relu)
+    conv = (_pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation"), groups, relu)
     args = (x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv)
-    if _nothing_to_record(x, weight, residual):
+    if _nothing_to_record(x, weight, residual) and type(eps) is float:
         with _AutoDispatchBelowAutograd():
             return conv_bn_act_kernel(*args)
     return _ops.conv_bn_act.default(*args)
@@ -115,5 +118,12 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     return bn.training or bn.running_mean is None
 
 
-def _pair(v) -> list[int]:
-    return [v, v] if isinstance(v, int) else list(v)
+def _pair(v, name: str) -> list[int]:
+    if isinstance(v, int):
+        return [v, v]
+    if isinstance(v, (tuple, list)):
+        return list(v)
+    try:
+        return [operator.index(v)] * 2  # NumPy's integers, say
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer or two, got {v!r}") from None

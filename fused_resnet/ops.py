@@ -96,7 +96,16 @@ def _register_autograd(name: str, setup, formula) -> None:
 # --- validation: the same in the op and in its fake; every message names the argument ---
 
 
+def _check_given(**tensors: Tensor | None) -> None:
+    """The dispatcher takes None for a tensor that is not defined."""
+    for name, t in tensors.items():
+        if t is None:
+            raise TypeError(f"{name}: expected a tensor, got None")
+
+
 def _check_4d(x: Tensor, error: type[Exception]) -> None:
+    if x.layout is not torch.strided:
+        raise RuntimeError(f"x: expected a strided tensor, got layout {x.layout}")
     if x.dim() != 4:
         raise error(f"x: expected 4D input [N, C, H, W] (got {x.dim()}D input)")
     if not x.is_floating_point():
@@ -207,11 +216,13 @@ def _run_bwd(op: str, grad, y, x, *args):
 
 
 def conv_bn_act_kernel(*args):
+    _check_given(x=args[0], weight=args[1])
     y = backends.repeated(*args)
     return backends.run("conv_bn_act", *args, check=_check_conv) if y is None else y
 
 
 def _conv_bn_act_fake(*args):
+    _check_given(x=args[0], weight=args[1])
     shape = _check_conv(*args)
     return _empty(shape, args[0], output_format(*args[:2]))
 
@@ -231,9 +242,19 @@ def _conv_bn_act_bwd_fake(grad, y, x, weight, *args):
 
 def _conv_setup(ctx, inputs, output):
     x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv = inputs
-    ctx.save_for_backward(x, weight, bn_weight, running_mean, running_var, output if conv[-1] else None)
+    statistics = _as_they_are(running_mean, running_var)
+    ctx.save_for_backward(x, weight, bn_weight, *statistics, output if conv[-1] else None)
     ctx.options = (eps, *conv)
     ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
+
+
+def _as_they_are(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Copies of running statistics for the backward: a training step in between would update them in place."""
+    if mean is None:
+        return None, None
+    if mean.dtype is var.dtype:
+        return torch.stack((mean, var)).unbind()  # one launch
+    return mean.clone(), var.clone()
 
 
 def _conv_backward(ctx, grad):
@@ -292,6 +313,8 @@ def _bn_act_bwd_fake(grad, y, x, *args):
 
 def _bn_setup(ctx, inputs, output):
     x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats = inputs
+    if not batch_stats:
+        mean, var = _as_they_are(mean, var)
     ctx.save_for_backward(x, mean, var, bn_weight, output if relu else None)
     ctx.options = (eps, relu, batch_stats)
     ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
-from fused_resnet import FusedBasicBlock, FusedBottleneck, backends, blocks, restore_blocks, swap_blocks
+from fused_resnet import FusedBasicBlock, FusedBottleneck, backends, blocks, restore_blocks, swap_blocks, swap_report
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 MARGIN = 1e-4
@@ -357,6 +357,17 @@ def test_norm_that_collects_from_other_processes(maker, device, monkeypatch):
     assert "bn_stats" not in ops_in(twin(block), x)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("world, collects", [(0, False), (1, False), (2, True), (8, True)])
+def test_a_collective_takes_several_processes(world, collects, mode, monkeypatch):
+    """world 0: no process group. Only SyncBatchNorm, only in training, only where there is somebody to ask."""
+    monkeypatch.setattr(blocks.dist, "is_initialized", lambda: world > 0)
+    monkeypatch.setattr(blocks.dist, "get_world_size", lambda group=None: world)
+    for norm in (nn.SyncBatchNorm(3), nn.BatchNorm2d(3)):
+        expected = collects and mode == "train" and type(norm) is nn.SyncBatchNorm
+        assert blocks._needs_collective(norm.train(mode == "train")) is expected
+
+
 # --- nothing goes stale -----------------------------------------------------------------------------------------------
 
 
@@ -589,6 +600,25 @@ def test_forward_replaced_on_submodule(part, device):
     for block in (theirs, ours):
         m = block.get_submodule(part)
         m.forward = lambda a, forward=m.forward: forward(a) * 2
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_convolution_replaced_inside_a_conv(device):
+    theirs = made(bottleneck_down, device=device, train=False)
+    ours, x = twin(theirs), sharp(theirs)
+    for block in (theirs, ours):
+        conv = block.conv2
+        conv._conv_forward = lambda a, w, b, forward=conv._conv_forward: forward(a, w, b) * 2
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert swap_report(ours).blocks[0].reason == "runs unfused: conv2: _conv_forward is overridden on the instance"
+
+
+def test_relu_that_is_no_module(device):
+    theirs = made(bottleneck_down, device=device, train=False)
+    ours, x = twin(theirs), sharp(theirs)
+    for block in (theirs, ours):
+        del block.relu
+        block.relu = torch.relu
     torch.testing.assert_close(ours(x), theirs(x))
 
 
@@ -949,6 +979,51 @@ def test_mixed_dtypes_in_a_block(device):
         bn.float()
     x = torch.randn(3, 5, 7, 9, device=device).bfloat16()
     torch.testing.assert_close(twin(theirs)(x), theirs(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("cls, planes", [(BasicBlock, 6), (Bottleneck, 2)])
+def test_a_single_channel_broadcasts_over_the_shortcut(cls, planes, mode, device):
+    """torchvision's add broadcasts it, and adds its gradients up."""
+    theirs = parity.randomize_norms(cls(1, planes), 0).to(device).double().train(mode == "train")
+    x = torch.randn(3, 1, 7, 9, device=device).double()
+    a, b = parity.observe(twin(theirs), x), parity.observe(theirs, x)
+    assert a["output"].shape[1] == planes * cls.expansion
+    for key in b:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("between", ["train_forward", "train_step", "no_grad"])
+@pytest.mark.parametrize("maker", named(FEW))
+def test_running_statistics_may_change_between_forward_and_backward(maker, between, layout, device):
+    """Consistency losses run eval and train mode in turn before one backward; each gets the gradient of its forward."""
+    block = twin(made(maker, device=device, train=False))
+    x = torch.randn(3, block.conv1.in_channels, 7, 9, device=device)
+    block, x = parity.as_variant(layout, block, x)
+    expected = torch.autograd.grad(block(x).square().sum(), list(block.parameters()))
+    y = block(x)
+    block.train()
+    with torch.set_grad_enabled(between != "no_grad"):
+        other = block(x + 1)
+    if between == "train_step":
+        torch.autograd.grad(other.sum(), list(block.parameters()))
+    found = torch.autograd.grad(y.square().sum(), list(block.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_half_on_a_cpu_whose_onednn_lacks_it(monkeypatch):
+    """As on a CPU without the instructions: the unfused path serves, with the same result."""
+    theirs = made(bottleneck_down, train=False).half()
+    block, x = parity.as_variant("channels_last", twin(theirs), torch.randn(2, 5, 7, 9).half())
+    expected = theirs.float()(x.float())
+    asked = []
+    monkeypatch.setattr(backends.cpu, "onednn_lacks", lambda dtype: asked.append(dtype) or "no such instruction")
+    monkeypatch.setattr(backends.cpu, "_pointwise", lambda *args: pytest.fail("oneDNN's fused call ran"))
+    for _ in range(3):
+        torch.testing.assert_close(block(x).float(), expected, rtol=1e-2, atol=1e-2)
+    assert set(asked) == {torch.float16}
 
 
 # --- swap_blocks on a block itself ------------------------------------------------------------------------------------

@@ -96,6 +96,15 @@ def test_layouts_and_restore(block, before, format, device):
     assert strides(model) == kept
 
 
+def test_restore_goes_back_to_the_layout_before_the_first_swap(device):
+    for before in ("contiguous", "channels_last"):
+        model = network(device=device).to(memory_format=FORMATS[before])
+        kept = strides(model)
+        for format in ("channels_last", "contiguous", "channels_last"):
+            swap_blocks(model, memory_format=FORMATS[format])
+        assert strides(restore_blocks(model)) == kept
+
+
 def test_default_layout_is_channels_last_throughout(device):
     """The stem's weight decides what the first block reads, so an image of any layout arrives as channels_last."""
     model = swap_blocks(network(device=device))

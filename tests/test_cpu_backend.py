@@ -63,7 +63,7 @@ def x():
 
 
 def kept(pair: Pair):
-    return cpu._kept.get(pair.conv.weight)
+    return cpu._kept_for(pair.conv.weight)
 
 
 @torch.no_grad()
@@ -256,6 +256,40 @@ def test_a_weight_under_two_norms_keeps_one_copy(x):
 
 
 @fingerprinted
+def test_weights_in_one_buffer_have_copies_of_their_own(x):
+    """As optimizers and FSDP lay them: views of one storage, each at its place."""
+    pairs = [Pair(), Pair(), Pair()]
+    flat = torch.cat([p.conv.weight.detach().permute(0, 2, 3, 1).flatten() for p in pairs])
+    size = flat.numel() // 3
+    for i, pair in enumerate(pairs):
+        k, c, r, s = pair.conv.weight.shape
+        pair.conv.weight.data = flat[i * size : (i + 1) * size].view(k, r, s, c).permute(0, 3, 1, 2)
+        warmed(pair, x)
+    assert len({id(kept(p).packed) for p in pairs}) == 3
+    flat.mul_(-1)
+    for pair in pairs:
+        warmed(pair, x)
+
+
+@fingerprinted
+def test_tensors_can_be_swapped(x):
+    """torch.utils.swap_tensors refuses a tensor that has a weak reference; module.to() may swap parameters too."""
+    pair = warmed(Pair(), x)
+    assert kept(pair) is not None
+    torch.utils.swap_tensors(pair.conv.weight, torch.nn.Parameter(-pair.conv.weight.detach()))
+    warmed(pair, x)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        pair.double()
+        pair.float()
+        pair.load_state_dict({k: v * 2 for k, v in pair.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    warmed(pair, x)
+
+
+@fingerprinted
 def test_a_deepcopy_has_a_copy_of_its_own(x):
     pair = warmed(Pair(), x)
     twin = copy.deepcopy(pair)
@@ -382,6 +416,15 @@ def test_a_private_op_that_fails_its_probe_is_not_used(name, value, reason, monk
 def test_onednn_turned_off_is_respected(x, monkeypatch):
     monkeypatch.setattr(cpu, "_pointwise", broken)
     pair = Pair()
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(pair(x), pair.unfused(x))
+
+
+@fingerprinted
+def test_onednn_turned_off_later_is_respected_too(x, monkeypatch):
+    pair = warmed(Pair(), x)
+    assert kept(pair).packed is not None
+    monkeypatch.setattr(cpu, "_pointwise", broken)
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
         torch.testing.assert_close(pair(x), pair.unfused(x))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,18 @@ def test_conv_bn_act_has_conv2ds_defaults():
 def test_conv_bn_act_takes_conv2ds_arguments(conv):
     x, weight = torch.randn(2, 3, 7, 9), torch.randn(6, 3 // conv.get("groups", 1), 3, 3)
     torch.testing.assert_close(conv_bn_act(x, weight, relu=False, **conv), F.conv2d(x, weight, **conv))
+
+
+def test_integers_of_other_kinds_are_integers():
+    x, weight = torch.randn(2, 3, 7, 9), torch.randn(5, 3, 3, 3)
+    expected = conv_bn_act(x, weight, stride=2, padding=1)
+    for two, one in ((numpy.int64(2), numpy.int32(1)), (torch.tensor(2), torch.tensor(1)), ((2, 2), [1, 1])):
+        assert torch.equal(conv_bn_act(x, weight, stride=two, padding=one), expected)
+
+
+def test_a_tensor_without_strides_is_refused_by_name():
+    with pytest.raises(RuntimeError, match="^x: expected a strided tensor, got layout torch._mkldnn"):
+        conv_bn_act(torch.ones(1, 3, 7, 9).to_mkldnn(), W)
 
 
 def test_eps_has_batch_norms_default():
@@ -147,6 +160,9 @@ BAD_CONV = {
     "x-2d": ((X[0, 0], W, *FULL), {}, "x: expected 4D", True),
     "x-5d": ((X[None], W, *FULL), {}, "x: expected 4D", True),
     "x-int": ((X.long(), W, *FULL), {}, "x: expected a floating", True),
+    "x-none": ((None, W, *FULL), {}, "x: expected a tensor", True),
+    "weight-none": ((X, None, *FULL), {}, "weight: expected a tensor", True),
+    "stride-float": ((X, W, *FULL), dict(stride=1.5), "stride: expected an integer", True),
     "x-channels": ((t(2, 4, 7, 9), W, *FULL), {}, "x: expected 3 channels", True),
     "x-smaller-than-kernel": ((t(2, 3, 2, 9), W, *FULL), {}, "x: after padding", True),
     "x-other-device": ((t(2, 3, 7, 9, device="meta"), W, *FULL), {}, "weight: expected on", True),
@@ -204,7 +220,7 @@ TRACED = {k: v[:3] for k, v in BAD_CONV.items() if not k.endswith("other-device"
 
 @pytest.mark.parametrize("args, kwargs, word", TRACED.values(), ids=TRACED)
 def test_bad_input_is_found_while_tracing(args, kwargs, word):
-    with FakeTensorMode() as mode, pytest.raises((RuntimeError, ValueError), match=word):
+    with FakeTensorMode() as mode, pytest.raises((RuntimeError, ValueError, TypeError), match=word):
         conv_bn_act(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
 
 

@@ -298,6 +298,19 @@ def test_extractor_trains_as_the_model(block, device):
     assert all(v == 4 for k, v in b.items() if k.endswith("num_batches_tracked"))
 
 
+@blocks
+@pytest.mark.parametrize("traced_in", ["train", "eval"])
+def test_symbolic_trace_can_be_switched(block, traced_in, device):
+    """torch.fx's own tracer keeps BNs as modules, so its graph follows train() and eval() as torchvision's does."""
+    ours, theirs = pair(block, device=device)
+    ours, theirs = (torch.fx.symbolic_trace(m.train(traced_in == "train")) for m in (ours, theirs))
+    x = image(device)
+    for mode in (True, False, True):
+        torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x), rtol=1e-4, atol=1e-4)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_node_names(device):
     ours, theirs = pair(device=device)
     for a, b in zip(get_graph_node_names(ours), get_graph_node_names(theirs), strict=True):

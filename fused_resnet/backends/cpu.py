@@ -1,6 +1,6 @@
 """oneDNN's fused convolutions: weight, BN and shortcut in one call, on folded and prepacked weights.
 
-One folded copy of a weight is kept, weakly by the weight tensor, once the same weight has come twice. Before every use
+One folded copy of a weight is kept, weakly by its storage, once the same weight has come twice. Before every use
 the raw bytes of the weight and of its BN are fingerprinted (128 bits) and compared with what the copy was made of: code
 that writes through `.data` bumps no version counter, so nothing less would do. Where the compiled fingerprint is absent
 nothing is kept and every call folds anew.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..folding import fold
 from . import aten, cuda
@@ -83,7 +83,24 @@ class _Folded(NamedTuple):
     bias: Tensor | None
 
 
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# By storage, as a weak reference to the tensor itself would keep torch.utils.swap_tensors from it; then by where in the
+# storage the weight lies, as flat buffers hold many.
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _kept_for(weight: Tensor) -> _Folded | None:
+    try:
+        return _kept.get(weight.untyped_storage(), {}).get((weight.storage_offset(), weight.shape))
+    except (NotImplementedError, RuntimeError):  # a tensor without storage, for the validation to refuse
+        return None
+
+
+def _keep(weight: Tensor, entry: _Folded | None) -> None:
+    storage, place = weight.untyped_storage(), (weight.storage_offset(), weight.shape)
+    if entry is not None:
+        _kept.setdefault(storage, {})[place] = entry
+    elif storage in _kept:
+        _kept[storage].pop(place, None)
 
 
 def repeated(
@@ -93,7 +110,7 @@ def repeated(
 
     None for any other. Answers before the arguments are validated: a repetition is valid because its first time was.
     """
-    entry = _kept.get(weight)
+    entry = _kept_for(weight)
     if (
         entry is None
         or entry.packed is None
@@ -133,13 +150,13 @@ def _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups) -> 
     """Packed weight and bias of conv then BN (bn_weight, bn_bias, running_mean, running_var, each maybe None)."""
     sources = [weight, *(t for t in bn if t is not None)]
     config = (eps, stride, padding, dilation, groups, *(i for i, t in enumerate(bn) if t is None))
-    entry = _kept.get(weight)
+    entry = _kept_for(weight)
     seen = entry is not None and entry.config == config and cuda.unchanged(sources, entry.proof)
     shapes = (x.shape, None if residual is None else residual.shape)
     if seen and entry.packed is not None:
-        _kept[weight] = entry._replace(shapes=shapes)
+        _keep(weight, entry._replace(shapes=shapes))
         return entry.packed, entry.bias
-    _kept.pop(weight, None)  # the old copy goes before a new one is made
+    _keep(weight, None)  # the old copy goes before a new one is made
     proof = entry.proof if seen else cuda.fingerprint(sources)
     entry = None
     folded, bias = fold(weight, *bn, eps)
@@ -149,7 +166,7 @@ def _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups) -> 
         del folded
         _return_free_memory()
     if proof is not None:
-        _kept[weight] = _Folded(proof, config, shapes, packed if seen else None, bias)
+        _keep(weight, _Folded(proof, config, shapes, packed if seen else None, bias))
     return packed, bias
 
 
