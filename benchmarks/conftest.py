@@ -1,7 +1,8 @@
 """Options, environment and the one comparison that every benchmark makes.
 
     pytest benchmarks                                    # both files, on the GPU if there is one
-    pytest benchmarks --compile --models resnet50 --batches 8
+    pytest benchmarks --models resnet50 --batches 8
+    pytest benchmarks --no-compile                       # without torch.compile, which takes up to a minute a case
     pytest benchmarks -k "bottleneck and train" --benchmark-json out.json
 
 A benchmark measures one variant against the untouched module (eager, contiguous), the two taking turns, after checking
@@ -24,7 +25,7 @@ def pytest_addoption(parser):
     group.addoption("--batches", nargs="+", type=int)
     group.addoption("--models", nargs="+", default=["resnet18", "resnet50"])
     group.addoption("--size", type=int, default=224, help="height and width of the images; blocks see a quarter of it")
-    group.addoption("--compile", action="store_true", help="torch.compile as well: up to a minute a case on a CPU")
+    group.addoption("--no-compile", action="store_true", help="without torch.compile: up to a minute a case on a CPU")
     group.addoption("--seconds", type=float, default=2.0, help="time spent on the timing of each case")
     group.addoption("--seeds", type=int, default=3, help="inputs that parity is checked with")
 
@@ -37,7 +38,7 @@ def pytest_generate_tests(metafunc):
         "batch": option("--batches") or ([128, 1, 32] if cuda else [1, 8]),
         "name": option("--models"),
         "mode": MODES,
-        "variant": [v for v in measure.VARIANTS if option("--compile") or v != "compile"],
+        "variant": [v for v in measure.VARIANTS if v != "compile" or not option("--no-compile")],
     }
     for argument in ("variant", "batch", "mode", "dtype", "name"):  # the last one varies slowest
         if argument in metafunc.fixturenames:
@@ -77,7 +78,11 @@ def compare(request, benchmark, verdicts):
         benchmark.group = f"{key}, {mode}, batch {shape[0]}, {dtype}"
         train, dtype = mode == "train", getattr(torch, dtype)
         module = module.to(device=device, dtype=dtype)
-        info = {"variant": variant, "timed_by": "CUDA events" if device.type == "cuda" else "clock"}
+        info = {
+            "variant": variant,
+            "group": benchmark.group,
+            "timed_by": "CUDA events" if device.type == "cuda" else "clock",
+        }
         if variant.startswith("fused"):
             if (key, mode, dtype) not in verdicts:
                 few = (2, *shape[1:])  # float64 is slow

@@ -226,17 +226,17 @@ class Part:
         if self.arguments.dry_run:
             options = ["--device", "cpu", "--size", "32", "--batches", "2", "--seconds", "0", "--seeds", "1"]
             return self.pytest(blocks, *options, *(self.arguments.only or ["-k", "basic and eval"]))
-        compiled = ["--compile", "-k", "compile"]
+        compiled, soon = ["-k", "compile"], "--no-compile"
         plan = [
-            [models, "--models", "resnet50", "--dtypes", "float16"],
+            [models, "--models", "resnet50", "--dtypes", "float16", soon],
             [models, "--models", "resnet50", "--dtypes", "float16", "--batches", "128", *compiled],
-            [models, "--models", "resnet18", "--dtypes", "float16"],
-            [blocks, "--dtypes", "float16", "--batches", "32"],
-            [models, "--models", "resnet50", "resnet18", "--dtypes", "bfloat16", "--batches", "128"],
+            [models, "--models", "resnet18", "--dtypes", "float16", soon],
+            [blocks, "--dtypes", "float16", "--batches", "32", soon],
+            [models, "--models", "resnet50", "resnet18", "--dtypes", "bfloat16", "--batches", "128", soon],
             [models, "--models", "resnet18", "--dtypes", "float16", "--batches", "128", *compiled],
             [models, "--models", "resnet50", "--dtypes", "float16", "--batches", "1", "32", *compiled],
-            [models, "--models", "resnet50", "resnet18", "--dtypes", "bfloat16", "--batches", "1", "32"],
-            [blocks, "--dtypes", "bfloat16", "--batches", "32"],
+            [models, "--models", "resnet50", "resnet18", "--dtypes", "bfloat16", "--batches", "1", "32", soon],
+            [blocks, "--dtypes", "bfloat16", "--batches", "32", soon],
         ]
         for options in plan:
             self.pytest(*options, "--seconds", "1")
@@ -274,19 +274,36 @@ def _told(message: str) -> str:
 
 
 def _bench_lines(done: dict[str, dict]) -> Iterator[str]:
-    yield f"  {'p50 ms':>10}  {'/ eager':>7}  {'noise':>5}  {'images/s':>9}  {'MiB':>7}"
-    for case, line in done.items():
+    """A line a module, mode, batch and dtype: eager's time, and every variant's speed relative to it."""
+    groups: dict[str, dict[str, dict]] = {}
+    for line in done.values():
         if m := line.get("measured"):
-            peak = "-" if m["peak_mib"] is None else f"{m['peak_mib']:.0f}"
-            figures = f"{m['p50_ms']:10.3f}  {m['ratio']:7.2f}  {m['noise']:5.0%}  {m['images_per_s']:9.0f}  {peak:>7}"
-            yield f"  {figures}  {case.split('::')[-1]}"
+            groups.setdefault(m["group"], {})[m["variant"]] = m
+    others = dict.fromkeys(v for measured in groups.values() for v in measured if v != "eager")
+    yield f"  {'speed / eager':<48} {'eager ms':>10}" + "".join(f" {v:>19}" for v in others) + "  noise   MiB"
+    for group, measured in groups.items():
+        ratios = "".join(f" {measured[v]['ratio']:19.2f}" if v in measured else f" {'-':>19}" for v in others)
+        eager = f"{measured['eager']['p50_ms']:10.3f}" if "eager" in measured else f"{'-':>10}"
+        noise = max(m["noise"] for m in measured.values())
+        peak = max((m["peak_mib"] for v, m in measured.items() if v.startswith("fused") and m["peak_mib"]), default=0)
+        yield f"  {group:<48} {eager}{ratios}  {noise:5.0%} {peak:5.0f}"
 
 
 def _tune_lines(done: dict[str, dict]) -> Iterator[str]:
+    """By op and dtype how often each backend was fastest; then where ours lost by most. All of it is in tune.json."""
+    wins: dict[str, Counter] = {}
+    lost = []
     for case, line in done.items():
         if us := line.get("us"):
             best = min(us, key=us.get)
-            yield f"  {case}: " + ", ".join(f"{b} {t:.1f} us{' *' if b == best else ''}" for b, t in us.items())
+            wins.setdefault(f"{line['op']}, {case.rsplit('/', 1)[-1]}", Counter())[best] += 1
+            ours = min((t for b, t in us.items() if b in ("cuda", "triton")), default=None)
+            if ours is not None and best not in ("cuda", "triton"):
+                lost.append((ours / us[best], f"{case}: {ours:.1f} us, {best} {us[best]:.1f} us"))
+    for what, counts in wins.items():
+        yield f"  fastest, {what}: " + ", ".join(f"{b} {n}" for b, n in counts.most_common())
+    for _, told in sorted(lost, reverse=True)[:15]:
+        yield f"  lost: {told}"
 
 
 def write_summary(out: Path) -> None:

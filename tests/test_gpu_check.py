@@ -1,5 +1,6 @@
 """gpu-check on a machine without a GPU: its message, and the machinery of every part in a dry run on the CPU."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,8 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_check
+from benchmarks.caselog import Log
+from fused_resnet import measure
+
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ["bn_stats/cpu/batch/float32/channels_last", "bn_act/cpu/batch/float16/contiguous"]
+FILES = {"results.jsonl", "environment.json", "summary.txt", "log.txt", "tune.json"}
 DRY = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -68,12 +74,7 @@ def test_smoke_writes_a_line_a_case_and_goes_on_where_it_stopped(tmp_path):
     assert second.stdout == "== smoke: 2 passed\n"
     starts = [line["case"] for line in lines(tmp_path / "b", "smoke") if line.get("event") == "start"]
     assert starts == CASES  # the first one from the file, the second one run now
-    assert {path.name for path in (tmp_path / "b").iterdir()} == {
-        "results.jsonl",
-        "environment.json",
-        "summary.txt",
-        "log.txt",
-    }
+    assert {path.name for path in (tmp_path / "b").iterdir()} == FILES - {"tune.json"}
     environment = json.loads((tmp_path / "b" / "environment.json").read_text())
     assert environment["environment"]["torch"] == torch.__version__
 
@@ -83,12 +84,14 @@ def test_the_triton_backend_is_reached_in_a_dry_run(tmp_path):
     answer = check("sanitize", "--dry-run", "--out", tmp_path, "--only", case)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert statuses(tmp_path, "sanitize") == {f"memcheck/{case}": "passed", f"racecheck/{case}": "passed"}
+    assert {path.name for path in tmp_path.iterdir()} <= FILES
 
 
 def test_tune_writes_a_table(tmp_path):
     case = "bn_act/n1-c64-14x14/float32"
     answer = check("tune", "--dry-run", "--out", tmp_path, "--only", case)
     assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert {path.name for path in tmp_path.iterdir()} == FILES
     table = json.loads((tmp_path / "tune.json").read_text())
     assert table["schema"] == 1
     timing = table["timings"][case]
@@ -160,6 +163,45 @@ def test_bench_logs_what_was_measured(tmp_path):
     assert measured[1]["parity"]["ok"]
     assert all(0 < m["p20_ms"] <= m["p50_ms"] <= m["p80_ms"] for m in measured)
     assert "fused_channels_last" in answer.stdout
+    assert {path.name for path in tmp_path.iterdir()} <= FILES
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["library", "no-library"])
+def test_the_compiled_ops_are_built_where_they_are_not_there_yet(there, tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    (root / "fused_resnet").mkdir(parents=True)
+    (root / "setup.py").write_text("import sys; print('building with', *sys.argv[1:]); sys.exit(3)")
+    if there:
+        (root / "fused_resnet" / "libfused_resnet_ops.so").write_bytes(b"")
+    monkeypatch.setattr(gpu_check, "ROOT", root)
+    part = gpu_check.Part(argparse.Namespace(part="smoke", out=tmp_path, minutes=1, case_limit=None, dry_run=True))
+    gpu_check.build(part)
+    if there:
+        assert not (tmp_path / "log.txt").exists() and not part.log.lines()
+    else:
+        assert "building with build_ext --inplace" in (tmp_path / "log.txt").read_text()
+        (line,) = part.log.lines()
+        assert line["case"] == "build" and "the build ended with status 3" in line["message"]
+
+
+def test_the_summary_of_everything_is_a_page(tmp_path):
+    """Hundreds of cases, and what a person reads stays short."""
+    bench, tune = (Log(tmp_path / "results.jsonl", part) for part in ("bench", "tune"))
+    for model in range(8):
+        for mode in ("eval", "train"):
+            for batch in (1, 32, 128):
+                for i, variant in enumerate(measure.VARIANTS):
+                    m = {"p50_ms": 1.0 + i, "ratio": 1 + i / 10, "noise": 0.01, "images_per_s": 9.0, "peak_mib": 8.0}
+                    case = f"test_bench_models.py::test_model[resnet{model}-float16-{mode}-{batch}-{variant}]"
+                    group = f"resnet{model}, {mode}, batch {batch}, float16"
+                    bench.write(case=case, status="passed", measured={**m, "variant": variant, "group": group})
+    for i in range(150):
+        tune.write(case=f"conv_bn_act/{i}/float16", status="passed", op="conv_bn_act", us={"cudnn": 9.0, "triton": 1.0})
+    lines = gpu_check.summary(tmp_path).splitlines()
+    assert len(lines) <= 80
+    (row,) = (line for line in lines if "resnet3, train, batch 32, float16" in line)
+    assert [f"{1 + i / 10:.2f}" for i in range(1, 5)] == row.split()[-6:-2]
+    assert any("conv_bn_act" in line and "triton 150" in line for line in lines)
 
 
 def test_make_passes_part_and_folder(tmp_path):
