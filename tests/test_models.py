@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import math
+import statistics
 
 import parity
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 import fused_resnet
-from fused_resnet import FusedBasicBlock, FusedBottleneck, models, swap_blocks
+from fused_resnet import FusedBasicBlock, FusedBottleneck, measure, models, swap_blocks
 
 NAMES = models.__all__
 SIZE = (2, 3, 40, 40)
@@ -41,15 +42,16 @@ def fused(name: str, model: nn.Module, layout: str) -> nn.Module:
     return ours.to(p.device, p.dtype).train(model.training)
 
 
-@functools.lru_cache(maxsize=1)  # the judge of the largest model is a gigabyte
-def trial(name: str, train: bool, device, first: int = 0):
-    """(model, input, judge, yardstick): those of the first seed, the yardstick over all (of the largest models one)."""
-    yardsticks = []
-    for seed in (first,) if name in LARGE else (*(s for s in parity.SEEDS if s != first), first):
+@functools.lru_cache(maxsize=1)  # the judges of the largest model are gigabytes
+def trials(name: str, train: bool, device, seeds: tuple[int, ...] = parity.SEEDS):
+    """([(model, input, judge) of each seed], yardstick over all of them)."""
+    cases, yardsticks = [], []
+    for seed in seeds:
         model, x = untouched(name, seed, train, device)
         judge = parity.judge_of(model, x)
+        cases.append((model, x, judge))
         yardsticks.append(parity.yardstick_of(model, x, judge))
-    return model, x, judge, parity.worst(yardsticks)
+    return cases, parity.worst(yardsticks)
 
 
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -63,19 +65,25 @@ names = pytest.mark.parametrize("name", NAMES)
 def test_equals_torchvision(name, mode, layout, device):
     """float32: output, gradient of the input and of every parameter, running statistics, num_batches_tracked.
 
-    A ReLU that flips at a rounding error is an accident of one seed, an error is there in all three: what breaks the
-    rule for the first seed gets a second and a third. In eval mode networks are firm (parity.py): hardly a ReLU flips.
+    In eval mode the networks are firm (parity.py), hardly a ReLU flips, and the worst of three seeds counts. In
+    training mode ReLUs cut through the data: one that flips for us and for none of torchvision's variants is an
+    accident of its seed, so the median seed counts; what is wrong but no flip is wrong in every seed. The largest
+    models have one seed, and get the others where that one is not within the rule.
     """
-    broken: set[str] = set()
-    for seed in parity.SEEDS:
-        model, x, judge, yardstick = trial(name, mode == "train", device, seed)
-        ours, image = parity.as_variant(layout, fused(name, model, layout), x)
-        found = parity.errors(parity.observe(ours, image), judge)
-        wrong = {v.split(":")[0]: v for v in parity.violations(found, yardstick)}
-        broken = set(wrong) if seed == parity.SEEDS[0] else broken & set(wrong)
-        if not broken:
-            return
-    raise AssertionError("for every seed: " + "; ".join(wrong[n] for n in sorted(broken)))
+
+    def found(seeds: tuple[int, ...]) -> list[str]:
+        cases, yardstick = trials(name, mode == "train", device, seeds)
+        ours = []
+        for model, x, judge in cases:
+            model, image = parity.as_variant(layout, fused(name, model, layout), x)
+            ours.append(parity.errors(parity.observe(model, image), judge))
+        pick = max if mode == "eval" else statistics.median
+        return parity.violations({key: pick(e[key] for e in ours) for key in ours[0]}, yardstick)
+
+    wrong = found(parity.SEEDS[:1] if name in LARGE else parity.SEEDS)
+    if wrong and name in LARGE and mode == "train":
+        wrong = found(parity.SEEDS)
+    assert not wrong, "; ".join(wrong[:8])
 
 
 @modes
@@ -111,7 +119,7 @@ def test_ordinary_outputs(name, mode, device):
 
 def test_the_rule_catches_one_percent(device):
     """Each gradient of ResNet-18 in turn is made 1 % wrong: the rule must object every time, and to nothing else."""
-    model, x, judge, yardstick = trial("resnet18", False, device)
+    ((model, x, judge), *_), yardstick = trials("resnet18", False, device)
     seen = parity.observe(fused("resnet18", model, "contiguous"), x)
     assert not parity.violations(parity.errors(seen, judge), yardstick)
     for name in seen:
@@ -126,7 +134,7 @@ def test_the_rule_catches_one_percent(device):
 def test_the_rule_catches_a_wrong_kernel(op, result, device, monkeypatch):
     """A backend whose one gradient is 1 % off, deep below the model, does not pass."""
     train = op == "bn_act_bwd"
-    model, x, judge, yardstick = trial("resnet18", train, device)
+    ((model, x, judge), *_), yardstick = trials("resnet18", train, device)
     ours = fused("resnet18", model, "contiguous")
     with fused_resnet.backend("reference"):
         parity.check(parity.errors(parity.observe(ours, x), judge), yardstick)
@@ -159,16 +167,30 @@ def sgd(model: nn.Module, x: torch.Tensor, steps: int = 5) -> parity.Seen:
 
 @few_names
 def test_five_sgd_steps(name, device):
+    """float32, over three seeds: where a ReLU flips, torchvision's own variants drift apart by up to a percent."""
+    yardsticks, found = [], []
+    for seed in parity.SEEDS:
+        model, x = untouched(name, seed, True, device)
+        judge = parity.judge_of(model, x, sgd)
+        yardsticks.append(parity.yardstick_of(model, x, judge, sgd))
+        start = torch.cat([p.detach().flatten() for p in model.parameters()])
+        moved = parity.error(judge["parameter all"], start)
+        for layout in ("contiguous", "channels_last"):
+            ours, image = parity.as_variant(layout, fused(name, model, layout), x)
+            found.append(parity.errors(sgd(ours, image), judge))
+            assert found[-1]["parameter all"] < moved
+    parity.check(parity.worst(found), parity.worst(yardsticks))
+
+
+@few_names
+def test_five_sgd_steps_in_float64(name, device):
+    """Nothing flips, and so nothing drifts: the sharp half of the test above."""
     model, x = untouched(name, 0, True, device)
     judge = parity.judge_of(model, x, sgd)
-    yardstick = parity.yardstick_of(model, x, judge, sgd)
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    moved = parity.error(judge["parameter all"], start)
     for layout in ("contiguous", "channels_last"):
-        ours, image = parity.as_variant(layout, fused(name, model, layout), x)
+        ours, image = parity.as_variant(layout, fused(name, copy.deepcopy(model).double(), layout), x.double())
         found = parity.errors(sgd(ours, image), judge)
-        parity.check(found, yardstick)
-        assert found["parameter all"] < moved
+        assert max(found.values()) < 1e-9, found
 
 
 # --- what is not a number ---------------------------------------------------------------------------------------------
@@ -318,3 +340,30 @@ def test_zero_init_residual_trains(name, mode, layout, device):
     seen = parity.observe(ours, image)
     assert seen[f"grad layer1.0.{'bn2' if name == 'resnet18' else 'bn3'}.weight"].abs().max() > 0
     parity.check(parity.errors(seen, judge), yardstick)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_builders_leave_every_layout_alone(name):
+    def strides(model):
+        return {n: t.stride() for n, t in model.state_dict().items()}
+
+    assert strides(getattr(models, name)()) == strides(getattr(torchvision.models, name)())
+
+
+# --- the rule itself --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, factor", [("output", 2), ("buffer a", 2), ("grad a", 3), ("parameter all", 3)])
+@pytest.mark.parametrize("dtype, floor", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-3)])
+def test_the_rule_is_the_one_that_is_written(kind, factor, dtype, floor):
+    """Twice torchvision's own error for outputs and statistics, three times for gradients, plus a floor."""
+    own = 1e-3
+    limit = factor * own + floor
+    assert not parity.violations({kind: 0.999 * limit}, {kind: own}, dtype)
+    assert parity.violations({kind: 1.001 * limit}, {kind: own}, dtype)
+    assert parity.violations({kind: math.nan}, {kind: own}, dtype)
+    shipped = kind.replace("grad", "gradient")
+    if kind != "parameter all":
+        assert measure.verdict({shipped: 0.999 * limit}, {shipped: own}, dtype)["ok"]
+        assert not measure.verdict({shipped: 1.001 * limit}, {shipped: own}, dtype)["ok"]
+        assert not measure.verdict({shipped: math.nan}, {shipped: own}, dtype)["ok"]
