@@ -42,7 +42,7 @@ test-slow: setup  ## the slow tests
 	$(PYTEST) tests -q -m 'slow and not aot' --durations=10
 
 test-aot: setup $(TRITON36)/.installed  ## compile every Triton kernel ahead of time, under the installed Triton and under 3.6
-	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m aot --durations=5
+	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m aot --timeout=1800 --durations=5
 
 $(TRITON36)/.installed: $(VENV)/.installed
 	$(PIP) install -q --no-deps --upgrade --target $(TRITON36) triton==3.6.0
