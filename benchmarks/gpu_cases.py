@@ -36,6 +36,8 @@ CONVOLUTIONS = {
     "7x7-stem": (1, 3, 31, 33, 64, 7, 2, 3, 1, 1, False, True, True),
     "3x3-groups": (2, 64, 7, 9, 64, 3, 1, 1, 1, 4, False, True, True),
     "3x3-dilated": (1, 32, 9, 11, 32, 3, 1, 2, 2, 1, False, True, True),
+    "3x3-72-channels": (2, 72, 7, 9, 72, 3, 1, 1, 1, 1, True, True, True),
+    "1x1-maps-of-one": (5, 40, 1, 1, 136, 1, 1, 0, 1, 1, True, True, True),
     "plain": (1, 32, 7, 9, 64, 3, 1, 1, 1, 1, False, False, False),
 }
 CONVOLUTIONS_OF_A_RESNET = {
@@ -46,6 +48,7 @@ CONVOLUTIONS_OF_A_RESNET = {
 # name: (N, C, H, W, residual, batch statistics)
 NORMS = {
     "batch": (5, 48, 7, 9, True, True),
+    "72-channels": (2, 72, 7, 9, True, True),
     "running": (3, 64, 5, 7, False, False),
     "one-channel": (4, 1, 3, 5, True, True),
 }
