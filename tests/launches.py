@@ -110,6 +110,7 @@ CASES = {
     "ones": ("conv_bn_act", case, {"n": 1, "c": 1, "h": 1, "w": 1, "k": 1, "kernel": 1}),
     "backward": ("conv_bn_act_bwd", backward, {"dtype": torch.float32}),
     "backward-half": ("conv_bn_act_bwd", backward, {}),
+    "backward-half-weight-alone": ("conv_bn_act_bwd", backward, {"mask": (True, True, False, True, True)}),
     "backward-1x1": ("conv_bn_act_bwd", backward, {"kernel": 1, "dtype": torch.float32}),
     "backward-contiguous": (
         "conv_bn_act_bwd",

@@ -60,25 +60,28 @@ def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest):
     if sum_g is None and (need_bn_weight or need_bn_bias):
         sum_g = g.sum((0, 2, 3), dtype=acc)
     need_raw = need_weight or need_bn_weight
-    # The plain convolution's weight gradient is the real one divided by BN's scale: out of float16's range where the
-    # real one is well inside. There g takes the power of two nearest to 1 / sqrt(var + eps) along.
-    ahead = need_raw and inv is not None and x.dtype is torch.float16
+    # dbn_weight is a difference of two sums, of which one is over the plain convolution's weight gradient: in 16 bits
+    # its rounding would be most of the error. (TF32 holds every 16-bit operand.)
+    exact = need_bn_weight and x.dtype is not acc
+    # That gradient is the real one divided by BN's scale: out of float16's range where the real one is well inside.
+    # There g takes the power of two nearest to 1 / sqrt(var + eps) along.
+    ahead = need_weight and not exact and inv is not None and x.dtype is torch.float16
     dx = dweight = dbn_weight = None
     if need_x or need_raw:
         folded = weight if scale is None or not need_x else (weight * scale).to(weight.dtype)
-        mask = [need_x, need_raw and not ahead, False]
+        mask = [need_x, need_raw and not (ahead or exact), False]
         dx, raw, _ = _aten.convolution_backward(g, x, folded, *conv, mask) if any(mask) else (None, None, None)
     if need_x:
         dx = dx.contiguous(memory_format=output_format(x, weight))
+    if exact:
+        raw = _aten.convolution_backward(*_to(acc, g, x, weight), *conv, [False, True, False])[1]
     if ahead:
         power = nearest_power_of_2(inv)
         ahead_g = g * power.to(g.dtype).view(1, -1, 1, 1)
         raw = _aten.convolution_backward(ahead_g, x, weight, *conv, [False, True, False])[1]
-        inv, scale = inv / power, scale / power.view(-1, 1, 1, 1)
-        sum_ahead = None if sum_g is None else sum_g * power
+        scale = scale / power.view(-1, 1, 1, 1)
     if need_bn_weight:
-        product = (raw * weight.to(acc)).sum((1, 2, 3))
-        dbn_weight = inv * (product - mean.to(acc) * (sum_ahead if ahead else sum_g))
+        dbn_weight = inv * ((raw * weight.to(acc)).sum((1, 2, 3)) - mean.to(acc) * sum_g)
     if need_weight:
         dweight = with_strides_of(weight, raw if scale is None else raw * scale)
     return dx, dweight, dbn_weight, sum_g if need_bn_bias else None, g if need_residual else None

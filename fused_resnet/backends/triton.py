@@ -355,18 +355,23 @@ def conv_bn_act_bwd(
                 dx = backward(g, x, _folded(launch, weight, gamma, var, eps), *conv, [True, False, False])[0]
                 dx = _in_format(dx, format)
             if need_raw:
-                sum_g = dbn_bias
-                if var is not None and x.dtype is torch.float16:
+                operands = g, x, _channels_last(weight)
+                if need_bn_weight:
+                    # A difference of two sums, one of them over `raw`, whose rounding to 16 bits would be most of the
+                    # error. TF32 holds every 16-bit operand.
+                    operands = tuple(t.float() for t in operands)
+                elif var is not None and x.dtype is torch.float16:
                     # The plain convolution's gradient leaves float16's range where the scaled one is well inside:
                     # scale first, by the nearest power of two; the kernel below sees a BN of about unit deviation.
                     deviation = (var.float() + eps).sqrt()
                     power = nearest_power_of_2(deviation.reciprocal())
-                    g = g * power.to(g.dtype).view(1, -1, 1, 1)
-                    sum_g = None if sum_g is None else sum_g * power
+                    operands = (g * power.to(g.dtype).view(1, -1, 1, 1), *operands[1:])
                     var = (deviation * power).square() - eps
-                raw = _channels_last(backward(g, x, _channels_last(weight), *conv, [False, True, False])[1])
+                raw = _channels_last(backward(*operands, *conv, [False, True, False])[1])
                 bn = (gamma, mean, var)
-                dweight, dbn_weight = _weight_grads(launch, raw, weight, *bn, eps, sum_g, need_weight, need_bn_weight)
+                dweight, dbn_weight = _weight_grads(
+                    launch, raw, weight, *bn, eps, dbn_bias, need_weight, need_bn_weight
+                )
         return dx, dweight, dbn_weight, dbn_bias if need_bn_bias else None, _result(dresidual)
 
 
