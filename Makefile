@@ -39,7 +39,7 @@ test-cpu: setup
 	$(PYTEST) tests -q -m 'not slow and not aot' --durations=5
 
 test-slow: setup  ## the slow tests
-	$(PYTEST) tests -q -m 'slow and not aot' --durations=10
+	$(PYTEST) tests -q -m 'slow and not aot' --timeout=1800 --durations=10
 
 test-aot: setup $(TRITON36)/.installed  ## compile every Triton kernel ahead of time, under the installed Triton and under 3.6
 	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m aot --timeout=1800 --durations=5
