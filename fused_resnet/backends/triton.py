@@ -270,9 +270,7 @@ class _Convolution:
         self, x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *_, launch=_dispatch
     ) -> Tensor:
         with _device_of(x):
-            y = rows = torch.empty(self.shape, dtype=x.dtype, device=x.device, memory_format=self.format)
-            if not y.is_contiguous(memory_format=torch.channels_last):
-                rows = torch.empty_like(y, memory_format=torch.channels_last)
+            out = _Output(self.shape, self.format, x)
             if self.converts_x:
                 x = _channels_last(x)
             if self.converts_weight:
@@ -282,9 +280,9 @@ class _Convolution:
             vectors = (bn_weight, bn_bias, running_mean, running_var)
             if self.converts_vectors:
                 vectors = map(_per_channel, vectors)
-            args = (x, weight, *vectors, residual, rows, eps, *self.numbers)
+            args = (x, weight, *vectors, residual, out.rows, eps, *self.numbers)
             launch(_conv._conv_bn_act_fwd_kernel, self.grid, *args, **self.constants)
-            return y if rows is y else y.copy_(rows)
+            return out.result()
 
 
 def conv_bn_act(*args) -> Tensor:
