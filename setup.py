@@ -31,6 +31,11 @@ FACTS = "_build_facts.json"
 TORCH_TARGET = "0x020b000000000000"  # the oldest torch whose stable ABI is used: 2.11
 
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -Wall -Wextra -Wno-unused-parameter -fvisibility=hidden -fvisibility-inlines-hidden"
+ISA_FLAGS = {
+    "isa_base": "",
+    "isa_avx2": "-mavx2 -mfma",
+    "isa_avx512": "-mavx512f -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
+}
 LINK_FLAGS = "-shared -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now"
 # C7510 and friends are warnings of ptxas that cost a factor: the report is kept beside the object, and a test reads it.
 NVCC_FLAGS = (
@@ -81,6 +86,16 @@ def find_cuda(torch):
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc {version} does not fit torch {torch.__version__}, which uses CUDA {torch.version.cuda}"
     return nvcc, Path(top).resolve(), version
+
+
+def isa_flags(stem):
+    """Compiler flags of a source; None where isa_<instruction set>.cpp is not for this machine's architecture."""
+    if not stem.startswith("isa_"):
+        return ""
+    if stem != "isa_base" and platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    # -Wno-psabi: vectors wider than the baseline's are passed between functions of one file only.
+    return f"-ffp-contract=fast -Wno-psabi {ISA_FLAGS[stem]}"
 
 
 def kernel_names():
@@ -190,7 +205,11 @@ class BuildExt(build_ext):
         depfile = {"depfile": "$out.d", "deps": "gcc"}
         n.rule("cxx", f"{cxx} -MMD -MF $out.d {CXX_FLAGS} {prefix_map} $flags -c $in -o $out", **depfile)
         n.rule("link", f"{cxx} {LINK_FLAGS} $in $flags -o $out")
-        objects = [self.object(n, source, stable) for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+        objects = [
+            self.object(n, source, f"{stable} {isa_flags(source.stem)}")
+            for source in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
+            if isa_flags(source.stem) is not None
+        ]
         # libtorch.so stands for libtorch_cpu and, where torch has CUDA, libtorch_cuda.
         link = f"-L{torch_dir / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed"
         if isinstance(cuda, str):

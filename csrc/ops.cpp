@@ -3,20 +3,25 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bn_act.h"
+#include "cpu/engine/program.h"
 #include "cpu/fingerprint.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
   m.def("fingerprint(Tensor[] tensors) -> Tensor");
   m.def("unchanged(Tensor[] tensors, Tensor proof) -> bool");
+  m.def("program_isa(int isa) -> Tensor");
+  m.def("run_program(Tensor program, Tensor(a!)[] buffers, Tensor(b!)? times) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
   m.impl("fingerprint", TORCH_BOX(&fused_resnet::fingerprint));
+  m.impl("run_program", TORCH_BOX(&fused_resnet::run_program));
 }
 
 // On any device, to answer "no" where the tensors are not on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CompositeExplicitAutograd, m) {
   m.impl("unchanged", TORCH_BOX(&fused_resnet::unchanged));
+  m.impl("program_isa", TORCH_BOX(&fused_resnet::program_isa));
 }
 
 STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {

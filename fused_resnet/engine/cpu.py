@@ -1,0 +1,141 @@
+"""Runs a network on a CPU: the compiled program between the steps that are traced, over one arena."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import cpu_program as cp
+from .eager import Eager, output_of
+from .steps import Network, Step
+
+SHAPES = 16  # programs kept; the least recently used goes
+
+
+class Cpu:
+    """Programs by shape of the inputs, weights and memory that they share. One call at a time: the caller has the lock."""
+
+    def __init__(self, graph, workers: int | None = None, isa: int = -1):
+        self.graph = graph
+        self.target = cp.isa(isa)
+        self.workers = workers or torch.get_num_threads()
+        self.weights = cp.Weights(graph.module, self.target)
+        self.eager = Eager(graph.module, torch.float32)
+        self.arena = self.scratch = torch.empty(0)
+        self.programs: OrderedDict[tuple, cp.Program] = OrderedDict()
+
+    def add(self, key, network: Network, inputs: tuple, choices: dict[str, cp.Choice]) -> cp.Program:
+        """A program for inputs like these."""
+        program = self.program(network, inputs, choices)
+        self.programs[key] = program
+        while len(self.programs) > SHAPES:
+            self.programs.popitem(last=False)
+        return program
+
+    def program(self, network: Network, inputs: tuple, choices: dict[str, cp.Choice]) -> cp.Program:
+        network = for_stems(network, self.target)
+        strides = {name: t.stride() for name, t in self._given(network, inputs).items() if isinstance(t, Tensor)}
+        return cp.Program(network, self.weights, self.target, self.workers, outputs_of(network), strides, choices)
+
+    def _given(self, network: Network, inputs: tuple) -> dict[str, object]:
+        """The inputs by name, in a layout that their readers read."""
+        names = [n.name for n in network.graph.nodes if n.op == "placeholder"]
+        given = dict(zip(names, inputs, strict=False))
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.dim() == 4:
+                only_stems = all(s.op == "stem" for s in network.steps if name in s.reads and s.op != "traced")
+                dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
+                if not (only_stems and dense):
+                    given[name] = value.contiguous(memory_format=torch.channels_last)
+        return given
+
+    def _memory(self, program: cp.Program) -> None:
+        """Bring the program into this memory, which grows if need be."""
+        for name, floats in (("arena", program.floats), ("scratch", program.scratch_floats())):
+            if getattr(self, name).numel() < floats:
+                setattr(self, name, aligned(floats))
+        if program.memory != (self.arena.data_ptr(), self.scratch.data_ptr()):
+            program.write(self.arena, self.scratch)
+            program.memory = (self.arena.data_ptr(), self.scratch.data_ptr())
+
+    def run(self, program: cp.Program, inputs: tuple, times: dict[str, float] | None = None):
+        """What the model returns. times: gets the seconds of each step by its output."""
+        self._memory(program)
+        network = program.network
+        values = self._given(network, inputs) | program.views
+        given = set(values)
+        for name in program.fresh:
+            shape = program.shapes[name]
+            layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+            values[name] = torch.empty(shape, memory_format=layout)
+            given.add(name)
+        for piece in program.segments:
+            if isinstance(piece, Step):
+                values[piece.output] = self._alone(network, piece, values)
+                continue
+            buffers = [b if isinstance(b, Tensor) else _dense(values[b], b in given) for b in piece.buffers]
+            seconds = torch.zeros(len(piece.owners), dtype=torch.float64) if times is not None else None
+            torch.ops.fused_resnet_cpu.run_program(piece.program, buffers, seconds)
+            if times is not None:
+                for owner, took in zip(piece.owners, seconds.tolist(), strict=True):
+                    times[owner] = times.get(owner, 0.0) + took
+        return output_of(network, values, forbidden=self.arena)
+
+    def _alone(self, network: Network, step: Step, values: dict[str, object]):
+        return self.eager.run(step, network, values)
+
+    def refresh(self) -> None:
+        self.weights.refresh()
+        self.eager.refresh()
+
+    def trim(self) -> None:
+        """Forget weights in layouts that no program uses."""
+        self.weights.keep({key for program in self.programs.values() for key in program.used})
+
+
+def aligned(floats: int) -> Tensor:
+    """Floats from a page's start on: each worker's part, and each value, begins at a cache line."""
+    page = 4096
+    block = torch.empty(floats * 4 + page, dtype=torch.uint8)
+    skip = -block.data_ptr() % page
+    return block[skip : skip + floats * 4].view(torch.float32)
+
+
+def supported(dtype: torch.dtype) -> str | None:
+    """Why the compiled CPU kernels cannot run a network in this dtype; None if they can."""
+    if dtype is not torch.float32:
+        return f"the compiled kernels for CPUs are float32, this is {str(dtype).removeprefix('torch.')}"
+    from ..backends import cuda
+
+    if reason := cuda.load():
+        return reason
+    return None
+
+
+def outputs_of(network: Network) -> set[str]:
+    """Names of the values that the model returns."""
+    node = next(n for n in network.graph.nodes if n.op == "output")
+    return {network.source(n.name) for n in node.all_input_nodes}
+
+
+def for_stems(network: Network, target: cp.Isa) -> Network:
+    """Stems that the kernel does not cover become a convolution and a max-pool."""
+    steps: list[Step] = []
+    for step in network.steps:
+        if step.op != "stem" or (cp.fits_stem(step, target) and not cp.unsupported(step, target)):
+            steps.append(step)
+            continue
+        before = step.layers[-2]
+        steps.append(replace(step, op="conv", layers=step.layers[:-1], output=before, pool=None))
+        steps.append(Step("max_pool", step.layers[-1:], before, step.output, pool=step.pool))
+    return Network(network.graph, steps, network.alias)
+
+
+def _dense(value: Tensor, as_it_is: bool) -> Tensor:
+    """What a traced step made, as the program reads it."""
+    if as_it_is:
+        return value
+    return value.contiguous(memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format)

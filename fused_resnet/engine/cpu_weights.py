@@ -1,0 +1,54 @@
+"""Folded weights as the CPU's kernels read them (csrc/cpu/engine): panels of columns, transformed for Winograd or not."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}  # as in csrc/cpu/engine/winograd.h; infinity is the last
+
+
+def panels(matrix: Tensor, columns: int) -> Tensor:
+    """[K, k] -> [ceil(K / columns), k, columns], zero-padded, float32."""
+    k_out, k = matrix.shape
+    count = -(-k_out // columns)
+    out = matrix.new_zeros(count * columns, k, dtype=torch.float32)
+    out[:k_out] = matrix
+    return out.view(count, columns, k).transpose(1, 2).contiguous()
+
+
+def padded(bias: Tensor, columns: int) -> Tensor:
+    """[K] -> [K rounded up to a multiple of columns], zero-padded, float32."""
+    out = bias.new_zeros(-(-bias.numel() // columns) * columns, dtype=torch.float32)
+    out[: bias.numel()] = bias
+    return out
+
+
+def matrix(weight: Tensor, channels_last: bool = True) -> Tensor:
+    """[K, C, R, S] -> [K, R * S * C], or [K, C * R * S]."""
+    return (weight.permute(0, 2, 3, 1) if channels_last else weight).reshape(weight.shape[0], -1)
+
+
+def filter_transform(m: int) -> Tensor:
+    """G, [m + 2, 3] float64: F(m x m, 3 x 3) over POINTS[m] (Lavin and Gray, arXiv 1509.09308)."""
+    points = POINTS[m]
+    rows = []
+    for i, p in enumerate(points):
+        scale = math.prod(p - q for j, q in enumerate(points) if j != i)
+        rows.append([1 / scale, p / scale, p * p / scale])
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def winograd(weight: Tensor, m: int, columns: int) -> Tensor:
+    """[K, C, 3, 3] -> [(m + 2)^2, ceil(K / columns), C, columns]: G g G' of each filter, in float64, cast once."""
+    g = filter_transform(m).to(weight.device)
+    k, c = weight.shape[:2]
+    # The tensor product of G with itself, so that it is one matrix multiplication.
+    both = torch.kron(g, g)  # [(m + 2)^2, 9]
+    transformed = (both @ weight.double().reshape(k * c, 9).T).view(-1, k, c)
+    count = -(-k // columns)
+    out = weight.new_zeros(transformed.shape[0], count * columns, c, dtype=torch.float32)
+    out[:, :k] = transformed
+    return out.view(-1, count, columns, c).transpose(2, 3).contiguous()

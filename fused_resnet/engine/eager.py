@@ -1,0 +1,101 @@
+"""Steps by PyTorch's own operators, on folded weights: the twin of every kernel, and what runs where there is none."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .cpu_program import fold
+from .graph import is_in_place
+from .steps import Network, Step
+
+
+class Eager:
+    """Folded weights of a model's steps in one dtype, and the steps over them.
+
+    float32 products follow PyTorch's own flags (TF32, oneDNN).
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        self.module, self.dtype = module, dtype
+        self.weights: dict[tuple, tuple[Step, list[Tensor], Tensor]] = {}
+
+    def folded(self, step: Step) -> tuple[list[Tensor], Tensor]:
+        key = (step.conv, step.segment and step.segment[1])
+        if key not in self.weights:
+            weights, bias = fold(step, self.module)
+            cast = [w.to(self.dtype).contiguous(memory_format=torch.channels_last) for w in weights]
+            self.weights[key] = step, cast, bias.to(self.dtype)
+        return self.weights[key][1:]
+
+    def refresh(self) -> None:
+        """Fold again, into the same memory."""
+        for step, weights, bias in self.weights.values():
+            fresh, fresh_bias = fold(step, self.module)
+            for old, new in zip([*weights, bias], [*fresh, fresh_bias], strict=True):
+                old.copy_(new)
+
+    def run(self, step: Step, network: Network, values: dict[str, object]):
+        """The value of a step; values: by name."""
+        if step.op == "traced":
+            return run_traced(network, step.node, values)
+        x = values[network.source(step.x)]
+        if step.op == "avg_pool":
+            return x.mean((2, 3), keepdim=True)
+        if step.op == "max_pool":
+            return F.max_pool2d(x, step.pool.kernel, step.pool.stride, step.pool.padding)
+        weights, bias = self.folded(step)
+        if step.op == "linear":
+            return F.linear(x.flatten(1), weights[0].flatten(1), bias)
+        conv = step.conv
+        y = F.conv2d(x, weights[0], bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if step.segment is not None:
+            name, other = step.segment
+            y += F.conv2d(values[network.source(name)], weights[1], None, other.stride, other.padding)
+        if step.residual is not None:
+            y += values[network.source(step.residual)]
+        if step.relu:
+            y = y.relu_()
+        return y if step.pool is None else F.max_pool2d(y, step.pool.kernel, step.pool.stride, step.pool.padding)
+
+
+def run_traced(network: Network, node: fx.Node, values: dict[str, object]):
+    """What a node yields, run as it was traced."""
+
+    def value_of(n: fx.Node):
+        value = values[network.source(n.name)]
+        shape = network.graph.shape(n)
+        # A flattened value is kept in the shape it had before.
+        return value.reshape(value.shape[0], -1) if n.name in network.alias and len(shape or ()) == 2 else value
+
+    args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
+    if is_in_place(network.graph, node) and not network.graph.opaque:
+        # A fused step may read the operand later than the layers it covers would have.
+        args = (args[0].clone(), *args[1:])
+    if node.op == "call_module":
+        return network.graph.module.get_submodule(node.target)(*args, **kwargs)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    owner = network.graph.module
+    for part in node.target.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def output_of(network: Network, values: dict[str, object], forbidden: Tensor | None = None):
+    """What the model returns, with the values put in; a copy of what shares memory with `forbidden`."""
+    node = next(n for n in network.graph.nodes if n.op == "output")
+
+    def value_of(n: fx.Node):
+        value = values[network.source(n.name)]
+        if isinstance(value, Tensor):
+            if forbidden is not None and value.untyped_storage().data_ptr() == forbidden.untyped_storage().data_ptr():
+                value = value.clone()
+            if n.name in network.alias:
+                value = value.reshape(value.shape[0], -1)
+        return value
+
+    return fx.node.map_arg(node.args[0], value_of)

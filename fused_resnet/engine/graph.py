@@ -1,0 +1,151 @@
+"""A model as a graph that says what each tensor is: traced, stripped of what does nothing at inference, functional.
+
+The steps of a plan are matched on this graph (steps.py), never on names of attributes: what a model calls its parts, and
+how it nests them, does not matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import FrozenBatchNorm2d
+
+from ..convert import restore_blocks
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+IN_PLACE_FUNCTIONS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_, F.relu_}
+# Return a tensor of their own, whatever they are given; of all else it is assumed that the result may share memory.
+FRESH_MODULES = (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    FrozenBatchNorm2d,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.Linear,
+)
+FRESH_FUNCTIONS = {F.relu, torch.relu, F.conv2d, F.max_pool2d, F.interpolate, torch.cat, torch.add, operator.add}
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        # A module with hooks is called, so that its hooks run.
+        return isinstance(m, FrozenBatchNorm2d) or has_hooks(m) or super().is_leaf_module(m, qualified_name)
+
+
+@dataclass
+class Graph:
+    """module: the traced copy; fake: what each node yields (FakeTensors in it); flops: 2 x MAC of each node."""
+
+    module: fx.GraphModule
+    fake: dict[fx.Node, object] = field(default_factory=dict)
+    flops: dict[fx.Node, int] = field(default_factory=dict)
+    opaque: str = ""  # why nothing may be matched; '' if it may
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.module.graph.nodes)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...] | None:
+        value = self.fake.get(node)
+        return tuple(value.shape) if isinstance(value, Tensor) else None
+
+    def submodule(self, node: fx.Node) -> nn.Module | None:
+        return self.module.get_submodule(node.target) if node.op == "call_module" else None
+
+
+def has_hooks(m: nn.Module) -> bool:
+    """Whether calling m does more than its class's forward."""
+    hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, getattr(m, "_backward_pre_hooks", None))
+    return any(hooks) or "forward" in m.__dict__
+
+
+def capture(model: nn.Module) -> Graph:
+    """Trace a frozen copy of `model` (which stays as it is), in evaluation mode, fused blocks as torchvision's.
+
+    Raises ValueError if it cannot be traced, with the tracer's words.
+    """
+    frozen = restore_blocks(copy.deepcopy(model)).eval().requires_grad_(False)
+    try:
+        traced = fx.GraphModule(frozen, _Tracer().trace(frozen), type(model).__name__)
+    except Exception as error:
+        raise ValueError(
+            f"model: {type(model).__name__} cannot be traced ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "give the part of it that is a fixed sequence of layers, as a detector's `model.backbone`"
+        ) from error
+    for node in list(traced.graph.nodes):
+        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    graph = Graph(traced)
+    graph.opaque = _make_functional(graph)
+    traced.recompile()
+    return graph
+
+
+def is_in_place(graph: Graph, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(graph.submodule(node), "inplace", False))
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    return node.op == "call_function" and (node.target in IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True)
+
+
+def may_alias(graph: Graph, node: fx.Node) -> bool:
+    """Whether what node yields may share memory with its arguments."""
+    if node.op == "call_module":
+        return type(graph.submodule(node)) not in FRESH_MODULES or is_in_place(graph, node)
+    return not (node.op == "call_function" and node.target in FRESH_FUNCTIONS) or is_in_place(graph, node)
+
+
+def _make_functional(graph: Graph) -> str:
+    """Whoever reads a tensor after it was changed in place reads the change's result instead. Returns why not, or ''."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not is_in_place(graph, node):
+            continue
+        changed = node.args[0] if node.args else None
+        if not isinstance(changed, fx.Node):
+            return f"{node.name} changes in place what the graph does not show"
+        earlier = [user for user in changed.users if order[user] < order[node]]
+        views = [user.name for user in earlier if may_alias(graph, user)]
+        if views or (changed.op not in ("placeholder", "get_attr") and _is_view(graph, changed)):
+            return f"{node.name} changes in place a tensor that shares memory with {', '.join(views) or 'another'}"
+        for user in [user for user in changed.users if order[user] > order[node]]:
+            user.replace_input_with(changed, node)
+    return ""
+
+
+def _is_view(graph: Graph, node: fx.Node) -> bool:
+    return may_alias(graph, node) and not is_in_place(graph, node)
+
+
+def propagate(graph: Graph, inputs: tuple) -> None:
+    """Fill in graph.fake and graph.flops for these inputs, computing nothing."""
+    graph.fake, graph.flops = {}, {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        counter = FlopCounterMode(display=False)
+
+        class Interpreter(fx.Interpreter):
+            def run_node(self, node):
+                before = counter.get_total_flops()
+                value = super().run_node(node)
+                graph.fake[node] = value
+                graph.flops[node] = counter.get_total_flops() - before
+                return value
+
+        fakes = tree_map(lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t, inputs)
+        with counter, torch.no_grad():
+            Interpreter(graph.module).run(*fakes)
+
