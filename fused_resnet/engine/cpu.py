@@ -2,38 +2,73 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cpu_program as cp
-from .eager import Eager, output_of
+from . import cpu_tune
+from .eager import Eager, named, output_of
 from .steps import Network, Step
 
-SHAPES = 16  # programs kept; the least recently used goes
+AGAIN = 0.5  # seconds: a program that takes less is timed a second time
 
 
 class Cpu:
     """Programs by shape of the inputs, weights and memory that they share. One call at a time: the caller has the lock."""
 
-    def __init__(self, graph, workers: int | None = None, isa: int = -1):
-        self.graph = graph
+    def __init__(self, module: nn.Module, workers: int | None = None, isa: int = -1):
         self.target = cp.isa(isa)
         self.workers = workers or torch.get_num_threads()
-        self.weights = cp.Weights(graph.module, self.target)
-        self.eager = Eager(graph.module, torch.float32)
+        self.weights = cp.Weights(module, self.target)
+        self.eager = Eager(module, torch.float32)
         self.arena = self.scratch = torch.empty(0)
-        self.programs: OrderedDict[tuple, cp.Program] = OrderedDict()
+        self.live: WeakSet[cp.Program] = WeakSet()
 
-    def add(self, key, network: Network, inputs: tuple, choices: dict[str, cp.Choice]) -> cp.Program:
-        """A program for inputs like these."""
-        program = self.program(network, inputs, choices)
-        self.programs[key] = program
-        while len(self.programs) > SHAPES:
-            self.programs.popitem(last=False)
-        return program
+    def plan(self, network: Network, inputs: tuple, tune: str, objection: Callable[[object], str | None]):
+        """(function of inputs, how each step is computed, seconds by step, None), or (None, {}, {}, why not)."""
+        chosen, wrong = {}, []
+        if tune == "full":
+            chosen = self._tuned(network, inputs, objection, wrong)
+        program = self.program(network, inputs, chosen)
+        times: dict[str, float] = {}
+        if why := objection(self.run(program, inputs, times)):
+            return None, {}, {}, f"the compiled program is not used: {why}"
+        if sum(times.values()) < AGAIN:  # the first time was with cold caches
+            self.run(program, inputs, times := {})
+        self.live.add(program)
+        self._trim()
+        return (lambda given: self.run(program, given)), self._how(program), times, "; ".join(wrong)
+
+    def _tuned(self, network: Network, inputs: tuple, objection, wrong: list[str]) -> dict[str, cp.Choice]:
+        """Choices by measurement, every kind compared with PyTorch's result before it is timed."""
+        small, sample = cpu_tune.smaller(network, inputs)
+
+        def run(program: cp.Program, times: dict | None) -> None:
+            result = self.run(program, sample, times)
+            if times is None and (why := objection(result)):
+                raise cpu_tune.Wrong(why)
+
+        base = self.program(small, sample, {})
+        return cpu_tune.tune(base, run, lambda choices: self.program(small, sample, choices), wrong)
+
+    def _how(self, program: cp.Program) -> dict[str, tuple[str, str]]:
+        """(backend, config) by a step's output."""
+        how = {}
+        for step in program.network.steps:
+            if step.op == "traced":
+                how[step.output] = ("traced", "")
+            elif why := cp.unsupported(step, self.target):
+                how[step.output] = ("pytorch", why)
+            else:
+                batch, size = program.batch_of(step.output), program.size[step.output]
+                config = str(program.choice(step)) if step.op in ("conv", "linear") else ""
+                parts = [config, f"{size} of {batch} images" if size < batch else ""]
+                how[step.output] = (f"cpu {self.target.name}", ", ".join(p for p in parts if p))
+        return how
 
     def program(self, network: Network, inputs: tuple, choices: dict[str, cp.Choice]) -> cp.Program:
         network = for_stems(network, self.target)
@@ -42,8 +77,7 @@ class Cpu:
 
     def _given(self, network: Network, inputs: tuple) -> dict[str, object]:
         """The inputs by name, in a layout that their readers read."""
-        names = [n.name for n in network.graph.nodes if n.op == "placeholder"]
-        given = dict(zip(names, inputs, strict=False))
+        given = named(network, inputs)
         for name, value in given.items():
             if isinstance(value, Tensor) and value.dim() == 4:
                 only_stems = all(s.op == "stem" for s in network.steps if name in s.reads and s.op != "traced")
@@ -91,9 +125,9 @@ class Cpu:
         self.weights.refresh()
         self.eager.refresh()
 
-    def trim(self) -> None:
+    def _trim(self) -> None:
         """Forget weights in layouts that no program uses."""
-        self.weights.keep({key for program in self.programs.values() for key in program.used})
+        self.weights.keep({key for program in self.live for key in program.used})
 
 
 def aligned(floats: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import cpu_weights
 from .arena import Life, assign
-from .steps import Network, Step
+from .steps import Network, Step, weights_of
 
 VERSION = 1
 CONV, WINOGRAD, STEM, MAX_POOL, AVG_POOL = range(5)
@@ -269,7 +269,7 @@ class Program:
         batch = self.batch_of(step.output)
         floats = max(self.numel(step.output), self.numel(self.network.source(step.x))) // batch
         # Weights are read anew for each part of the batch.
-        if step.op in ("avg_pool", "linear") or weight_floats(step) > floats:
+        if step.op in ("avg_pool", "linear") or weights_of(step) > floats:
             return batch
         each = min(batch, max(1, self.cache // floats))
         while batch % each:
@@ -435,12 +435,6 @@ def winograd_room(step: Step, choice: Choice) -> int:
     return points * (choice.tiles * (step.conv.in_channels + step.conv.out_channels) + 2 * ALIGN)
 
 
-def weight_floats(step: Step) -> int:
-    convs = [step.conv] if step.conv else []
-    convs += [step.segment[1]] if step.segment else []
-    return sum(c.out_channels * c.in_channels // c.groups * c.kernel[0] * c.kernel[1] for c in convs)
-
-
 def tiles_of(program: Program, step: Step, m: int, images: int) -> int:
     _, p, q, _ = program.nhwc(step.output)
     return images * -(-p // m) * -(-q // m)
@@ -468,12 +462,14 @@ def gemm_choice(program: Program, channels: int, rows: int, block: int = 96) -> 
     return Choice("gemm", -(-rows // row_blocks), columns)
 
 
-def winograd_choice(program: Program, step: Step, m: int, images: int) -> Choice:
+def winograd_choice(program: Program, step: Step, m: int, images: int, shared: bool | None = None) -> Choice:
+    """shared: all workers on the same tiles, which reads each weight once; None: where the weights are many."""
     tiles = tiles_of(program, step, m, images)
     columns = program.target.columns
     width = step.conv.in_channels + step.conv.out_channels
     together = min(tiles, max(24, (1 << 21) // ((m + 2) ** 2 * width)))  # 8 MiB of transformed tiles
-    each = min(tiles, 48)
-    shared = step.conv.in_channels * step.conv.out_channels > 128 * 128 or -(-tiles // each) < 2 * program.workers
+    each = min(-(-tiles // program.workers), 48)
+    if shared is None:
+        shared = step.conv.in_channels * step.conv.out_channels > 128 * 128 or -(-tiles // each) < 2 * program.workers
     nc = max(columns, 64 // columns * columns)
     return Choice("winograd", columns=nc, m=m, tiles=together if shared else each, shared=shared)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -20,6 +23,7 @@ class Eager:
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         self.module, self.dtype = module, dtype
         self.weights: dict[tuple, tuple[Step, list[Tensor], Tensor]] = {}
+        self.cast: dict[str, nn.Module | Tensor] = {}  # what traced nodes use, in this dtype
 
     def folded(self, step: Step) -> tuple[list[Tensor], Tensor]:
         key = (step.conv, step.segment and step.segment[1])
@@ -35,11 +39,25 @@ class Eager:
             fresh, fresh_bias = fold(step, self.module)
             for old, new in zip([*weights, bias], [*fresh, fresh_bias], strict=True):
                 old.copy_(new)
+        self.cast.clear()
+
+    def attribute(self, path: str):
+        """What a traced node finds under this path of the model, in this dtype."""
+        if path not in self.cast:
+            found = self.module
+            for part in path.split("."):
+                found = getattr(found, part)
+            if isinstance(found, nn.Module):
+                found = copy.deepcopy(found).to(self.dtype)
+            elif isinstance(found, Tensor) and found.is_floating_point():
+                found = found.to(self.dtype)
+            self.cast[path] = found
+        return self.cast[path]
 
     def run(self, step: Step, network: Network, values: dict[str, object]):
         """The value of a step; values: by name."""
         if step.op == "traced":
-            return run_traced(network, step.node, values)
+            return run_traced(network, step.node, values, self.attribute)
         x = values[network.source(step.x)]
         if step.op == "avg_pool":
             return x.mean((2, 3), keepdim=True)
@@ -60,29 +78,56 @@ class Eager:
         return y if step.pool is None else F.max_pool2d(y, step.pool.kernel, step.pool.stride, step.pool.padding)
 
 
-def run_traced(network: Network, node: fx.Node, values: dict[str, object]):
-    """What a node yields, run as it was traced."""
+class EagerExecutor:
+    """A whole network by PyTorch's own operators on folded weights."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        self.eager, self.dtype = Eager(module, dtype), dtype
+
+    def run(self, network: Network, inputs: tuple[Tensor, ...]):
+        """What the model returns."""
+        values: dict[str, object] = {
+            name: x.to(self.dtype, memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
+            if isinstance(x, Tensor)
+            else x
+            for name, x in named(network, inputs).items()
+        }
+        for step in network.steps:
+            values[step.output] = self.eager.run(step, network, values)
+        return output_of(network, values)
+
+    def how(self, network: Network) -> dict[str, tuple[str, str]]:
+        """(backend, config) of each step, for the plan."""
+        return {s.output: ("traced" if s.op == "traced" else "pytorch", "") for s in network.steps}
+
+    def refresh(self) -> None:
+        self.eager.refresh()
+
+
+def named(network: Network, inputs: tuple) -> dict[str, object]:
+    """The inputs by name; what was not given has its default."""
+    placeholders = [n for n in network.graph.nodes if n.op == "placeholder"]
+    return {n.name: inputs[i] if i < len(inputs) else n.args[0] for i, n in enumerate(placeholders)}
+
+
+def run_traced(network: Network, node: fx.Node, values: dict[str, object], attribute: Callable[[str], object]):
+    """What a node yields, run as it was traced. attribute: finds what the model has under a path."""
 
     def value_of(n: fx.Node):
         value = values[network.source(n.name)]
-        shape = network.graph.shape(n)
         # A flattened value is kept in the shape it had before.
-        return value.reshape(value.shape[0], -1) if n.name in network.alias and len(shape or ()) == 2 else value
+        return value.reshape(value.shape[0], -1) if n.name in network.alias else value
 
     args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
     if is_in_place(network.graph, node) and not network.graph.opaque:
         # A fused step may read the operand later than the layers it covers would have.
         args = (args[0].clone(), *args[1:])
-    if node.op == "call_module":
-        return network.graph.module.get_submodule(node.target)(*args, **kwargs)
     if node.op == "call_function":
         return node.target(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
-    owner = network.graph.module
-    for part in node.target.split("."):
-        owner = getattr(owner, part)
-    return owner
+    found = attribute(node.target)
+    return found(*args, **kwargs) if node.op == "call_module" else found
 
 
 def output_of(network: Network, values: dict[str, object], forbidden: Tensor | None = None):

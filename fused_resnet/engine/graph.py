@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
@@ -44,12 +43,19 @@ class _Tracer(fx.Tracer):
 
 @dataclass
 class Graph:
-    """module: the traced copy; fake: what each node yields (FakeTensors in it); flops: 2 x MAC of each node."""
+    """module: the traced copy; fake: what each node yields (tensors without data in it); flops: 2 x MAC of each node."""
 
     module: fx.GraphModule
     fake: dict[fx.Node, object] = field(default_factory=dict)
     flops: dict[fx.Node, int] = field(default_factory=dict)
+    meta: fx.GraphModule | None = None  # the module without its numbers
     opaque: str = ""  # why nothing may be matched; '' if it may
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -132,20 +138,36 @@ def _is_view(graph: Graph, node: fx.Node) -> bool:
 
 
 def propagate(graph: Graph, inputs: tuple) -> None:
-    """Fill in graph.fake and graph.flops for these inputs, computing nothing."""
+    """Fill in graph.fake and graph.flops for these inputs, computing nothing: tensors of the meta device."""
     graph.fake, graph.flops = {}, {}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        counter = FlopCounterMode(display=False)
+    if graph.meta is None:
+        memo = {id(t): _meta(t) for t in (*graph.module.parameters(), *graph.module.buffers())}
+        graph.meta = copy.deepcopy(graph.module, memo)
 
-        class Interpreter(fx.Interpreter):
-            def run_node(self, node):
-                before = counter.get_total_flops()
+    class Interpreter(fx.Interpreter):
+        def run_node(self, node):
+            graph.flops[node], counter = 0, None
+            if _cheap(graph, node):
                 value = super().run_node(node)
-                graph.fake[node] = value
-                graph.flops[node] = counter.get_total_flops() - before
-                return value
+            else:
+                with FlopCounterMode(display=False) as counter:
+                    value = super().run_node(node)
+                graph.flops[node] = counter.get_total_flops()
+            graph.fake[node] = value
+            return value
 
-        fakes = tree_map(lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t, inputs)
-        with counter, torch.no_grad():
-            Interpreter(graph.module).run(*fakes)
+    interpreter = Interpreter(graph.meta, graph=graph.module.graph)
+    with torch.no_grad():
+        interpreter.run(*tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, inputs))
 
+
+def _meta(t: Tensor) -> Tensor:
+    meta = t.detach().to("meta")
+    return nn.Parameter(meta, requires_grad=False) if isinstance(t, nn.Parameter) else meta
+
+
+def _cheap(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node multiplies no matrices, so that nothing need be counted."""
+    if node.op == "call_module":
+        return type(graph.submodule(node)) in (nn.BatchNorm2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d)
+    return node.op in ("placeholder", "get_attr", "output") or node.target in FRESH_FUNCTIONS - {F.conv2d}

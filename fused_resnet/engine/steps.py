@@ -52,10 +52,7 @@ class Convolution:
         if self.bn is None:
             return weight, bias
         bn = module.get_submodule(self.bn)
-        if isinstance(bn, FrozenBatchNorm2d):
-            scale, shift = scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
-        else:
-            scale, shift = scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        scale, shift = scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
         return weight * scale.detach().view(-1, 1, 1, 1), bias * scale.detach() + shift.detach()
 
 
@@ -282,6 +279,13 @@ class _Matcher:
             spec = Convolution(node.target, None, m.in_features, m.out_features, (1, 1))
             return Step("linear", (node.name,), x, node.name, spec)
         return traced(node, "nothing here computes it")
+
+
+def weights_of(step: Step) -> int:
+    """Numbers of weights a step reads."""
+    convs = [step.conv] if step.conv else []
+    convs += [step.segment[1]] if step.segment else []
+    return sum(c.out_channels * c.in_channels // c.groups * c.kernel[0] * c.kernel[1] for c in convs)
 
 
 def traced(node: fx.Node, why: str) -> Step:
