@@ -99,7 +99,7 @@ class Cpu:
         """What the model returns. times: gets the seconds of each step by its output."""
         self._memory(program)
         network = program.network
-        values = self._given(network, inputs) | program.views
+        values = self._given(network, inputs) | program.views | network.constants
         given = set(values)
         for name in program.fresh:
             shape = program.shapes[name]
@@ -165,7 +165,7 @@ def for_stems(network: Network, target: cp.Isa) -> Network:
         before = step.layers[-2]
         steps.append(replace(step, op="conv", layers=step.layers[:-1], output=before, pool=None))
         steps.append(Step("max_pool", step.layers[-1:], before, step.output, pool=step.pool))
-    return Network(network.graph, steps, network.alias)
+    return replace(network, steps=steps)
 
 
 def _dense(value: Tensor, as_it_is: bool) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, fx
 
@@ -59,7 +60,7 @@ def smaller(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Network, tupl
     if batch <= BATCH or any(x.shape[0] != batch for x in inputs) or any(s.op == "traced" for s in network.steps):
         return network, inputs
     rows = [*range(BATCH - 1), batch - 1]
-    return Network(_Scaled(network.graph, batch, BATCH), network.steps, network.alias), tuple(x[rows] for x in inputs)
+    return replace(network, graph=_Scaled(network.graph, batch, BATCH)), tuple(x[rows] for x in inputs)
 
 
 class Wrong(Exception):

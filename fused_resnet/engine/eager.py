@@ -92,6 +92,7 @@ class EagerExecutor:
             else x
             for name, x in named(network, inputs).items()
         }
+        values |= network.constants
         for step in network.steps:
             values[step.output] = self.eager.run(step, network, values)
         return output_of(network, values)

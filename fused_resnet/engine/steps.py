@@ -92,18 +92,20 @@ class Step:
     def reads(self) -> tuple[str, ...]:
         """Names of the values it needs."""
         if self.op == "traced":
-            return tuple(n.name for n in self.node.all_input_nodes)
+            return tuple(n.name for n in self.node.all_input_nodes)  # constants among them
         more = (self.residual, self.segment and self.segment[0])
         return (self.x, *(name for name in more if name is not None))
 
 
 @dataclass
 class Network:
-    """steps in an order they can run in; alias: value that is another one, seen in another shape, by name."""
+    """steps in an order they can run in; alias: value that is another one, seen in another shape, by name; constants:
+    sizes and what was reckoned from them, the same at every call of this shape."""
 
     graph: Graph
     steps: list[Step]
     alias: dict[str, str]
+    constants: dict[str, object] = field(default_factory=dict)
 
     def source(self, name: str) -> str:
         while name in self.alias:
@@ -115,8 +117,13 @@ class _Matcher:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.taken: dict[fx.Node, Step] = {}  # the node whose value a step yields -> the step
-        self.covered: set[fx.Node] = set()
+        self.covered: set[str] = set()
         self.alias: dict[str, str] = {}
+        self.constants = {
+            n.name: graph.fake[n]
+            for n in graph.nodes
+            if n.op in ("call_function", "call_method") and n in graph.fake and _is_plain(graph.fake[n])
+        }
 
     # What a node is.
 
@@ -189,7 +196,12 @@ class _Matcher:
     # What becomes of it.
 
     def only_user(self, node: fx.Node) -> fx.Node | None:
-        return next(iter(node.users)) if len(node.users) == 1 else None
+        users = self.users(node)
+        return users[0] if len(users) == 1 else None
+
+    def users(self, node: fx.Node) -> list[fx.Node]:
+        """Who reads its numbers; not who asks for its size."""
+        return [user for user in node.users if user.name not in self.constants]
 
     def grow(self, node: fx.Node) -> None:
         """A convolution with its BN, the ReLU and the pool after it, or up to the add it leads to."""
@@ -223,7 +235,7 @@ class _Matcher:
         ready = [
             a
             for a in operands
-            if a in self.taken and self.taken[a].op == "conv" and not self.taken[a].relu and len(a.users) == 1
+            if a in self.taken and self.taken[a].op == "conv" and not self.taken[a].relu and len(self.users(a)) == 1
             and self.taken[a].residual is None and self.taken[a].segment is None
         ]  # fmt: skip
         if not ready:
@@ -263,7 +275,7 @@ class _Matcher:
     def step_of(self, node: fx.Node) -> Step | None:
         if node in self.taken:
             return self.taken[node]
-        if node.name in self.covered or node.op in ("placeholder", "output"):
+        if node.name in self.covered or node.name in self.constants or node.op in ("placeholder", "output"):
             return None
         x = node.all_input_nodes[0].name if node.all_input_nodes else ""
         shape = self.graph.shape(node)
@@ -293,6 +305,12 @@ def traced(node: fx.Node, why: str) -> Step:
     return Step("traced", (node.name,), "", node.name, node=node, why=why)
 
 
+def _is_plain(value) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, str, slice))
+
+
 def _pair(value) -> tuple[int, int] | None:
     if isinstance(value, int):
         return (value, value)
@@ -306,4 +324,4 @@ def match(graph: Graph) -> Network:
         return Network(graph, [traced(n, graph.opaque) for n in nodes], {})
     matcher = _Matcher(graph)
     steps = matcher.match()
-    return Network(graph, steps, matcher.alias)
+    return Network(graph, steps, matcher.alias, matcher.constants)
