@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import stat
 import subprocess
@@ -21,6 +22,7 @@ from fused_resnet.engine import guard, timing
 from fused_resnet.engine import tune as tuning
 from fused_resnet.engine.cache import Cache
 from fused_resnet.engine.child import Limits
+from fused_resnet.engine.nursery import Nursery
 from fused_resnet.engine.problem import Candidate, Problem
 from fused_resnet.engine.tune import tune
 
@@ -67,6 +69,20 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(caches, "TABLES", tmp_path / "tables")
 
 
+@pytest.fixture(scope="module")
+def nursery():
+    """One for all tests: it takes seconds to start."""
+    shared = Nursery()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def one_nursery(monkeypatch, nursery):
+    monkeypatch.setattr(tuning, "Nursery", lambda: nursery)
+    monkeypatch.setattr(Nursery, "close", lambda self: None)
+
+
 @pytest.fixture
 def no_child(monkeypatch):
     def start(self):
@@ -85,11 +101,13 @@ def untouched(monkeypatch, no_child):
 
 
 @pytest.fixture(scope="module")
-def child_result():
+def child_result(nursery):
     """Every bad candidate among good ones, in a child."""
     names = ["plain", *BAD, *FATAL, "packed", "slow"]
-    limits = Limits(verify=3)
-    return tune([problem(*names)], cache=False, limits=limits)["product"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "Nursery", lambda: nursery)
+        patch.setattr(Nursery, "close", lambda self: None)
+        return tune([problem(*names)], cache=False, limits=Limits(verify=3))["product"]
 
 
 @pytest.mark.parametrize("name", [*BAD, *FATAL])
@@ -257,7 +275,7 @@ def test_round_trip(no_child):
     assert cached.source == "cache" and cached.chosen == first.chosen
 
 
-def test_what_is_known_needs_no_child(monkeypatch):
+def test_what_is_known_needs_no_child(one_nursery, monkeypatch):
     """Measured in a child, once; then verified here."""
     first = tune([problem("packed", "plain")])["product"]
     monkeypatch.setattr(children.Child, "_start", lambda self: pytest.fail("a child was started"))
@@ -421,24 +439,21 @@ def test_a_folder_that_is_a_file(tmp_path, no_child):
     assert stat.S_ISREG((tmp_path / "file").stat().st_mode)
 
 
-WRITER = """
-import sys
-from fused_resnet.engine.cache import Cache
-sys.path.insert(0, sys.argv[3])
-from test_tune import HERE, entry
-cache = Cache(sys.argv[1], HERE)
-for i in range(40):
-    cache.store({f"{sys.argv[2]} {i}": entry()})
-"""
+def write(folder, name):
+    cache = Cache(folder, HERE)
+    for i in range(40):
+        cache.store({f"{name} {i}": entry()})
 
 
 def test_concurrent_writers_lose_nothing(tmp_path):
-    here = os.path.dirname(__file__)
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    writers = [subprocess.Popen([*command, name, here], env=environment) for name in "ab"]
-    assert [w.wait(60) for w in writers] == [0, 0]
-    assert set(Cache(tmp_path, HERE).entries) == {f"{name} {i}" for name in "ab" for i in range(40)}
+    context = multiprocessing.get_context("fork")  # what they do needs nothing that a fork would break
+    writers = [context.Process(target=write, args=(tmp_path, name)) for name in "abc"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert set(Cache(tmp_path, HERE).entries) == {f"{name} {i}" for name in "abc" for i in range(40)}
 
 
 # --- tables in the package --------------------------------------------------------------------------------------------
@@ -462,7 +477,7 @@ def test_tables_serve_this_device_and_the_cache_comes_first(no_child):
     assert tune([wanted], "cached")["product"].source == "cache"
 
 
-def test_a_table_of_other_versions_is_verified_in_a_child():
+def test_a_table_of_other_versions_is_verified_in_a_child(one_nursery):
     wanted = problem("plain", "dying")
     table("a.json", {**caches.environment(CPU), "torch": "another"}, wanted, "dying")
     assert tune([wanted], "cached")["product"].chosen == candidate("plain")
@@ -485,7 +500,7 @@ def test_the_tables_that_are_shipped_are_sound(monkeypatch):
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def test_compiled_in_parallel_before_anything_is_timed(tmp_path):
+def test_compiled_in_parallel_before_anything_is_timed(one_nursery, tmp_path):
     names = ["plain", "does_not_compile", "packed"]
     result = tune([problem(*names, folder=str(tmp_path))], cache=False, jobs=2)["product"]
     assert reasons(result) == {"plain": None, "does_not_compile": BAD["does_not_compile"], "packed": None}
@@ -512,9 +527,9 @@ def test_a_child_takes_the_settings_of_its_parent():
 def test_no_child_outlives_its_parent():
     """The parent is killed while its child hangs."""
     code = (
-        "from fused_resnet.engine.child import Child, Limits\nfrom test_tune import problem\nimport threading\n"
-        "from tuning_cases import candidate\nchild = Child('cpu', Limits())\nchild.open(problem())\nchild.load(0)\n"
-        "print(child.process.pid, flush=True)\nchild.verify(candidate('hanging'))"
+        "from test_tune import Limits, Nursery, candidate, children, problem\n"
+        "child = children.Child(Nursery(), 'cpu', Limits())\nchild.open(problem())\nchild.load(0)\n"
+        "print(child.pid, flush=True)\nchild.verify(candidate('hanging'))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)

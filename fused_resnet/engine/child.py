@@ -1,20 +1,15 @@
 """A bench in another process: a candidate that dies or hangs there costs that candidate only.
 
-An illegal address poisons a CUDA context and a stuck barrier never returns. The process is started by its command line,
-not by multiprocessing, which would run the user's script again. Requests and replies are JSON on a pipe.
+An illegal address poisons a CUDA context and a stuck barrier never returns. Requests and replies are JSON on a pipe.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import queue
-import resource
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,10 +21,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from .bench import Bench, Dropped, Unusable
+from .nursery import Nursery, last_line
 from .problem import Candidate, Problem
-
-COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fused_resnet.engine.child import main; main()"
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -49,12 +42,11 @@ class Limits:
 class Child:
     """A bench that lives in another process, started when it is first needed and again after each loss."""
 
-    def __init__(self, device: torch.device | str | None, limits: Limits, threads: int | None = None):
-        self.device, self.limits, self.threads = device, limits, threads
-        self.process: subprocess.Popen | None = None
+    def __init__(self, nursery: Nursery, device: torch.device | str | None, limits: Limits, threads: int | None = None):
+        self.nursery, self.device, self.limits, self.threads = nursery, device, limits, threads
+        self.pid: int | None = None
         self.problem: Problem | None = None
         self.seed: int | None = None
-        self.starts = 0
         self._prepared: set[str] = set()
         self._at: tuple[Problem | None, int | None] = (None, None)  # what the running process has open and loaded
 
@@ -84,16 +76,16 @@ class Child:
         return self._ask("sample", candidate)
 
     def drop(self, candidate: Candidate) -> None:
-        if self.process is not None:
+        if self.pid is not None:
             self._ask("drop", candidate)
 
     def close(self) -> None:
-        process, self.process, self._at = self.process, None, (None, None)
-        if process is None:
+        pid, self.pid, self._at = self.pid, None, (None, None)
+        if pid is None:
             return
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for a while: not our wait
-            process.wait(10)
+        with contextlib.suppress(ProcessLookupError, EOFError):
+            os.kill(pid, signal.SIGKILL)
+            self.nursery.status(pid, 10)  # a driver may hold it for longer: not our wait
         self._connection.close()
         self._stderr.close()
 
@@ -104,7 +96,7 @@ class Child:
 
     def _catch_up(self) -> None:
         """A process that has this problem open and this seed loaded."""
-        if self.process is None:
+        if self.pid is None:
             self._start()
         if self._at[0] is not self.problem:
             self._request("open", Unusable, problem=self.problem.as_json())
@@ -117,16 +109,11 @@ class Child:
     def _start(self) -> None:
         self._connection, theirs = Pipe()
         self._stderr = tempfile.TemporaryFile()
-        self.starts += 1
-        arguments = [json.dumps(sys.path), str(theirs.fileno()), str(os.getpid())]
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=self._stderr,
-                stderr=self._stderr,
-                pass_fds=[theirs.fileno()],
-            )
+        try:
+            with theirs:
+                self.pid = self.nursery.fork(theirs.fileno(), self._stderr.fileno())
+        except EOFError as failure:
+            raise Unusable(f"cannot be tried: {failure}") from None
         settings = {"device": None if self.device is None else str(self.device), **flags()}
         if self.threads is not None:
             settings["threads"] = self.threads
@@ -137,7 +124,7 @@ class Child:
         limit = getattr(self.limits, step)
         try:
             self._connection.send_bytes(json.dumps({"step": step, **facts}).encode())
-            if not self._wait(limit):
+            if not self._connection.poll(limit):
                 self.close()
                 raise error(f"did not return from {step!r} within {limit:g} s")
             reply = json.loads(self._connection.recv_bytes())
@@ -151,27 +138,18 @@ class Child:
             raise (Unusable if reply["unusable"] else error)(reply["reason"])
         return reply["value"]
 
-    def _wait(self, limit: float) -> bool:
-        deadline = time.monotonic() + limit
-        while not self._connection.poll(max(0.0, min(deadline - time.monotonic(), 1.0))):
-            if time.monotonic() >= deadline:
-                return False
-            if self.process.poll() is not None and not self._connection.poll(0):
-                raise EOFError
-        return True
-
     def _epitaph(self) -> str:
         try:
-            status = self.process.wait(10)
-        except subprocess.TimeoutExpired:
+            status = self.nursery.status(self.pid, 10)
+        except EOFError as failure:
+            return str(failure)
+        if status is None:
             return "its process closed the pipe"
-        if status < 0:
-            with contextlib.suppress(ValueError):
-                return f"its process died by {signal.Signals(-status).name}"
-            return f"its process died by signal {-status}"
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return f"its process ended with exit status {status}" + (f" ({lines[-1].strip()[:300]})" if lines else "")
+        if status >= 0:
+            return f"its process ended with exit status {status}{last_line(self._stderr)}"
+        with contextlib.suppress(ValueError):
+            return f"its process died by {signal.Signals(-status).name}"
+        return f"its process died by signal {-status}"
 
 
 def flags() -> dict:
@@ -195,27 +173,21 @@ def set_flags(found: dict) -> None:
         cudnn.conv.fp32_precision, matmul.fp32_precision = found["fp32_precision"]
 
 
-def main() -> None:
-    """The child's side: serve until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, AttributeError):  # Linux: no child outlives its parent, not even one that hangs
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[3]):
-        return
-    connection, bench = Connection(int(sys.argv[2])), Bench()
+def serve(pipe: int) -> None:
+    """The child's side, until the pipe ends."""
+    connection, bench = Connection(pipe), Bench()
     while True:
         try:
             request = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        reply = _serve(bench, request)
+        reply = _reply(bench, request)
         connection.send_bytes(json.dumps(reply).encode())
         if reply.get("spent"):
-            os._exit(0)  # a poisoned context cannot even be torn down in peace
+            return
 
 
-def _serve(bench: Bench, request: dict) -> dict:
+def _reply(bench: Bench, request: dict) -> dict:
     step = request["step"]
     try:
         if step == "start":
@@ -245,6 +217,7 @@ def _poisoned() -> bool:
 
 def compile_all(
     work: list[tuple[Problem, Candidate]],
+    nursery: Nursery,
     jobs: int,
     device: torch.device | str | None,
     limits: Limits,
@@ -259,7 +232,7 @@ def compile_all(
     for item in work:
         waiting.put(item)
     reasons: dict[tuple[str, str], str] = {}
-    children = [Child(device, limits, threads=1) for _ in range(min(jobs, len(work)))]
+    children = [Child(nursery, device, limits, threads=1) for _ in range(min(jobs, len(work)))]
     stop = threading.Event()
 
     def serve(child: Child) -> None:

@@ -23,6 +23,7 @@ from . import cache as caches
 from .bench import Bench, Dropped, Unusable
 from .cache import Cache
 from .child import Child, Limits, compile_all
+from .nursery import Nursery
 from .problem import Candidate, Case, Problem, candidates_digest, default_device, distinct
 from .progress import Bar
 from .timing import percentiles, race
@@ -142,11 +143,13 @@ class _Tuner:
         else:
             folder = None if cache is False else caches.folder() if cache is None or cache is True else Path(cache)
             self.cache = Cache(folder, caches.environment(device))
-        self.local, self.child = Bench(device), Child(device, limits)
+        self.nursery = Nursery()
+        self.local, self.child = Bench(device), Child(self.nursery, device, limits)
 
     def close(self) -> None:
         self.local.close()
         self.child.close()
+        self.nursery.close()
 
     def tune(self, work: dict[str, tuple[Problem, Case]], mode: str, progress: bool | None, jobs: int) -> Results:
         results = Results.fromkeys(work)  # in the order that was asked for
@@ -216,7 +219,7 @@ class _Tuner:
             bar.tell(f"compiled {candidate}")
             bar.advance(1)
 
-        return compile_all(todo, jobs, self.device, self.limits, done, half)
+        return compile_all(todo, self.nursery, jobs, self.device, self.limits, done, half)
 
     def _first(self, problem: Problem, case: Case) -> Result:
         """The first candidate that is right."""
