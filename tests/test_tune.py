@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,7 @@ BAD = {
 FATAL = {
     "hanging": "did not return from 'verify' within 3 s",
     "dying": "its process died by SIGSEGV",
+    "poisoning": "raised RuntimeError: CUDA error: an illegal memory access",
     "exiting": "its process ended with exit status 3 (assertion failed: k < 16)",
     "dying_late": "while timed: its process died by SIGABRT",
 }
@@ -524,27 +527,54 @@ def test_a_child_takes_the_settings_of_its_parent():
         children.set_flags(before)
 
 
+def hang(tell):
+    child = children.Child(Nursery(), "cpu", Limits())
+    child.open(problem())
+    child.load(0)
+    tell.send(child.pid)
+    child.verify(candidate("hanging"))
+
+
 def test_no_child_outlives_its_parent():
     """The parent is killed while its child hangs."""
+    ours, theirs = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("fork").Process(target=hang, args=(theirs,))
+    parent.start()
+    assert ours.poll(60)
+    pid = ours.recv()
+    assert not gone(pid)
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 10
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gone(pid)
+
+
+def gone(pid: int) -> bool:
+    """Ended; nobody may be there to bury it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_a_nursery_that_cannot_start(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="the problem cannot be tried: the process that forks children is gone"):
+        tune([problem("plain")])
+
+
+def test_importing_the_package_leaves_the_gpu_alone():
+    """A process that has touched CUDA has no children that can use it."""
     code = (
-        "from test_tune import Limits, Nursery, candidate, children, problem\n"
-        "child = children.Child(Nursery(), 'cpu', Limits())\nchild.open(problem())\nchild.load(0)\n"
-        "print(child.pid, flush=True)\nchild.verify(candidate('hanging'))"
+        "import torch\n"
+        "def touched(*args): raise AssertionError('CUDA was touched')\n"
+        "for name in ('_cuda_init', '_cuda_getDeviceCount'): setattr(torch._C, name, touched)\n"
+        "from fused_resnet.engine import child, nursery, tune"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-    pid = int(parent.stdout.readline())
-    os.kill(pid, 0)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
-        if open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z":
-            break  # nobody is there to bury it
-        time.sleep(0.02)
-    else:
-        assert not os.path.exists(f"/proc/{pid}")
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.parametrize("asked, shown", [(True, True), (False, False), (None, False)])
@@ -559,3 +589,110 @@ def test_problems_and_candidates_travel_as_json():
     assert Problem(**json.loads(json.dumps(p.as_json()))).id == p.id
     assert Candidate("a", "b", {"x": 1, "y": 2}).id == Candidate("a", "other", {"y": 2, "x": 1}).id
     assert p.id != problem("plain").id
+
+
+# --- a GPU ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """torch.cuda's streams, graphs and events, as far as the timer calls them; runs on the CPU."""
+
+    def __init__(self):
+        self.log, self.clock = [], 0.0
+
+    def install(self, monkeypatch):
+        recorder = self
+
+        class Stream:
+            def __init__(self, device=None):
+                pass
+
+            def wait_stream(self, other):
+                recorder.log.append("wait")
+
+        class Graph:
+            replay = staticmethod(lambda: recorder.log.append("replay"))
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                recorder.clock += 1e-4
+                self.at = recorder.clock
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return 1e3 * (other.at - self.at)
+
+        @contextlib.contextmanager
+        def graph(graph, *, stream, capture_error_mode):
+            assert isinstance(stream, Stream) and capture_error_mode == "thread_local"
+            recorder.log.append("capture")
+            failed = False
+            try:
+                yield
+            except Exception:
+                failed = True
+                raise
+            finally:
+                recorder.log.append("end")
+                if failed:
+                    raise RuntimeError("capture was invalidated")
+
+        for name, value in {
+            "Stream": Stream,
+            "current_stream": Stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "synchronize": lambda device=None: recorder.log.append("synchronize"),
+            "CUDAGraph": Graph,
+            "graph": graph,
+            "Event": Event,
+            "mem_get_info": lambda device: (2**30, 2**31),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**14)
+
+
+def test_on_a_gpu_a_captured_graph_is_timed(monkeypatch):
+    recorder = Recorder()
+    recorder.install(monkeypatch)
+    case, gpu = tuning_cases.Product(), torch.device("cuda", 0)
+    timer = timing.Timer(case, gpu, case.inputs(CPU, 0), case.outputs(CPU))
+    assert len(timer.buffers) == 4
+    seconds = timer.sample(candidate("plain"))
+    assert case.calls["plain"] == 4 + 20  # once as warm-up, then captured
+    assert seconds == pytest.approx(1e-4 / (20 * 10))
+    assert recorder.log.count("replay") == 1 + 1 + 10  # warm-up, estimate, sample of a millisecond
+    assert recorder.log.index("wait") < recorder.log.index("capture")
+
+
+def test_what_cannot_be_captured_says_so_first(monkeypatch):
+    Recorder().install(monkeypatch)
+    case, gpu = tuning_cases.Product(), torch.device("cuda", 0)
+    timer = timing.Timer(case, gpu, case.inputs(CPU, 0), case.outputs(CPU))
+    fine = case.run
+    case.run = lambda *args: fine(*args) if case.calls["plain"] < 4 else 1 / 0
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: ZeroDivisionError: division by zero"):
+        timer.sample(candidate("plain"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(one_nursery):
+    bad = {
+        "wrong": BAD["wrong"],
+        "one_row_too_many": BAD["one_row_too_many"],
+        "device_assert": "raised AcceleratorError: CUDA error",
+        "stuck": "did not return from 'verify' within 20 s",
+        "waiting": "while timed: raised RuntimeError: cannot be captured in a CUDA graph",
+    }
+    wanted = problem("plain", *bad, "packed", device="cuda")
+    result = tune([wanted], limits=Limits(verify=20))["product"]
+    for name, reason in bad.items():
+        assert reasons(result)[name].startswith(reason)
+    assert result.chosen.config["name"] in ("plain", "packed") and 0 < result.seconds[1] < 1e-3
+    assert tune([wanted])["product"].source == "cache"
+    assert torch.ones(3, device="cuda").sum().item() == 3  # this process's context is as good as before

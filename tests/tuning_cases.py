@@ -16,12 +16,12 @@ NAMES = ("plain", "transposed", "slow", "packed")
 
 
 class Product(Case):
-    device = "cpu"
     flops, bytes = 2 * ROWS * COLUMNS * 16, 4 * ROWS * COLUMNS
 
-    def __init__(self, names=NAMES, trusted=False, fallback=None, folder=None, dtype="float32"):
+    def __init__(self, names=NAMES, trusted=False, fallback=None, folder=None, dtype="float32", device="cpu"):
         self.names, self.trusted, self.folder, self.dtype = names, trusted, folder, getattr(torch, dtype)
         self.fallback = None if fallback is None else candidate(fallback)
+        self.device = device
         self.calls = collections.Counter()
 
     def candidates(self):
@@ -157,6 +157,34 @@ def dying(case, a, b, y):
 def exiting(case, a, b, y):
     os.write(2, b"assertion failed: k < 16\n")
     os._exit(3)
+
+
+def poisoning(case, a, b, y):
+    """As an illegal address does it to a context: nothing runs any more, not even what is right."""
+
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+    torch.mm = lambda *args, **kwargs: synchronize()
+    synchronize()
+
+
+def device_assert(case, a, b, y):
+    a[torch.full((4,), 2**20, device=a.device)].sum()
+    torch.mm(a, b, out=y)
+
+
+def stuck(case, a, b, y):
+    for _ in range(100):
+        torch.cuda._sleep(2**34)
+    torch.mm(a, b, out=y)
+
+
+def waiting(case, a, b, y):
+    """Right, but cannot be captured in a graph."""
+    torch.mm(a, b, out=y)
+    torch.cuda.current_stream().synchronize()
 
 
 def differing(case, a, b, y):

@@ -80,12 +80,15 @@ class Child:
             self._ask("drop", candidate)
 
     def close(self) -> None:
-        pid, self.pid, self._at = self.pid, None, (None, None)
-        if pid is None:
+        if self.pid is None:
             return
         with contextlib.suppress(ProcessLookupError, EOFError):
-            os.kill(pid, signal.SIGKILL)
-            self.nursery.status(pid, 10)  # a driver may hold it for longer: not our wait
+            os.kill(self.pid, signal.SIGKILL)
+            self.nursery.status(self.pid, 10)  # a driver may hold it for longer: not our wait
+        self._forget()
+
+    def _forget(self) -> None:
+        self.pid, self._at = None, (None, None)
         self._connection.close()
         self._stderr.close()
 
@@ -129,9 +132,7 @@ class Child:
                 raise error(f"did not return from {step!r} within {limit:g} s")
             reply = json.loads(self._connection.recv_bytes())
         except (OSError, EOFError):
-            reason = self._epitaph()
-            self.close()
-            raise error(reason) from None
+            raise error(self._epitaph()) from None
         if reply.get("spent"):
             self.close()
         if "reason" in reply:
@@ -139,14 +140,19 @@ class Child:
         return reply["value"]
 
     def _epitaph(self) -> str:
+        """Why the pipe ended; the process is done with."""
         try:
             status = self.nursery.status(self.pid, 10)
         except EOFError as failure:
+            self._forget()
             return str(failure)
         if status is None:
+            self.close()
             return "its process closed the pipe"
+        said = last_line(self._stderr)
+        self._forget()
         if status >= 0:
-            return f"its process ended with exit status {status}{last_line(self._stderr)}"
+            return f"its process ended with exit status {status}{said}"
         with contextlib.suppress(ValueError):
             return f"its process died by {signal.Signals(-status).name}"
         return f"its process died by signal {-status}"

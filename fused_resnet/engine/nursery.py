@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import signal
 import socket
 import struct
@@ -102,6 +101,8 @@ def last_line(file) -> str:
 
 def serve(child: Callable[[int], None]) -> None:
     """The nursery's side: fork, and tell how children ended, until the other side is gone. child(pipe) runs in each."""
+    import resource  # not on every system that imports this file
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     control, nursery = socket.socket(fileno=int(sys.argv[2])), os.getpid()

@@ -104,7 +104,7 @@ def tune(
     cache: its folder (None: FUSED_RESNET_CACHE or ~/.cache/fused_resnet), False for none, or a Cache.
     device: None for the cases' own. progress: a bar on stderr; None: if that is a terminal.
     budget_s: about how long to measure; a candidate that was not reached is out, and the problem is not cached.
-    jobs: processes that compile; None: one a core. limits: when a child is taken to hang.
+    jobs: processes that compile; None: one a core, 16 at most. limits: when a child is taken to hang.
     Raises RuntimeError if no candidate of a problem is right and it has no fallback; what was measured is kept.
     """
     if mode not in MODES:
@@ -125,9 +125,15 @@ def tune(
         raise ValueError(f"device: the problems are on several devices: {', '.join(sorted(map(str, places)))}")
     tuner = _Tuner(places.pop(), cache, limits or Limits(), budget_s)
     try:
-        return tuner.tune(work, mode, progress, os.cpu_count() or 1 if jobs is None else jobs)
+        return tuner.tune(work, mode, progress, _cores() if jobs is None else jobs)
     finally:
         tuner.close()
+
+
+def _cores() -> int:
+    """At most 16: each process that compiles may hold a context on the GPU."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, 16)
 
 
 def _result(key: str, case: Case, chosen: Candidate, source: str, verified: bool, trials: list[Trial] = ()) -> Result:
