@@ -6,7 +6,7 @@ import torch
 
 from .guard import Verifier
 from .problem import Candidate, Case, Problem, default_device, describe
-from .timing import Timer
+from .timing import CaptureFailed, Timer
 
 
 class Dropped(Exception):
@@ -24,6 +24,7 @@ class Bench:
         self.device = device
         self.case: Case | None = None
         self.prepared: set[str] = set()
+        self.spent = False  # whether nothing should run on a GPU in this process any more
         self._clear()
 
     def _clear(self) -> None:
@@ -87,6 +88,9 @@ class Bench:
         try:
             with self._context():
                 return step(candidate)
+        except CaptureFailed as failure:
+            self.spent = True
+            raise Dropped(str(failure)) from failure
         except Exception as failure:
             raise Dropped(f"raised {describe(failure)}") from failure
 

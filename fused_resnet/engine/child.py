@@ -206,7 +206,7 @@ def _reply(bench: Bench, request: dict) -> dict:
             return {"value": bench.load(request["seed"])}
         return {"value": getattr(bench, step)(Candidate(**request["candidate"]))}
     except (Dropped, Unusable) as failure:
-        return {"reason": str(failure), "unusable": isinstance(failure, Unusable), "spent": _poisoned()}
+        return {"reason": str(failure), "unusable": isinstance(failure, Unusable), "spent": bench.spent or _poisoned()}
 
 
 def _poisoned() -> bool:

@@ -16,11 +16,15 @@ from .problem import Candidate, Case, describe
 SAMPLE_S = 1e-3  # a sample lasts about this long: one launch, or one tick of a clock, is nothing beside it
 MOST_SETS = {"cuda": 128, "cpu": 8}
 MOST_BYTES_CPU = 2**28
-CALLS_A_GRAPH = 20
+CALLS_A_GRAPH = 20  # if they are short: they share the launch of the graph
 ROUNDS = 21
 LEAST_ROUNDS = 5
-NARROW = ((3, 1.5), (9, 1.15))  # after so many rounds, who takes so many times the best one's time is out
+NARROW = ((3, 1.5), (9, 1.15))  # after so many rounds, who never came below so many times the best time is out
 RACE_S = 1.5  # once every candidate had its LEAST_ROUNDS, rounds end after this
+
+
+class CaptureFailed(RuntimeError):
+    """A graph could not be captured: the allocator may take the capture to go on, and the process is of no more use."""
 
 
 class Timer:
@@ -30,19 +34,20 @@ class Timer:
         self.case, self.device = case, device
         count = sets(sum(t.nbytes for t in [*inputs.values(), *outputs.values()]), device)
         self.buffers = [(_copies(inputs), _copies(outputs)) for _ in range(count)]
-        self.armed: dict[str, tuple[Callable[[], None], int]] = {}  # by candidate: (what runs, how many calls that is)
+        # By candidate: (what runs, how many calls that is, the tensors, which a graph does not keep alive).
+        self.armed: dict[str, tuple[Callable[[], None], int, list]] = {}
 
     def sample(self, candidate: Candidate) -> float:
         """Seconds of one call."""
         if candidate.id not in self.armed:
             self.armed[candidate.id] = self._arm(candidate)
-        run, calls = self.armed[candidate.id]
+        run, calls, _ = self.armed[candidate.id]
         return elapsed(run, self.device) / calls
 
     def drop(self, candidate: Candidate) -> None:
         self.armed.pop(candidate.id, None)
 
-    def _arm(self, candidate: Candidate) -> tuple[Callable[[], None], int]:
+    def _arm(self, candidate: Candidate) -> tuple[Callable[[], None], int, list]:
         buffers = [(self.case.pack(candidate, inputs), outputs) for inputs, outputs in self.buffers]
         calls = len(buffers)
 
@@ -50,19 +55,19 @@ class Timer:
             for inputs, outputs in buffers:
                 self.case.run(candidate, inputs, outputs)
 
+        once()
+        synchronize(self.device)
         if self.device.type == "cuda":
             # As in the network: replayed from a graph. A launch from Python takes longer than many a kernel.
-            turns = -(-CALLS_A_GRAPH // calls)
+            turns = min(-(-CALLS_A_GRAPH // calls), max(1, round(SAMPLE_S / elapsed(once, self.device))))
             once, calls = capture(once, turns, self.device), calls * turns
-        else:
-            once()
-        repeats = max(1, round(SAMPLE_S / elapsed(once, self.device)))
+        repeats = max(1, round(SAMPLE_S / min(elapsed(once, self.device) for _ in range(2))))
 
         def run():
             for _ in range(repeats):
                 once()
 
-        return run, calls * repeats
+        return run, calls * repeats, buffers
 
 
 def capture(once: Callable[[], None], turns: int, device: torch.device) -> Callable[[], None]:
@@ -84,7 +89,7 @@ def capture(once: Callable[[], None], turns: int, device: torch.device) -> Calla
                 raise
     except Exception as failure:
         first = failures[0] if failures else failure
-        raise RuntimeError(f"cannot be captured in a CUDA graph: {describe(first)}") from failure
+        raise CaptureFailed(f"cannot be captured in a CUDA graph: {describe(first)}") from failure
     torch.cuda.synchronize(device)
     graph.replay()
     torch.cuda.synchronize(device)
@@ -160,9 +165,10 @@ def race(
                 times[candidate.id].append(seconds)
         for rounds, factor in NARROW:
             if r + 1 == rounds and active:
-                medians = {c.id: statistics.median(times[c.id]) for c in active}
-                best = min(medians.values())
-                for candidate in [c for c in active if medians[c.id] > factor * best]:
+                # What else the machine does only ever adds: the least time is the candidate's own.
+                least = {c.id: min(times[c.id]) for c in active}
+                best = min(least.values())
+                for candidate in [c for c in active if least[c.id] > factor * best]:
                     active.remove(candidate)
                     drop(candidate)
         now = time.monotonic()

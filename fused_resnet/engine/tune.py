@@ -32,6 +32,7 @@ logger = logging.getLogger("fused_resnet")
 
 MODES = ("full", "cached", "off")
 BEFORE, AFTER = 0, 1  # the seeds of the inputs on which a candidate is verified
+ENOUGH_ROUNDS = 3  # of a result that is worth keeping
 NOT_TRIED = "not tried: the time for tuning ran out"
 
 
@@ -246,9 +247,10 @@ class _Tuner:
     def _measure(self, problem: Problem, case: Case, failed: dict, until: float, bar: Bar) -> Result:
         bench = self._bench(case)
         trials = {c.id: Trial(c, None, failed.get((problem.id, c.id))) for c in distinct(case)}
+        complete = True
         try:
             self._open(bench, problem, case, BEFORE)
-            self._verify_and_time(bench, trials, until, bar)
+            complete = self._verify_and_time(bench, trials, until, bar)
         except Unusable as failure:
             for trial in trials.values():
                 trial.seconds, trial.reason = None, trial.reason or f"the problem {failure}"
@@ -256,15 +258,16 @@ class _Tuner:
             self.local.close()
         timed = [t for t in trials.values() if t.seconds and not t.reason]
         if timed:
-            best = min(timed, key=lambda t: t.seconds[1])
+            best = min(timed, key=lambda t: t.seconds[0])  # what else the machine does only ever adds to a time
             result = _result(problem.key, case, best.candidate, "measured", True, list(trials.values()))
         else:
             result = self._fall_back(problem, case, list(trials.values()))
-        if time.monotonic() < until:
+        if complete:
             self.cache.store({problem.id: _entry(result, case)})
         return result
 
-    def _verify_and_time(self, bench: Bench | Child, trials: dict[str, Trial], until: float, bar: Bar) -> None:
+    def _verify_and_time(self, bench: Bench | Child, trials: dict[str, Trial], until: float, bar: Bar) -> bool:
+        """Fills in the trials; whether there was time enough."""
         now = time.monotonic()
         enough = now + (until - now) / 2
         right: list[Candidate] = []
@@ -275,7 +278,7 @@ class _Tuner:
                 right.append(trial.candidate)
             bar.advance(1)
         if not right:
-            return
+            return True
 
         def sample(candidate: Candidate) -> float | None:
             return self._try(lambda c: [bench.sample(c)], trials[candidate.id], "while timed: ")
@@ -284,13 +287,16 @@ class _Tuner:
             self._try(bench.drop, trials[candidate.id], "while timed: ")
             bar.advance(1)
 
-        for id, samples in race(right, lambda c: (sample(c) or [None])[0], drop, until).items():
+        times = race(right, lambda c: (sample(c) or [None])[0], drop, until)
+        for id, samples in times.items():
             if not trials[id].reason:
                 trials[id].seconds = percentiles(samples)
         bench.load(AFTER)
         for trial in trials.values():
             if trial.seconds and not trial.reason:
                 self._try(bench.verify, trial, "after it was timed: ")
+        tried = all(trial.reason != NOT_TRIED for trial in trials.values())
+        return tried and all(len(samples) >= ENOUGH_ROUNDS for samples in times.values())
 
     def _try(self, step, trial: Trial, stage: str = ""):
         """What the step returns for this candidate, or True; None if it failed: the trial has the reason then."""
