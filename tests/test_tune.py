@@ -50,6 +50,7 @@ FATAL = {
     "poisoning": "raised RuntimeError: CUDA error: an illegal memory access",
     "exiting": "its process ended with exit status 3 (assertion failed: k < 16)",
     "dying_late": "while timed: its process died by SIGABRT",
+    "sabotaging": "raised ValueError: but who did it?",
 }
 
 
@@ -564,6 +565,10 @@ def test_a_nursery_that_cannot_start(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="the problem cannot be tried: the process that forks children is gone"):
         tune([problem("plain")])
+    nursery = Nursery()
+    for words in (*["is gone"] * 3, "ended 3 times"):
+        with pytest.raises(EOFError, match=words):
+            nursery.fork(0, 2)
 
 
 def test_importing_the_package_leaves_the_gpu_alone():

@@ -170,6 +170,12 @@ def poisoning(case, a, b, y):
     synchronize()
 
 
+def sabotaging(case, a, b, y):
+    """The next one in this process dies."""
+    torch.mm = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGBUS)
+    raise ValueError("but who did it?")
+
+
 def device_assert(case, a, b, y):
     a[torch.full((4,), 2**20, device=a.device)].sum()
     torch.mm(a, b, out=y)

@@ -24,7 +24,7 @@ class Bench:
         self.device = device
         self.case: Case | None = None
         self.prepared: set[str] = set()
-        self.spent = False  # whether nothing should run on a GPU in this process any more
+        self.spent = False  # whether this process is not what it was: nothing more should be judged in it
         self._clear()
 
     def _clear(self) -> None:
@@ -63,7 +63,9 @@ class Bench:
 
     def verify(self, candidate: Candidate) -> None:
         self.prepare(candidate)
-        if reason := self._attempt(self.verifier.objection, candidate):
+        reason = self._attempt(self.verifier.objection, candidate)
+        self.spent = self.spent or self.verifier.breached
+        if reason:
             raise Dropped(reason)
 
     def sample(self, candidate: Candidate) -> float:

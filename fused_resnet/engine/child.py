@@ -25,6 +25,10 @@ from .nursery import Nursery, last_line
 from .problem import Candidate, Problem
 
 
+class Lost(Dropped):
+    """The process ended while it had this candidate at hand."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Seconds after which a child is taken to hang."""
@@ -48,6 +52,7 @@ class Child:
         self.problem: Problem | None = None
         self.seed: int | None = None
         self._prepared: set[str] = set()
+        self._used = False  # whether the running process has had any candidate
         self._at: tuple[Problem | None, int | None] = (None, None)  # what the running process has open and loaded
 
     def open(self, problem: Problem) -> None:
@@ -68,8 +73,15 @@ class Child:
             self._prepared.add(candidate.id)
 
     def verify(self, candidate: Candidate) -> None:
-        self.prepare(candidate)
-        self._ask("verify", candidate)
+        used = self._used and self.pid is not None
+        try:
+            self.prepare(candidate)
+            self._ask("verify", candidate)
+        except Lost:  # an earlier candidate may have damaged the process
+            if not used:
+                raise
+            self.prepare(candidate)
+            self._ask("verify", candidate)
 
     def sample(self, candidate: Candidate) -> float:
         self.prepare(candidate)
@@ -95,7 +107,10 @@ class Child:
     def _ask(self, step: str, candidate: Candidate):
         self._catch_up()
         facts = {"backend": candidate.backend, "label": candidate.label, "config": candidate.config}
-        return self._request(step, Dropped, candidate=facts)
+        try:
+            return self._request(step, Dropped, candidate=facts)
+        finally:
+            self._used = self.pid is not None
 
     def _catch_up(self) -> None:
         """A process that has this problem open and this seed loaded."""
@@ -132,7 +147,7 @@ class Child:
                 raise error(f"did not return from {step!r} within {limit:g} s")
             reply = json.loads(self._connection.recv_bytes())
         except (OSError, EOFError):
-            raise error(self._epitaph()) from None
+            raise (Lost if error is Dropped else error)(self._epitaph()) from None
         if reply.get("spent"):
             self.close()
         if "reason" in reply:
@@ -252,7 +267,9 @@ def compile_all(
                     if child.problem is not problem:
                         child.open(problem)
                     child.compile(candidate)
-                except (Dropped, Unusable) as failure:
+                except (Lost, Unusable):  # perhaps of something else, such as want of memory: it is tried again alone
+                    pass
+                except Dropped as failure:
                     reasons[problem.id, candidate.id] = str(failure)
                 done(candidate)
         finally:

@@ -43,6 +43,7 @@ class Verifier:
 
     def __init__(self, case: Case, device: torch.device, seed: int):
         self.case, self.device = case, device
+        self.breached = False  # whether anything was written out of bounds: perhaps farther than the zones reach
         inputs = case.inputs(device, seed)
         self.expected = case.reference(inputs)
         self.inputs = {name: Guarded(t, AROUND_INPUT) for name, t in inputs.items()}
@@ -81,6 +82,7 @@ class Verifier:
         for kind, tensors in (("output", self.outputs), ("input", self.inputs)):
             for name, guarded in tensors.items():
                 if where := guarded.breach():
+                    self.breached = True
                     return f"wrote out of bounds of {kind} {name!r}, {where}"
         for name, guarded in self.inputs.items():
             if not torch.equal(guarded.body, self.pristine[name]):

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 
 COMMAND = (
@@ -28,6 +29,7 @@ COMMAND = (
 REQUEST = struct.Struct("<bq")  # what, pid
 REPLY = struct.Struct("<qq")
 FORK, WAIT = 0, 1
+MOST_STARTS = 3
 PR_SET_PDEATHSIG = 1
 
 
@@ -36,12 +38,15 @@ class Nursery:
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
+        self._starts = 0
         self._lock = threading.Lock()
 
     def fork(self, pipe: int, stderr: int) -> int:
         """The pid of a new child, which serves the pipe and writes its stdout and stderr to the other descriptor."""
         with self._lock:
             if self.process is None:
+                if self._starts == MOST_STARTS:
+                    raise EOFError(f"the process that forks children ended {MOST_STARTS} times")
                 self._start()
             return self._ask(FORK, 0, [pipe, stderr])[0]
 
@@ -62,14 +67,18 @@ class Nursery:
     def close(self) -> None:
         """Ends the children as well."""
         with self._lock:
-            process, self.process = self.process, None
-            if process is not None:
-                process.kill()
-                process.wait()
-                self._control.close()
-                self._stderr.close()
+            self._end()
+
+    def _end(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            self._control.close()
+            self._stderr.close()
 
     def _start(self) -> None:
+        self._starts += 1
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._stderr = tempfile.TemporaryFile()
         with theirs:
@@ -88,7 +97,9 @@ class Nursery:
         except OSError:
             reply = b""
         if len(reply) < REPLY.size:
-            raise EOFError(f"the process that forks children is gone{last_line(self._stderr)}")
+            said = last_line(self._stderr)
+            self._end()
+            raise EOFError(f"the process that forks children is gone{said}")
         return REPLY.unpack(reply)
 
 
@@ -115,7 +126,9 @@ def serve(child: Callable[[int], None]) -> None:
             ended, status = os.waitpid(pid, os.WNOHANG)
             control.sendall(REPLY.pack(ended, os.waitstatus_to_exitcode(status) if ended else 0))
             continue
-        pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads: NumPy's library has some, and idle ones
+            pid = os.fork()
         if pid == 0:
             control.close()
             _live(child, nursery, *descriptors)

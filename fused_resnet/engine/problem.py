@@ -60,10 +60,11 @@ class Problem:
 class Case:
     """A problem ready to run. Subclasses define candidates, inputs, outputs, reference and run.
 
-    device: where it runs. trusted: its candidates may run in this process before they were verified: for a
-    CPU's libraries. tolerance: by
-    dtype of the output, the relative error (2-norm) that a candidate may have. flops, bytes: for reports. fallback: the
-    candidate to take when none of `candidates()` is right; None: that is an error.
+    device: where it runs.
+    trusted: its candidates may run in this process before they were verified; for a CPU's libraries.
+    tolerance: by dtype of the output, the relative error (2-norm) that a candidate may have.
+    flops, bytes: for reports.
+    fallback: the candidate to take when none of `candidates()` is right; None: that is an error.
     """
 
     device: torch.device | str = "cpu"
