@@ -6,9 +6,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
-import os
 import stat
-import subprocess
 import sys
 import time
 import weakref
@@ -22,6 +20,7 @@ from tuning_cases import candidate
 from fused_resnet.engine import cache as caches
 from fused_resnet.engine import child as children
 from fused_resnet.engine import guard, timing
+from fused_resnet.engine import nursery as nurseries
 from fused_resnet.engine import tune as tuning
 from fused_resnet.engine.cache import Cache
 from fused_resnet.engine.child import Limits
@@ -74,10 +73,25 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(caches, "TABLES", tmp_path / "tables")
 
 
+UNTOUCHED = """
+import torch
+def touched(*args): raise AssertionError("CUDA was touched")
+names = ["_cuda_init", "_cuda_getDeviceCount"]
+before = {name: getattr(torch._C, name) for name in names if hasattr(torch._C, name)}
+for name in before: setattr(torch._C, name, touched)
+from fused_resnet.engine import child, nursery
+for name in before: setattr(torch._C, name, before[name])
+"""
+
+
 @pytest.fixture(scope="module")
 def nursery():
     """One for all tests: it takes seconds to start."""
-    shared = Nursery()
+    first, _, rest = nurseries.COMMAND.partition("from fused_resnet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nurseries, "COMMAND", f"{first.rstrip('; ')}\n{UNTOUCHED}\nfrom fused_resnet{rest}")
+        shared = Nursery()
+        shared.start()
     yield shared
     shared.close()
 
@@ -295,11 +309,17 @@ def test_other_arguments_or_candidates_are_another_problem(no_child):
 
 
 def test_candidates_that_came_later_are_measured(no_child, monkeypatch):
-    tune([trusted()])
-    monkeypatch.setattr(tuning_cases.Product, "candidates", lambda self: [candidate("transposed"), candidate("plain")])
-    cached = tune([trusted()], "cached")["product"]
-    assert cached.source in ("cache", "default")  # the one chosen earlier, if it is still offered
-    assert tune([trusted()])["product"].source == "measured"
+    wanted = trusted("packed", "slow")
+    assert tune([wanted])["product"].chosen == candidate("packed")
+    offered = [candidate("transposed"), candidate("packed")]
+    monkeypatch.setattr(tuning_cases.Product, "candidates", lambda self: offered)
+    cached = tune([wanted], "cached")["product"]
+    assert (cached.source, cached.chosen) == ("cache", candidate("packed"))
+    assert tune([wanted])["product"].source == "measured"
+    offered[1] = candidate("plain")  # and the one that was chosen is gone
+    offered[0] = candidate("slow")
+    cached = tune([wanted], "cached")["product"]
+    assert (cached.source, cached.chosen) == ("default", candidate("slow"))
 
 
 def test_a_remembered_choice_that_is_wrong_now_is_made_again(no_child, monkeypatch, caplog):
@@ -571,16 +591,11 @@ def test_a_nursery_that_cannot_start(monkeypatch):
             nursery.fork(0, 2)
 
 
-def test_importing_the_package_leaves_the_gpu_alone():
-    """A process that has touched CUDA has no children that can use it."""
-    code = (
-        "import torch\n"
-        "def touched(*args): raise AssertionError('CUDA was touched')\n"
-        "for name in ('_cuda_init', '_cuda_getDeviceCount'): setattr(torch._C, name, touched)\n"
-        "from fused_resnet.engine import child, nursery, tune"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+def test_importing_the_package_leaves_the_gpu_alone(nursery):
+    """A process that has touched CUDA has no children that can use it: this one forbade it while it imported."""
+    child = children.Child(nursery, "cpu", Limits())
+    child.open(problem())
+    child.close()
 
 
 @pytest.mark.parametrize("asked, shown", [(True, True), (False, False), (None, False)])

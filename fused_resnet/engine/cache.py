@@ -32,8 +32,8 @@ SCHEMA = 1
 VARIABLE = "FUSED_RESNET_CACHE"
 TABLES = Path(__file__).parent / "tables"
 LARGEST = 2**26  # bytes; a network leaves some hundred KiB
-# A table is for a device: what else differs is found out when its choices are verified, in another process.
-DEVICE_FACTS = ("device", "capability", "cpu", "threads")
+# A table is such a file, copied, and for a device: what else differs is found out when its choices are verified, in another process.
+DEVICE_FACTS = ("device", "capability", "multiprocessors", "cpu", "threads")
 
 
 def folder() -> Path | None:

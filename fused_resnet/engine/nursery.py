@@ -41,13 +41,15 @@ class Nursery:
         self._starts = 0
         self._lock = threading.Lock()
 
+    def start(self) -> None:
+        """Begin to import; the first `fork` does it as well, and waits for it."""
+        with self._lock:
+            self._start()
+
     def fork(self, pipe: int, stderr: int) -> int:
         """The pid of a new child, which serves the pipe and writes its stdout and stderr to the other descriptor."""
         with self._lock:
-            if self.process is None:
-                if self._starts == MOST_STARTS:
-                    raise EOFError(f"the process that forks children ended {MOST_STARTS} times")
-                self._start()
+            self._start()
             return self._ask(FORK, 0, [pipe, stderr])[0]
 
     def status(self, pid: int, timeout: float) -> int | None:
@@ -78,6 +80,10 @@ class Nursery:
             self._stderr.close()
 
     def _start(self) -> None:
+        if self.process is not None:
+            return
+        if self._starts == MOST_STARTS:
+            raise EOFError(f"the process that forks children ended {MOST_STARTS} times")
         self._starts += 1
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._stderr = tempfile.TemporaryFile()
