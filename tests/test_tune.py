@@ -347,6 +347,15 @@ def test_off_runs_and_reads_and_writes_nothing(untouched, monkeypatch):
     assert result.chosen == candidate("hanging") and not result.verified and result.source == "default"
 
 
+def test_what_failed_for_want_of_memory_is_tried_again(no_child):
+    for _ in range(2):
+        result = tune([trusted("plain", "hungry")])["product"]
+        assert result.source == "measured" and reasons(result)["hungry"].startswith("raised OutOfMemoryError")
+    with pytest.raises(RuntimeError, match="has no reference"):
+        tune([problem(factory="without_reference")])
+    assert not caches.folder().exists()
+
+
 def test_no_cache(no_child):
     assert tune([trusted()], cache=False)["product"].source == "measured"
     assert not caches.folder().exists()

@@ -146,6 +146,10 @@ def raising(case, a, b, y):
     raise ValueError("bad launch\nand more")
 
 
+def hungry(case, a, b, y):
+    raise torch.OutOfMemoryError("there is no room")
+
+
 def hanging(case, a, b, y):
     time.sleep(3600)
 

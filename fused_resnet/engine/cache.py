@@ -32,7 +32,7 @@ SCHEMA = 1
 VARIABLE = "FUSED_RESNET_CACHE"
 TABLES = Path(__file__).parent / "tables"
 LARGEST = 2**26  # bytes; a network leaves some hundred KiB
-# A table is such a file, copied, and for a device: what else differs is found out when its choices are verified, in another process.
+# A table is such a file, copied. It serves its device: what else differs, its choices are verified in another process.
 DEVICE_FACTS = ("device", "capability", "multiprocessors", "cpu", "threads")
 
 

@@ -104,7 +104,7 @@ def tune(
     nothing runs, is read or written.
     cache: its folder (None: FUSED_RESNET_CACHE or ~/.cache/fused_resnet), False for none, or a Cache.
     device: None for the cases' own. progress: a bar on stderr; None: if that is a terminal.
-    budget_s: about how long to measure; a candidate that was not reached is out, and the problem is not cached.
+    budget_s: about how long to measure; a candidate that was not reached is out, and its problem is not cached.
     jobs: processes that compile; None: one a core, 16 at most. limits: when a child is taken to hang.
     Raises RuntimeError if no candidate of a problem is right and it has no fallback; what was measured is kept.
     """
@@ -252,6 +252,7 @@ class _Tuner:
             self._open(bench, problem, case, BEFORE)
             complete = self._verify_and_time(bench, trials, until, bar)
         except Unusable as failure:
+            complete = False
             for trial in trials.values():
                 trial.seconds, trial.reason = None, trial.reason or f"the problem {failure}"
         finally:
@@ -262,7 +263,8 @@ class _Tuner:
             result = _result(problem.key, case, best.candidate, "measured", True, list(trials.values()))
         else:
             result = self._fall_back(problem, case, list(trials.values()))
-        if complete:
+        # What failed for want of memory may not, another time.
+        if complete and not any(t.reason and "OutOfMemoryError" in t.reason for t in trials.values()):
             self.cache.store({problem.id: _entry(result, case)})
         return result
 
@@ -281,13 +283,13 @@ class _Tuner:
             return True
 
         def sample(candidate: Candidate) -> float | None:
-            return self._try(lambda c: [bench.sample(c)], trials[candidate.id], "while timed: ")
+            return self._try(bench.sample, trials[candidate.id], "while timed: ")
 
         def drop(candidate: Candidate) -> None:
             self._try(bench.drop, trials[candidate.id], "while timed: ")
             bar.advance(1)
 
-        times = race(right, lambda c: (sample(c) or [None])[0], drop, until)
+        times = race(right, sample, drop, until)
         for id, samples in times.items():
             if not trials[id].reason:
                 trials[id].seconds = percentiles(samples)
