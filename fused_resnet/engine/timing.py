@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -49,41 +50,43 @@ class Timer:
 
     def _arm(self, candidate: Candidate) -> tuple[Callable[[], None], int, list]:
         buffers = [(self.case.pack(candidate, inputs), outputs) for inputs, outputs in self.buffers]
-        calls = len(buffers)
+        turn = itertools.cycle(buffers)
 
         def once():
-            for inputs, outputs in buffers:
-                self.case.run(candidate, inputs, outputs)
+            inputs, outputs = next(turn)
+            self.case.run(candidate, inputs, outputs)
 
-        once()
-        synchronize(self.device)
+        def times(count: int, run: Callable[[], None]) -> Callable[[], None]:
+            return lambda: [run() for _ in range(count)]
+
+        calls = 1
         if self.device.type == "cuda":
             # As in the network: replayed from a graph. A launch from Python takes longer than many a kernel.
-            turns = min(-(-CALLS_A_GRAPH // calls), max(1, round(SAMPLE_S / elapsed(once, self.device))))
-            once, calls = capture(once, turns, self.device), calls * turns
+            calls = len(buffers)
+            everything = times(calls, once)
+            everything()
+            turns = min(-(-CALLS_A_GRAPH // calls), max(1, round(SAMPLE_S / elapsed(everything, self.device))))
+            calls *= turns
+            once = capture(everything, times(calls, once), self.device)
+        else:
+            once()
         repeats = max(1, round(SAMPLE_S / min(elapsed(once, self.device) for _ in range(2))))
-
-        def run():
-            for _ in range(repeats):
-                once()
-
-        return run, calls * repeats, buffers
+        return times(repeats, once), calls * repeats, buffers
 
 
-def capture(once: Callable[[], None], turns: int, device: torch.device) -> Callable[[], None]:
-    """A CUDA graph of `turns` calls, warmed up; called, it is replayed on the current stream."""
+def capture(warm_up: Callable[[], None], run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A CUDA graph of what `run` does; called, it is replayed on the current stream."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        once()
+        warm_up()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     failures = []
     try:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             try:
-                for _ in range(turns):
-                    once()
+                run()
             except Exception as failure:  # ending a capture that failed raises once more, and says less
                 failures.append(failure)
                 raise
