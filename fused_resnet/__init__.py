@@ -5,14 +5,17 @@ from . import functional, models
 from .backends import backend
 from .blocks import FusedBasicBlock, FusedBottleneck
 from .convert import restore_blocks, swap_blocks, swap_report
+from .engine import OptimizedModel, optimize_for_inference
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedBasicBlock",
     "FusedBottleneck",
+    "OptimizedModel",
     "backend",
     "functional",
     "models",
+    "optimize_for_inference",
     "restore_blocks",
     "swap_blocks",
     "swap_report",

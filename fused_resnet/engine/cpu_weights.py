@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}  # as in csrc/cpu/engine/winograd.h; infinity is the last
+POINTS = {
+    2: (0.0, 1.0, -1.0),
+    4: (0.0, 0.75, -0.75, 1.5, -1.5),
+}  # as in csrc/cpu/engine/winograd.h; infinity is the last
 
 
 def panels(matrix: Tensor, columns: int) -> Tensor:

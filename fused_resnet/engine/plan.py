@@ -76,7 +76,9 @@ class Plan:
             )  # fmt: skip
         widths = [max(len(r[c]) for r in rows) for c in range(len(rows[0]))]
         for r in rows:
-            cells = [t.ljust(w) if c in (1, 3, 4) else t.rjust(w) for c, (t, w) in enumerate(zip(r, widths, strict=True))]
+            cells = [
+                t.ljust(w) if c in (1, 3, 4) else t.rjust(w) for c, (t, w) in enumerate(zip(r, widths, strict=True))
+            ]
             lines.append("  ".join(cells).rstrip())
         measured = [s.measured_s for s in self.steps]
         if self.rates and all(t is not None for t in measured):

@@ -145,7 +145,10 @@ class OptimizedModel(nn.Module):
         found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         module = self._graph.module
         pairs = []
-        for name, mine in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)):
+        for name, mine in (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ):
             new = found.get(name)
             if new is None or new.shape != mine.shape:
                 what = "is missing" if new is None else f"has shape {list(new.shape)}, expected {list(mine.shape)}"
