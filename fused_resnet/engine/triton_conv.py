@@ -23,7 +23,7 @@ _MAX_ROWS = 2**31 - 2**10  # rows are counted in 32 bits, up to the end of the l
 _MAX_OFFSET = 2**31 - 1  # what one program adds to a tile's first address
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_SPLITS = 16
-_BEST = 3  # tiles tried of each kernel
+_BEST = 2  # tiles tried of each kernel
 
 # (block_m, block_n, warps, share of the tensor cores' speed that such a tile reaches): the order in which shapes are
 # given tiles; measuring decides among the few that are left.
