@@ -1,4 +1,4 @@
-"""Compile every config of conv_bias_act that is offered for the layers of ResNet-18 and -50, ahead of time.
+"""Compile every config of conv_bias_act and stem_pool offered for the layers of ResNet-18 and -50, ahead of time.
 
     python tests/aot_conv.py --arch 90
 
@@ -8,7 +8,9 @@ One JSON object a line for every kernel that differs, as in tests/aot.py; `confi
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import re
 
 import aot
 import torch
@@ -71,26 +73,62 @@ def instances(host, arch: int):
     yield "3x3_3_b32_odd_fp16", host.Conv(32, 3, 32, 32, 64, 3, 3, padding=(1, 1)), "fp16"
 
 
+def convolutions(arch: int, launches: list):
+    host = aot.backend("engine.triton_conv")
+    aot.recorded(launches, host._pointers, host._tma)
+    for name, shape, precision in instances(host, arch):
+        dtype = DTYPES[precision]
+        for config in host.configs(shape, dtype, arch, SMS[arch], tf32=precision != "ieee"):
+            yield name, config, functools.partial(launch, host), shape, dtype
+
+
+def stems(arch: int, launches: list):
+    """Every precision, both layouts, input of the compute dtype and of float32; maps that 16 does not divide."""
+    host = aot.backend("engine.triton_stem")
+    aot.recorded(launches, host._stem)
+
+    def launch(config, layout, n, size, x_dtype, dtype):
+        x = meta(n, 3, size, size, dtype=x_dtype, format=torch.contiguous_format if layout == "nchw" else aot.CL)
+        p = host.sizes(size, size)[3]
+        packed = torch.empty(64, host._SIZE, dtype=dtype, device="meta")
+        host.launch(config, x, packed, meta(64), meta(n, 64, p, p, dtype=dtype))
+
+    for layout in ("nchw", "channels_last"):
+        for n, size, precision in (
+            (1, 224, "fp16"),
+            (128, 224, "fp16"),
+            (128, 224, "bf16"),
+            (128, 224, "tf32"),
+            (128, 224, "ieee"),
+            (32, 97, "fp16"),
+        ):
+            dtype = DTYPES[precision]
+            for config in host.configs((n, 3, size, size), dtype, arch, SMS[arch], tf32=precision != "ieee"):
+                for x_dtype in {dtype, torch.float32} if size == 224 else {dtype}:
+                    yield f"stem_{layout}_{size}_b{n}_{precision}", config, launch, layout, n, size, x_dtype, dtype
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90)
-    arch = parser.parse_args().arch
-    host = aot.backend("engine.triton_conv")
+    parser.add_argument("--only", default="", help="regular expression on the instance's name")
+    options = parser.parse_args()
+    arch = options.arch
     launches: list = []
-    aot.recorded(launches, host._pointers, host._tma)
     seen = set()
-    for name, shape, precision in instances(host, arch):
-        for config in host.configs(shape, DTYPES[precision], arch, SMS[arch], tf32=precision != "ieee"):
-            launches.clear()
-            launch(host, config, shape, DTYPES[precision])
-            for kernel, grid, positional, keywords in launches:
-                ast, options = aot.source(kernel, positional, keywords)
-                key = repr((kernel.__name__, ast.signature, ast.constants, ast.attrs, options))
-                if key in seen:
-                    continue
-                seen.add(key)
-                line = aot.compiled_line(kernel, grid, positional, keywords, arch)
-                print(json.dumps({"instance": name, "config": config, **line}), flush=True)
+    for name, config, launch, *args in (*convolutions(arch, launches), *stems(arch, launches)):
+        if not re.search(options.only, name):
+            continue
+        launches.clear()
+        launch(config, *args)
+        for kernel, grid, positional, keywords in launches:
+            ast, compile_options = aot.source(kernel, positional, keywords)
+            key = repr((kernel.__name__, ast.signature, ast.constants, ast.attrs, compile_options))
+            if key in seen:
+                continue
+            seen.add(key)
+            line = aot.compiled_line(kernel, grid, positional, keywords, arch)
+            print(json.dumps({"instance": name, "config": config, **line}), flush=True)
 
 
 if __name__ == "__main__":

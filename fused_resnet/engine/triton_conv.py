@@ -141,7 +141,10 @@ def configs(
         if shape.c * itemsize % 16 or shape.c2 * itemsize % 16:
             block_k = min(block_k, 32)  # loads of a few bytes each take a register for every pointer
         if arch >= 100 and block_m == 128:
-            warps = 8  # a thread gets a whole row of the accumulator: four warps have no registers for its epilogue
+            if block_n < 128 and shape.rows:
+                block_m = 64  # spills by a hair
+            else:
+                warps = 8  # a thread gets a whole row of the accumulator: four warps have no registers for its epilogue
         stages = _stages(block_m, block_n, block_k, itemsize, arch, 0)
         config = {
             "kernel": "pointers",

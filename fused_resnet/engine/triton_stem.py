@@ -17,8 +17,10 @@ _TAPS = 8  # columns of a line: the filter's seven, and one before them that mak
 _LINES = {"nchw": (21, _TAPS, 3), "channels_last": (7, 3 * _TAPS, 1)}  # lines, elements of one, lines a filter row
 _SIZE = 192  # elements of a packed filter: 168, up to whole blocks
 
+_MOST_COLUMNS = 128
+
 # (block_m, block_n, block_k, warps)
-_TILES = ((128, 64, 32, 8), (64, 64, 32, 4))
+_TILES = ((128, 64, 32, 8), (64, 64, 32, 8))
 _FMA_TILES = ((64, 32, 16, 4),)  # float32 without TF32
 
 
@@ -46,8 +48,9 @@ def declines(shape, dtype: torch.dtype, arch: int, k: int = 64) -> str | None:
         return f"needs 3 input channels, got {c}"
     if min(n, h, w) < 1:
         return f"needs a non-empty input, got {n} x {h}x{w}"
-    if 3 * h * w >= 2**31 or n * sizes(h, w)[3] >= 2**31 - 2**10:
-        return f"needs an image of less than 2^31 elements, and as few pooled columns, got {n} x {h}x{w}"
+    q = sizes(h, w)[3]
+    if 3 * h * w * (_MOST_COLUMNS // q + 2) >= 2**31 or n * q >= 2**31 - 2**10:
+        return f"needs the images of a tile to have less than 2^31 elements, got {n} x {h}x{w}"
     return None
 
 

@@ -24,18 +24,19 @@ def _max(a, b):
 
 
 @triton.jit
-def _columns(x_rows, v0, line_at, r, j, inside, h0, H, pitch, KEEP_FROM: tl.constexpr):
+def _columns(x_base, at0, v0, line_at, r, j, inside, h0, H, pitch, KEEP_FROM: tl.constexpr):
     """The left operand [BLOCK_M, BLOCK_K] of one step: elements v0 + j of the lines that the filter rows r read."""
     h = h0 + r
     v = v0[:, None] + j[None, :]
     ok = (inside & (h >= 0) & (h < H))[None, :] & (v >= 0) & (v < pitch)
-    a = tl.load(x_rows[:, None] + (line_at + j)[None, :], mask=ok, other=0.0)
+    a = tl.load(x_base + (at0[:, None] + (line_at + j)[None, :]), mask=ok, other=0.0)
     return tl.where((j >= KEEP_FROM)[None, :], a, tl.zeros_like(a))
 
 
 @triton.jit
 def _stem_row(
-    x_rows,
+    x_base,  # the first image of the tile
+    at0,  # [BLOCK_M], what is added for a row's image and its even column's line
     weight_rows,
     v0,
     odd_ok,
@@ -70,9 +71,9 @@ def _stem_row(
         r = line // PER_ROW
         line_at = (h0 + r) * pitch + line % PER_ROW * plane
         inside = line < LINES
-        a0 = _columns(x_rows, v0, line_at, r, j, inside, h0, H, pitch, CHANNELS)
+        a0 = _columns(x_base, at0, v0, line_at, r, j, inside, h0, H, pitch, CHANNELS)
         # The odd column's line starts one column of the convolution, two of x, later.
-        a1 = _columns(x_rows + 2 * CHANNELS, v0 + 2 * CHANNELS, line_at, r, j, inside, h0, H, pitch, CHANNELS)
+        a1 = _columns(x_base, at0 + 2 * CHANNELS, v0 + 2 * CHANNELS, line_at, r, j, inside, h0, H, pitch, CHANNELS)
         b = _operand(tl.load(weight_rows[None, :] + e[:, None]), False, UPCAST)
         a0 = _operand(a0.to(weight_rows.dtype.element_ty), ROUND_TF32, UPCAST)
         a1 = _operand(a1.to(weight_rows.dtype.element_ty), ROUND_TF32, UPCAST)
@@ -126,7 +127,10 @@ def _stem_pool_kernel(
     t = m_read % Q
     v0 = (4 * t - 4) * CHANNELS
     plane = H * pitch
-    x_rows = x_ptr + n.to(tl.int64) * (plane * PER_ROW) + v0
+    # 64 bits for the tile's first image alone.
+    n0 = tl.minimum(tl.maximum(tl.program_id(0) * (BLOCK_M - 1) - 1, 0), M - 1) // Q
+    x_base = x_ptr + n0.to(tl.int64) * (plane * PER_ROW)
+    at0 = (n - n0) * (plane * PER_ROW) + v0
     k = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     k_read = k if EVEN_K else tl.minimum(k, K - 1)
     weight_rows = weight_ptr + k_read * SIZE
@@ -138,20 +142,26 @@ def _stem_pool_kernel(
     if not EVEN_K:
         out_ok = out_ok & (k < K)[None, :]
 
+    # One loop over the rows of the convolution, whose body is large: `even` and `odd` are the maxima of those rows of the
+    # pooled row that came already.
+    even = tl.full((BLOCK_M, BLOCK_N), float("-inf"), dtype=tl.float32).to(OUT)
+    odd = even
     first = tl.program_id(1) * rows
-    # fmt: off
-    even, odd = _stem_row(x_rows, weight_rows, v0, odd_ok, bias, 2 * first - 1, P1, H, pitch, plane, LINES, LINE, PER_ROW,
-                          SIZE, OUT, INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K)
-    for p in tl.range(first, tl.minimum(first + rows, P)):
-        even1, odd1 = _stem_row(x_rows, weight_rows, v0, odd_ok, bias, 2 * p, P1, H, pitch, plane, LINES, LINE, PER_ROW,
-                                SIZE, OUT, INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K)
-        top_even, top_odd = _max(even, even1), _max(odd, odd1)
-        even, odd = _stem_row(x_rows, weight_rows, v0, odd_ok, bias, 2 * p + 1, P1, H, pitch, plane, LINES, LINE, PER_ROW,
-                              SIZE, OUT, INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K)
+    for i in tl.range(2 * first - 1, 2 * tl.minimum(first + rows, P)):
+        # fmt: off
+        row_even, row_odd = _stem_row(
+            x_base, at0, weight_rows, v0, odd_ok, bias, i, P1, H, pitch, plane, LINES, LINE, PER_ROW, SIZE, OUT,
+            INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K)
         # fmt: on
-        window_odd = _max(top_odd, odd)
-        y = _max(_max(top_even, even), window_odd)
-        left = tl.gather(window_odd, before, axis=0)
-        y = tl.where((t > 0)[:, None], _max(y, left), y)
-        y = _max(y, tl.zeros_like(y))
-        tl.store(y_ptr + (out + p * Q)[:, None] * K + k[None, :], y, mask=out_ok)
+        even = _max(even, row_even)
+        odd = _max(odd, row_odd)
+        if i % 2 != 0:
+            p = i // 2
+            if i > 2 * first:
+                left = tl.gather(odd, before, axis=0)
+                y = _max(even, odd)
+                y = tl.where((t > 0)[:, None], _max(y, left), y)
+                y = _max(y, tl.zeros_like(y))
+                tl.store(y_ptr + (out + p * Q)[:, None] * K + k[None, :], y, mask=out_ok)
+            even = row_even
+            odd = row_odd
