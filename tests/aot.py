@@ -37,6 +37,8 @@ INSTRUCTIONS = {
     "wgmma": r"\b[HQ]GMMA\.",
     "tcgen05": r"\bUTC[A-Z]*MMA\b",
     "async_copy": r"\bLDGSTS\b",
+    "tma_load": r"\bUTMALDG\b",
+    "tma_store": r"\bUTMASTG\b",
     "load": r"\bLDG\.",
     "load_16_bytes": r"\bLDG\.[A-Z0-9.]*128\b",
     "store": r"\bSTG\.",
@@ -46,13 +48,14 @@ INSTRUCTIONS = {
 }
 
 
-def backend() -> types.ModuleType:
-    """fused_resnet.backends.triton without the packages' __init__: kernels and their host need nothing else."""
-    for name in ("fused_resnet", "fused_resnet.backends"):
-        package = types.ModuleType(name)
-        package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
-        sys.modules[name] = package
-    return importlib.import_module("fused_resnet.backends.triton")
+def backend(host: str = "backends.triton") -> types.ModuleType:
+    """fused_resnet.<host> without the packages' __init__: kernels and their host need nothing else."""
+    for name in ("fused_resnet", "fused_resnet.backends", "fused_resnet.engine"):
+        if name not in sys.modules:
+            package = types.ModuleType(name)
+            package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+            sys.modules[name] = package
+    return importlib.import_module(f"fused_resnet.{host}")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32, format=CL) -> torch.Tensor:
@@ -139,15 +142,20 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, grid, args, kwargs))
 
 
-def record(host, arch: int, function, *args) -> list:
-    """The launches of one instance on sm_<arch>."""
-    launches: list = []
-    host._chip = lambda x: (arch, SMS[arch])
-    for module in (host._bn, host._conv, host._conv_bwd):
+def recorded(launches: list, *modules) -> None:
+    """Puts recorders in the place of these modules' kernels."""
+    for module in modules:
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
                 kernel = value.kernel if isinstance(value, Recorder) else value
                 setattr(module, name, Recorder(kernel, launches))
+
+
+def record(host, arch: int, function, *args) -> list:
+    """The launches of one instance on sm_<arch>."""
+    launches: list = []
+    host._chip = lambda x: (arch, SMS[arch])
+    recorded(launches, host._bn, host._conv, host._conv_bwd)
     function(host, *args)
     return launches
 
@@ -167,6 +175,9 @@ def source(kernel, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = TYPE_NAMES[value.dtype]
+        elif hasattr(value, "block_shape"):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -174,6 +185,26 @@ def source(kernel, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
         if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and name not in plain):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compiled_line(kernel, grid: tuple, positional: tuple, keywords: dict, arch: int) -> dict:
+    """What compiling this launch for sm_<arch> says."""
+    started = time.perf_counter()
+    ast, launch = source(kernel, positional, keywords)
+    compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=launch)
+    return {
+        "arch": arch,
+        "kernel": kernel.__name__,
+        "triton": triton.__version__,
+        "programs": list(grid),
+        "warps": compiled.metadata.num_warps,
+        "stages": compiled.metadata.num_stages,
+        "tile": {k: v for k, v in keywords.items() if k.startswith("BLOCK")},
+        "shared": compiled.metadata.shared,
+        "rounded_to_tf32": compiled.asm["ptx"].count("cvt.rna.tf32"),
+        **inspect(compiled.asm["cubin"]),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
 
 
 def inspect(cubin: bytes) -> dict:
@@ -201,24 +232,8 @@ def main() -> None:
             if not re.search(options.only, name):
                 continue
             for kernel, grid, positional, keywords in record(host, arch, function, *args):
-                started = time.perf_counter()
-                ast, launch = source(kernel, positional, keywords)
-                compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=launch)
                 done[arch] += 1
-                line = {
-                    "arch": arch,
-                    "instance": name,
-                    "kernel": kernel.__name__,
-                    "triton": triton.__version__,
-                    "programs": list(grid),
-                    "warps": compiled.metadata.num_warps,
-                    "stages": compiled.metadata.num_stages,
-                    "tile": {k: v for k, v in keywords.items() if k.startswith("BLOCK")},
-                    "shared": compiled.metadata.shared,
-                    "rounded_to_tf32": compiled.asm["ptx"].count("cvt.rna.tf32"),
-                    **inspect(compiled.asm["cubin"]),
-                    "seconds": round(time.perf_counter() - started, 2),
-                }
+                line = {"instance": name, **compiled_line(kernel, grid, positional, keywords, arch)}
                 print(json.dumps(line), flush=True)
     if not done:
         sys.exit(f"no instance matches {options.only!r}")

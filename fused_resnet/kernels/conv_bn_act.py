@@ -20,6 +20,16 @@ def _operand(v, ROUND_TF32: tl.constexpr, UPCAST: tl.constexpr):
     return v
 
 
+@triton.jit
+def _banded(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(tile_m, tile_n) of a program. Programs that run together share GROUP_M row blocks and walk the column blocks: x
+    rows and weights stay in L2."""
+    band = pid // (GROUP_M * tiles_n)
+    band_rows = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    in_band = pid % (GROUP_M * tiles_n)
+    return band * GROUP_M + in_band % band_rows, in_band // band_rows
+
+
 @triton.jit(do_not_specialize=["M", "P", "Q", "H", "W"])
 def _conv_bn_act_fwd_kernel(
     x_ptr,  # [N, C, H, W], any strides (a channel stride of 1 is what makes it fast)
@@ -80,16 +90,9 @@ def _conv_bn_act_fwd_kernel(
         K = K // ALIGN_K * ALIGN_K
         K_group = K_group // ALIGN_K * ALIGN_K
 
-    # Programs that run together share GROUP_M row blocks and walk the column blocks: x rows and weights stay in L2.
     tiles_per_group = tl.cdiv(K_group * GROUPS_PER_TILE, BLOCK_N)
-    tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(groups, GROUPS_PER_TILE) * tiles_per_group
-    pid = tl.program_id(0)
-    band = pid // (GROUP_M * tiles_n)
-    band_rows = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    in_band = pid % (GROUP_M * tiles_n)
-    tile_m = band * GROUP_M + in_band % band_rows
-    tile_n = in_band // band_rows
+    tile_m, tile_n = _banded(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     first_group = tile_n // tiles_per_group * GROUPS_PER_TILE
 
     # Rows past the end read row M - 1 instead of being masked in every load; only their store is masked.
