@@ -22,7 +22,50 @@ _MAX_ROWS = 2**31 - 2**10  # positions are counted in 32 bits, up to the end of 
 _MAX_ROW = 2**26  # values of a row of a map: a tile and the rows around it lie within 32 bits
 _POOL_BLOCK = 256
 
-TILES = {(a, m, f, s): ((64, 64, 64, 4, 3, 2),) for a in (80, 89, 90, 100) for m in (64,) for f in (0, 64) for s in (0, 1)}
+# block_m, block_n, block_k, warps, stages of the 3x3, stages of the expand
+_ROWS_64 = (64, 64, 64, 4, 3, 2)
+_ROWS_128 = (128, 64, 64, 8, 3, 2)
+_ROWS_128_SLIM = (128, 32, 64, 8, 3, 2)  # half the columns: two programs on an SM where the middle is 64
+_WIDE = (64, 64, 64, 8, 3, 2)
+_WIDE_SLIM = (64, 32, 64, 8, 3, 2)
+_WIDEST = (64, 64, 64, 8, 2, 2)
+_WIDEST_SLIM = (64, 32, 32, 8, 3, 2)
+_WIDEST_SLIMMER = (64, 32, 32, 8, 2, 2)
+
+# (up to so many middle channels, up to so many next ones, with a projection): tiles, the likeliest first. What is here
+# compiles without a spill and fits the shared memory: tests/test_engine_aot_chain.py. A tile one size up does not.
+_EVERYWHERE = {
+    (64, 0, False): (_ROWS_64, _ROWS_128),
+    (64, 0, True): (_ROWS_128, _ROWS_64),
+    (64, 64, False): (_ROWS_128_SLIM, _ROWS_64),
+    (64, 64, True): (_ROWS_128_SLIM, _ROWS_64),
+    (64, 128, False): (_ROWS_128_SLIM, _ROWS_64),
+    (128, 0, False): (_ROWS_64, _ROWS_128),
+    (128, 0, True): (_ROWS_128, _ROWS_64),
+    (128, 128, False): (_ROWS_64, _ROWS_128),
+    (128, 128, True): (_ROWS_128,),
+    (128, 256, False): (_ROWS_128_SLIM, _ROWS_64),
+    (256, 0, False): (_WIDE, _ROWS_128),
+    (256, 0, True): (_WIDE, _ROWS_128),
+    (256, 256, False): (_WIDE, _WIDE_SLIM),
+    (256, 256, True): (_WIDE,),
+    (256, 512, False): (_WIDE_SLIM,),
+    (512, 0, False): (_WIDEST, _WIDEST_SLIM),
+    (512, 0, True): (_WIDEST,),
+}
+TILES = {
+    80: _EVERYWHERE,
+    89: _EVERYWHERE
+    | {
+        (256, 0, False): (_WIDE,),
+        (256, 0, True): (_WIDE,),
+        (256, 256, False): (_WIDE_SLIM,),
+        (512, 0, False): (_WIDEST_SLIMMER,),
+        (512, 0, True): (_WIDEST_SLIM,),
+    },
+    90: _EVERYWHERE,
+    100: _EVERYWHERE | {(256, 256, False): (_ROWS_128, _WIDE)},
+}
 
 
 def _family(arch: int) -> int:
@@ -120,7 +163,8 @@ def declines(
 
 
 def _tiles(arch: int, mid: int, following: int, segment) -> tuple:
-    return TILES.get((_family(arch), _padded(mid), _padded(following), segment is not None), ())
+    key = max(64, _padded(mid)), following and max(64, _padded(following)), segment is not None
+    return TILES[_family(arch)].get(key, ())
 
 
 def configs(arch: int, *args, **options) -> list[dict]:

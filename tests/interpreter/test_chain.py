@@ -15,14 +15,14 @@ from .common import CL, assert_close, rand
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALL = {
-    "block_m": 16,
-    "block_n": 16,
+    "block_m": 32,
+    "block_n": 32,
     "block_k": 16,
     "num_warps": 4,
     "stages_conv": 2,
     "stages_expand": 2,
 }
-OFFERED = sorted({tuple(t[:3]) for found in chain.TILES.values() for t in found})
+OFFERED = sorted({tile[:3] for chip in chain.TILES.values() for found in chip.values() for tile in found})
 
 
 def config(block_m, block_n, block_k):
@@ -121,23 +121,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("dtype, n", [("fp32", 3), ("fp16", 1), ("bf16", 1)], ids=["fp32_b3", "fp16_b1", "bf16_b1"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_form(case, n, dtype):
+def test_every_form(case, dtype, n):
+    """Channels that the tile divides: two blocks of the 3x3's, two column blocks."""
     shape, options = case
-    args, more = inputs(n, 16, 7, 9, 16, 48, dtype=dtype, **shape)
+    args, more = inputs(n, 32, 7, 9, 16, 64, dtype=DTYPES[dtype], **shape)
     check(args, more | options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_channels_that_no_tile_divides(case, dtype):
     """Ragged everywhere: input, middle, output and next channels; rows of a map longer than a tile."""
     shape, options = case
     if shape.get("following"):
         shape = shape | {"following": shape["following"] + 3}
-    args, more = inputs(2, 11, 5, 18, 13, 37, dtype=dtype, **shape)
+    args, more = inputs(2, 19, 3, 18, 13, 37, dtype=dtype, **shape)
     check(args, more | options)
 
 
@@ -163,13 +163,13 @@ def test_every_tile_that_is_offered(tile, projected):
 
 def test_an_image_of_several_tiles_is_pooled_in_a_fixed_order():
     """Sums of tiles go through the workspace, are added first to last, and come out the same bits every time."""
-    args, options = inputs(3, 16, 13, 11, 16, 300, dtype=torch.float16)
+    args, options = inputs(2, 16, 13, 11, 16, 300, dtype=torch.float16)
     options["pool"] = True
-    assert chain.workspace(SMALL, *args, **options) == 4 * 3 * 9 * 300
+    assert chain.workspace(SMALL, *args, **options) == 4 * 2 * 5 * 300
     first, _ = check(args, options)
     assert torch.equal(first, run(args, options)[0])
-    assert chain.workspace(config(256, 16, 16), *args, **options) == 0
-    check(args, options, config(256, 16, 16))
+    assert chain.workspace(config(256, 64, 16), *args, **options) == 0
+    check(args, options, config(256, 64, 16))
 
 
 def test_nan_and_infinity_stay_where_they_belong():
@@ -231,7 +231,7 @@ def test_reasons():
 def test_wide_middles_are_declined_with_the_reason():
     def meta(mid, following=0, projected=0):
         def empty(*shape):
-            return torch.empty(shape, dtype=torch.float16, device="meta").contiguous(memory_format=CL)
+            return torch.empty(shape, dtype=torch.float16, device="meta")
 
         args = empty(8, mid, 14, 14), empty(mid, mid, 3, 3), empty(mid), empty(4 * mid, mid, 1, 1), empty(4 * mid)
         options = {"segment": (empty(8, 64, 14, 14), empty(4 * mid, 64, 1, 1), 1)} if projected else {}
