@@ -58,9 +58,7 @@ def instances() -> dict[str, tuple[tuple, dict]]:
             every[f"layer{layer}.last_pool"] = bottleneck(32, mid, out, pool=True)
     return every | {
         "wide_layer1.first_rung5": bottleneck(32, 128, 56, 1, 64, 128, k=256),
-        "wide_layer2.last_rung5": bottleneck(32, 256, 28, following=512, quarter=True, k=512),
         "narrow_rung5": bottleneck(32, 16, 32, following=16),
-        "ragged_rung5": bottleneck(32, 96, 28, following=96),
         "layer3.middle_rung5_bf16": bottleneck(32, 256, 14, following=256, dtype=torch.bfloat16),
         "pool_of_several_tiles": bottleneck(32, 64, 28, pool=True),
     }

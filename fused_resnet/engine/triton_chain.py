@@ -36,17 +36,17 @@ _WIDEST_SLIMMER = (64, 32, 32, 8, 2, 2)
 # compiles without a spill and fits the shared memory: tests/test_engine_aot_chain.py. A tile one size up does not.
 _EVERYWHERE = {
     (64, 0, False): (_ROWS_64, _ROWS_128),
-    (64, 0, True): (_ROWS_128, _ROWS_64),
+    (64, 0, True): (_ROWS_128,),
     (64, 64, False): (_ROWS_128_SLIM, _ROWS_64),
     (64, 64, True): (_ROWS_128_SLIM, _ROWS_64),
     (64, 128, False): (_ROWS_128_SLIM, _ROWS_64),
     (128, 0, False): (_ROWS_64, _ROWS_128),
-    (128, 0, True): (_ROWS_128, _ROWS_64),
+    (128, 0, True): (_ROWS_128,),
     (128, 128, False): (_ROWS_64, _ROWS_128),
     (128, 128, True): (_ROWS_128,),
     (128, 256, False): (_ROWS_128_SLIM, _ROWS_64),
     (256, 0, False): (_WIDE, _ROWS_128),
-    (256, 0, True): (_WIDE, _ROWS_128),
+    (256, 0, True): (_WIDE,),
     (256, 256, False): (_WIDE, _WIDE_SLIM),
     (256, 256, True): (_WIDE,),
     (256, 512, False): (_WIDE_SLIM,),
@@ -58,13 +58,12 @@ TILES = {
     89: _EVERYWHERE
     | {
         (256, 0, False): (_WIDE,),
-        (256, 0, True): (_WIDE,),
         (256, 256, False): (_WIDE_SLIM,),
         (512, 0, False): (_WIDEST_SLIMMER,),
         (512, 0, True): (_WIDEST_SLIM,),
     },
-    90: _EVERYWHERE,
-    100: _EVERYWHERE | {(256, 256, False): (_ROWS_128, _WIDE)},
+    90: _EVERYWHERE | {(256, 0, True): (_WIDE, _ROWS_128)},
+    100: _EVERYWHERE | {(256, 0, True): (_WIDE, _ROWS_128), (256, 256, False): (_ROWS_128, _WIDE)},
 }
 
 
@@ -129,6 +128,11 @@ def declines(
     if pool and next is not None:
         return "takes pool or a next reduce, got both"
     n, _, p, q = output_size(x, weight1, weight2, stride)
+    if residual is not None and list(residual.shape) != [n, k, p, q]:
+        return f"needs a residual {[n, k, p, q]}, got {list(residual.shape)}"
+    for name, t in ("x", x), ("residual", residual), ("segment", segment and segment[0]):
+        if t is not None and not t.is_contiguous(memory_format=torch.channels_last):
+            return f"needs dense channels_last activations, got {name} with strides {t.stride()}"
     channels = {"input": c, "middle": mid, "output": k}
     positions, row = n * x.shape[2] * x.shape[3], x.shape[3] * c
     if segment is not None:
@@ -144,10 +148,12 @@ def declines(
         if tuple(next[0].shape[1:]) != (k, 1, 1):
             return f"needs a next 1x1 convolution of {k} channels, got a weight {list(next[0].shape)}"
         channels["next"] = next[0].shape[0]
-    odd = {name: size for name, size in channels.items() if size % 16}
-    if odd:
-        name, size = odd.popitem()
-        return f"needs {name} channels that 16 divides, got {size}"
+    for name, size in channels.items():
+        power = size >= 16 and size == tiles.power_of_2(size)
+        if name in ("middle", "next") and not power:
+            return f"needs a power of two of {name} channels, at least 16, got {size}: one tile holds them all"
+        if size % 64 and not power:
+            return f"needs {name} channels that 64 divides, or a power of two of at least 16, got {size}"
     if positions > _MAX_ROWS:
         return f"needs at most {_MAX_ROWS} positions, got {positions}"
     if max(row, q * k) > _MAX_ROW:

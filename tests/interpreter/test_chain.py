@@ -113,6 +113,7 @@ CASES = {
     "rung5_projection": (dict(projected=16, following=16), {}),
     "rung5_projection_wide": (dict(projected=40, following=16), {}),
     "rung5_projection_stride2": (dict(stride=2, projected=33, following=16), {}),
+    "rung5_projection_of_its_own_stride": (dict(projected=24, stride2=2, following=16), {}),
     "rung5_twice_as_wide": (dict(following=32), {}),
     "rung5_quarter": (dict(following=32), {"quarter": True}),
     "rung5_projection_quarter": (dict(stride=2, projected=40, following=32), {"quarter": True}),
@@ -179,6 +180,7 @@ def test_nan_and_infinity_stay_where_they_belong():
     x[0, 3, 0, 0] = math.nan
     x[1, 5, 6, 8] = math.inf
     options["residual"][0, 7, 3, 4] = math.nan
+    options["residual"][0, 36, 5, 6] = math.inf
     for more in ({}, {"quarter": True}):
         got, want = run(args, options | more), reference.chain(*args, **options | more)
         for one, other in zip(got, want, strict=True):
@@ -218,20 +220,30 @@ def test_reasons():
     assert decline(stride=3) == "needs stride 1 or 2, got 3"
     assert decline(quarter=True, pool=True) == "takes quarter or pool, got both"
     assert decline(pool=True) == "takes pool or a next reduce, got both"
-    segment = rand(1, 64, 7, 9, dtype=half), rand(256, 64, 1, 1, dtype=half), 1
+    assert decline(residual=rand(1, 256, 7, 8)) == "needs a residual [1, 256, 7, 9], got [1, 256, 7, 8]"
+    assert decline(x.contiguous()) == ("needs dense channels_last activations, got x with strides (4032, 63, 9, 1)")
+    segment = chain.pack(rand(1, 64, 7, 9, dtype=half)), rand(256, 64, 1, 1, dtype=half), 1
     assert decline(segment=segment) == "takes a residual or a projection segment, got both"
     assert decline(residual=None, segment=segment) is None
     assert decline(residual=None, segment=(*segment[:2], 2)) == (
         "needs a projection to a map of 7x9, got one of [7, 9] by stride 2"
     )
-    args, options = inputs(1, 64, 7, 9, 24, 256, dtype=half)
-    assert decline() == "needs middle channels that 16 divides, got 24"
+    for sizes, reason in {
+        (64, 96, 256, 64): "needs a power of two of middle channels, at least 16, got 96: one tile holds them all",
+        (64, 64, 256, 8): "needs a power of two of next channels, at least 16, got 8: one tile holds them all",
+        (24, 64, 256, 64): "needs input channels that 64 divides, or a power of two of at least 16, got 24",
+        (64, 64, 200, 64): "needs output channels that 64 divides, or a power of two of at least 16, got 200",
+    }.items():
+        c, mid, k, following = sizes
+        args, options = inputs(1, c, 7, 9, mid, k, following=following, dtype=half)
+        assert decline() == reason
 
 
 def test_wide_middles_are_declined_with_the_reason():
     def meta(mid, following=0, projected=0):
         def empty(*shape):
-            return torch.empty(shape, dtype=torch.float16, device="meta")
+            format = CL if len(shape) == 4 else torch.contiguous_format
+            return torch.empty(shape, dtype=torch.float16, device="meta", memory_format=format)
 
         args = empty(8, mid, 14, 14), empty(mid, mid, 3, 3), empty(mid), empty(4 * mid, mid, 1, 1), empty(4 * mid)
         options = {"segment": (empty(8, 64, 14, 14), empty(4 * mid, 64, 1, 1), 1)} if projected else {}
@@ -242,8 +254,7 @@ def test_wide_middles_are_declined_with_the_reason():
             args, options = meta(512, 512, projected)
             assert chain.configs(arch, *args, **options) == []
             assert chain.declines(arch, *args, **options) == (
-                "needs accumulators that fit the registers: 512 middle and 512 next channels do not "
-                f"on sm_{arch}"
+                f"needs accumulators that fit the registers: 512 middle and 512 next channels do not on sm_{arch}"
             )
             args, options = meta(1024, projected=projected)
             assert chain.declines(arch, *args, **options) == (
