@@ -30,7 +30,7 @@ _WIDE = (64, 64, 64, 8, 3, 2)
 _WIDE_SLIM = (64, 32, 64, 8, 3, 2)
 _WIDEST = (64, 64, 64, 8, 2, 2)
 _WIDEST_SLIM = (64, 32, 32, 8, 3, 2)
-_WIDEST_SLIMMER = (64, 32, 32, 8, 2, 2)
+_WIDEST_SMALL = (64, 32, 32, 8, 2, 1)  # one stage of the expand: two do not fit in 99 KiB
 
 # (up to so many middle channels, up to so many next ones, with a projection): tiles, the likeliest first. What is here
 # compiles without a spill and fits the shared memory: tests/test_engine_aot_chain.py. A tile one size up does not.
@@ -57,9 +57,10 @@ TILES = {
     80: _EVERYWHERE,
     89: _EVERYWHERE
     | {
+        (128, 128, True): (_ROWS_128_SLIM,),
         (256, 0, False): (_WIDE,),
         (256, 256, False): (_WIDE_SLIM,),
-        (512, 0, False): (_WIDEST_SLIMMER,),
+        (512, 0, False): (_WIDEST_SMALL,),
         (512, 0, True): (_WIDEST_SLIM,),
     },
     90: _EVERYWHERE | {(256, 0, True): (_WIDE, _ROWS_128)},
@@ -160,11 +161,9 @@ def declines(
         return f"needs at most {_MAX_ROW} values in a row of a map, got {max(row, q * k)}"
     following = channels.get("next", 0)
     if not _tiles(arch, mid, following, segment):
-        if not following:
-            return f"needs a middle that fits the registers, got {mid} channels on sm_{arch}"
-        return (
-            f"needs accumulators that fit the registers: {mid} middle and {following} next channels do not on sm_{arch}"
-        )
+        what = f"{mid} middle" + f" and {following} next" * bool(following) + " channels"
+        what += " beside a projection" if segment is not None and _tiles(arch, mid, following, None) else ""
+        return f"has no tile for {what} on sm_{arch}: the accumulators outgrow the registers or the shared memory"
     return None
 
 

@@ -251,12 +251,15 @@ def test_wide_middles_are_declined_with_the_reason():
 
     for arch in (80, 86, 89, 90, 100, 120):
         for projected in (0, 64):
-            args, options = meta(512, 512, projected)
-            assert chain.configs(arch, *args, **options) == []
-            assert chain.declines(arch, *args, **options) == (
-                f"needs accumulators that fit the registers: 512 middle and 512 next channels do not on sm_{arch}"
-            )
-            args, options = meta(1024, projected=projected)
-            assert chain.declines(arch, *args, **options) == (
-                f"needs a middle that fits the registers, got 1024 channels on sm_{arch}"
-            )
+            for mid, following, what in [
+                (512, 512, "512 middle and 512 next channels"),
+                (1024, 0, "1024 middle channels"),
+                (64, 256, "64 middle and 256 next channels"),
+            ]:
+                args, options = meta(mid, following, projected)
+                assert chain.configs(arch, *args, **options) == []
+                assert chain.declines(arch, *args, **options) == (
+                    f"has no tile for {what} on sm_{arch}: the accumulators outgrow the registers or the shared memory"
+                )
+        args, options = meta(128, 256, 64)
+        assert "128 middle and 256 next channels beside a projection" in chain.declines(arch, *args, **options)
