@@ -17,6 +17,7 @@ def chain(
     bias1: Tensor,  # [MID]
     weight2: Tensor,  # [K, MID, 1, 1]
     bias2: Tensor,  # [K]
+    *,
     residual: Tensor | None = None,  # [N, K, P, Q]
     segment: tuple[Tensor, Tensor, int] | None = None,  # [N, C2, H2, W2], [K, C2, 1, 1], spatial stride
     stride: int = 1,

@@ -95,6 +95,7 @@ def declines(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    *,
     residual: Tensor | None = None,
     segment: tuple[Tensor, Tensor, int] | None = None,
     stride: int = 1,
@@ -204,6 +205,7 @@ def launch(
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
+    *,
     residual: Tensor | None = None,
     segment: tuple[Tensor, Tensor, int] | None = None,
     stride: int = 1,
@@ -211,13 +213,14 @@ def launch(
     next: tuple[Tensor, Tensor] | None = None,
     quarter: bool = False,
     pool: bool = False,
-    *,
     y: Tensor,
     z: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> None:
     """Writes y and, with next, z (see reference.chain) on the current stream. Activations are dense channels_last,
-    weights packed, biases float32; workspace: as many bytes as `workspace()` says, at least 4-aligned."""
+    weights packed, biases float32; workspace: as many bytes as `workspace()` says, 16-byte aligned.
+
+    y may be the residual's own memory, except with quarter: a program reads what it is about to write, and no more."""
     n, k, p, q = output_size(x, weight1, weight2, stride)
     mid, c = weight1.shape[:2]
     x2, projection, stride2 = segment or (None, None, 1)

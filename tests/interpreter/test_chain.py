@@ -192,6 +192,14 @@ def test_nan_and_infinity_stay_where_they_belong():
     assert torch.equal(pooled.isnan(), reference.chain(*args, **options, pool=True)[0].isnan())
 
 
+def test_the_output_may_take_the_residuals_place():
+    args, options = inputs(3, 16, 7, 9, 16, 64, following=16)
+    apart = run(args, options)
+    z = torch.full_like(apart[1], math.nan)
+    chain.launch(SMALL, *args, **options, y=options["residual"], z=z)
+    assert torch.equal(options["residual"], apart[0]) and torch.equal(z, apart[1])
+
+
 def test_a_neighbouring_image_is_left_alone():
     """Tiles reach over images; taps must not."""
     args, options = inputs(3, 16, 3, 3, 16, 16, following=16)
