@@ -1,0 +1,396 @@
+"""The engine's ops as problems to tune: each at one shape, with the candidates of every backend."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.triton import unavailable as triton_unavailable
+from . import reference, triton_chain, triton_conv, triton_stem
+from .problem import TOLERANCE, Candidate, Case, Problem
+
+CUDNN = Candidate("cudnn", "PyTorch's convolution, and kernels of their own for what follows")
+TF32_TOLERANCE = 2e-3  # 10 bits of mantissa in the operands
+
+
+@functools.cache
+def chip(device: torch.device) -> tuple[int, int]:
+    """(compute capability times ten, SMs) of a GPU; elsewhere, in Triton's interpreter, of an imagined one."""
+    if device.type != "cuda":
+        return 80, 4
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def label(config: dict) -> str:
+    """A config in a few characters."""
+    tile = "x".join(str(config[k]) for k in ("block_m", "block_n", "block_k"))
+    more = f" split {config['splits']}" if config.get("splits", 1) > 1 else ""
+    kind = "tma " if config.get("kernel") == "tma" else ""
+    stages = config.get("num_stages", config.get("stages_conv"))
+    return f"{kind}{tile} w{config['num_warps']} s{stages}{more}"
+
+
+def _empty(shape, dtype, device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+class _Random:
+    """Random tensors as a network has them: activations of unit size, filters that keep it."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int):
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def _normal(self, shape) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def map(self, *shape) -> Tensor:
+        return self._normal(shape).to(self.dtype, memory_format=torch.channels_last)
+
+    def filter(self, *shape) -> Tensor:
+        weight = self._normal(shape) / math.sqrt(math.prod(shape[1:]))
+        return weight.to(self.dtype, memory_format=torch.channels_last)
+
+    def bias(self, channels: int) -> Tensor:
+        return self._normal((channels,))
+
+
+class _EngineCase(Case):
+    def __init__(self, device: str, dtype: str, tf32: bool):
+        self.device, self.dtype, self.tf32 = torch.device(device), getattr(torch, dtype), tf32
+        self.arch, self.sms = chip(self.device)
+        if self.dtype is torch.float32 and tf32:
+            self.tolerance = TOLERANCE | {torch.float32: TF32_TOLERANCE}
+
+    def triton(self) -> list[dict]:
+        raise NotImplementedError
+
+    def candidates(self) -> list[Candidate]:
+        configs = [] if triton_unavailable() else self.triton()
+        return [CUDNN, *(Candidate("triton", label(c), c) for c in configs)]
+
+    def prepare(self, candidate: Candidate) -> None:
+        if candidate.backend == "triton":
+            inputs = self.pack(candidate, self.inputs(self.device, 0))
+            self.run(candidate, inputs, self.outputs(self.device))
+
+    def reference(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        with exact():
+            return self.exactly({k: v.float() for k, v in inputs.items()})
+
+
+def exact():
+    """Products of float32 in float32, not TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+
+
+@dataclass(frozen=True)
+class ConvArgs:
+    """conv_bias_act at one shape. segment: (channels, height, width, stride) of the projection's input."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    relu: bool
+    residual: bool
+    segment: tuple[int, int, int, int] | None
+    device: str
+    dtype: str
+    tf32: bool
+
+    @property
+    def shape(self) -> triton_conv.Conv:
+        geometry = (self.stride, self.padding, self.dilation)
+        return triton_conv.Conv(
+            self.n, self.c, self.h, self.w, self.k, *self.kernel, *geometry, self.residual, self.segment
+        )
+
+    def problem(self) -> Problem:
+        r, s = self.kernel
+        extra = "".join(
+            [
+                f" d{self.dilation[0]}" if self.dilation != (1, 1) else "",
+                " + residual" if self.residual else "",
+                " + {0}x{1}x{2}/{3}".format(*self.segment) if self.segment else "",
+                " relu" if self.relu else "",
+            ]
+        )
+        key = (
+            f"conv {r}x{s}/{self.stride[0]} {self.n}x{self.c}x{self.h}x{self.w} -> {self.k}{extra} "
+            f"{self.dtype}{' tf32' if self.tf32 else ''}"
+        )
+        return Problem(key, f"{__name__}:conv", _jsonable(self))
+
+
+def conv(**args) -> ConvCase:
+    return ConvCase(ConvArgs(**_tuples(args)))
+
+
+class ConvCase(_EngineCase):
+    def __init__(self, args: ConvArgs):
+        super().__init__(args.device, args.dtype, args.tf32)
+        self.args = args
+        self.options = dict(stride=args.stride, padding=args.padding, dilation=args.dilation, relu=args.relu)
+
+    def triton(self) -> list[dict]:
+        return triton_conv.configs(self.args.shape, self.dtype, self.arch, self.sms, tf32=self.tf32)
+
+    def inputs(self, device, seed):
+        a, random = self.args, _Random(device, self.dtype, seed)
+        tensors = {"x": random.map(a.n, a.c, a.h, a.w), "weight": random.filter(a.k, a.c, *a.kernel)}
+        tensors["bias"] = random.bias(a.k)
+        if a.residual:
+            tensors["residual"] = random.map(a.n, a.k, a.shape.p, a.shape.q)
+        if a.segment:
+            c2, h2, w2, _ = a.segment
+            tensors |= {"x2": random.map(a.n, c2, h2, w2), "weight2": random.filter(a.k, c2, 1, 1)}
+        return tensors
+
+    def outputs(self, device):
+        return {"y": _empty((self.args.n, self.args.k, self.args.shape.p, self.args.shape.q), self.dtype, device)}
+
+    def exactly(self, inputs):
+        return {"y": reference.conv_bias_act(*_conv_tensors(inputs), segment=self._segment(inputs), **self.options)}
+
+    def pack(self, candidate, inputs):
+        if candidate.backend != "triton":
+            return inputs
+        packed = inputs | {k: triton_conv.pack(inputs[k], tf32=self.tf32) for k in ("weight", "weight2") if k in inputs}
+        size = triton_conv.workspace(candidate.config, self.args.shape)
+        packed["workspace"] = torch.empty(size, device=inputs["x"].device) if size else None
+        return packed
+
+    def _segment(self, inputs):
+        return (inputs["x2"], inputs["weight2"], self.args.segment[3]) if self.args.segment else None
+
+    def run(self, candidate, inputs, outputs):
+        x, weight, bias, residual = _conv_tensors(inputs)
+        segment = self._segment(inputs)
+        if candidate.backend == "triton":
+            space = inputs.get("workspace")
+            triton_conv.launch(
+                candidate.config, x, weight, bias, residual, segment, outputs["y"], space, **self.options
+            )
+        else:
+            outputs["y"].copy_(pytorch_conv(x, weight, bias, residual, segment, **self.options))
+
+
+def _conv_tensors(inputs):
+    return inputs["x"], inputs["weight"], inputs["bias"], inputs.get("residual")
+
+
+def pytorch_conv(x, weight, bias, residual, segment, *, stride, padding, dilation, relu, groups=1) -> Tensor:
+    """conv_bias_act by PyTorch's own kernels; what follows the convolution is added in place."""
+    y = F.conv2d(x, weight, bias.to(x.dtype), stride, padding, dilation, groups)
+    if segment is not None:
+        y += F.conv2d(segment[0], segment[1], None, segment[2])
+    if residual is not None:
+        y += residual
+    return y.relu_() if relu else y
+
+
+@dataclass(frozen=True)
+class StemArgs:
+    """stem_pool at one shape; input_dtype and channels_last: of x as it comes."""
+
+    n: int
+    h: int
+    w: int
+    k: int
+    channels_last: bool
+    input_dtype: str
+    device: str
+    dtype: str
+    tf32: bool
+
+    def problem(self) -> Problem:
+        layout = "nhwc" if self.channels_last else "nchw"
+        key = f"stem {self.n}x3x{self.h}x{self.w} -> {self.k} {layout} {self.input_dtype} {self.dtype}"
+        return Problem(key + " tf32" * self.tf32, f"{__name__}:stem", _jsonable(self))
+
+
+def stem(**args) -> StemCase:
+    return StemCase(StemArgs(**args))
+
+
+class StemCase(_EngineCase):
+    def __init__(self, args: StemArgs):
+        super().__init__(args.device, args.dtype, args.tf32)
+        self.args = args
+
+    def triton(self) -> list[dict]:
+        a = self.args
+        return triton_stem.configs((a.n, 3, a.h, a.w), self.dtype, self.arch, self.sms, a.k, tf32=self.tf32)
+
+    def inputs(self, device, seed):
+        a, random = self.args, _Random(device, self.dtype, seed)
+        x = random.map(a.n, 3, a.h, a.w).to(getattr(torch, a.input_dtype))
+        x = x.contiguous(memory_format=torch.channels_last if a.channels_last else torch.contiguous_format)
+        return {"x": x, "weight": random.filter(a.k, 3, 7, 7), "bias": random.bias(a.k)}
+
+    def outputs(self, device):
+        p, q = triton_stem.sizes(self.args.h, self.args.w)[2:]
+        return {"y": _empty((self.args.n, self.args.k, p, q), self.dtype, device)}
+
+    def exactly(self, inputs):
+        # As the kernel reads it: in the compute dtype.
+        x = inputs["x"].to(self.dtype).float()
+        return {"y": reference.stem_pool(x, inputs["weight"], inputs["bias"])}
+
+    def pack(self, candidate, inputs):
+        if candidate.backend != "triton":
+            return inputs
+        layout = "channels_last" if self.args.channels_last else "nchw"
+        return inputs | {"weight": triton_stem.pack(inputs["weight"], layout, tf32=self.tf32)}
+
+    def run(self, candidate, inputs, outputs):
+        if candidate.backend == "triton":
+            triton_stem.launch(candidate.config, inputs["x"], inputs["weight"], inputs["bias"], outputs["y"])
+        else:
+            x = inputs["x"].to(self.dtype, memory_format=torch.channels_last)
+            y = F.conv2d(x, inputs["weight"], inputs["bias"].to(self.dtype), 2, 3).relu_()
+            outputs["y"].copy_(F.max_pool2d(y, 3, 2, 1))
+
+
+@dataclass(frozen=True)
+class ChainArgs:
+    """chain at one shape: C -> middle (3x3, stride) -> K (1x1) -> following (1x1), 0 for none."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    middle: int
+    k: int
+    following: int
+    stride: int
+    relu: bool
+    residual: bool
+    segment: tuple[int, int, int, int] | None
+    quarter: bool
+    pool: bool
+    device: str
+    dtype: str
+
+    def size(self) -> tuple[int, int]:
+        return (self.h - 1) // self.stride + 1, (self.w - 1) // self.stride + 1
+
+    def problem(self) -> Problem:
+        parts = [
+            f"chain {self.n}x{self.c}x{self.h}x{self.w}/{self.stride} -> {self.middle} -> {self.k}",
+            f"-> {self.following}" if self.following else "",
+            "+ residual" if self.residual else "",
+            "+ {0}x{1}x{2}/{3}".format(*self.segment) if self.segment else "",
+            "quarter" if self.quarter else "",
+            "pool" if self.pool else "",
+            self.dtype,
+        ]
+        return Problem(" ".join(p for p in parts if p), f"{__name__}:chain", _jsonable(self))
+
+    def tensors(self, make_map, make_filter, make_bias) -> dict[str, Tensor]:
+        tensors = {
+            "x": make_map(self.n, self.c, self.h, self.w),
+            "weight": make_filter(self.middle, self.c, 3, 3),
+            "bias": make_bias(self.middle),
+            "weight2": make_filter(self.k, self.middle, 1, 1),
+            "bias2": make_bias(self.k),
+        }
+        if self.residual:
+            tensors["residual"] = make_map(self.n, self.k, *self.size())
+        if self.segment:
+            c2, h2, w2, _ = self.segment
+            tensors |= {"x2": make_map(self.n, c2, h2, w2), "projection": make_filter(self.k, c2, 1, 1)}
+        if self.following:
+            tensors |= {"weight3": make_filter(self.following, self.k, 1, 1), "bias3": make_bias(self.following)}
+        return tensors
+
+    def call(self, t: dict[str, Tensor]) -> tuple[tuple, dict]:
+        """Arguments and options of reference.chain and of triton_chain's functions."""
+        options = dict(
+            residual=t.get("residual"),
+            segment=(t["x2"], t["projection"], self.segment[3]) if self.segment else None,
+            stride=self.stride,
+            relu=self.relu,
+            next=(t["weight3"], t["bias3"]) if self.following else None,
+            quarter=self.quarter,
+            pool=self.pool,
+        )
+        return (t["x"], t["weight"], t["bias"], t["weight2"], t["bias2"]), options
+
+    def configs(self) -> list[dict]:
+        meta = torch.device("meta")
+        dtype = getattr(torch, self.dtype)
+        tensors = self.tensors(
+            lambda *s: _empty(s, dtype, meta), lambda *s: _empty(s, dtype, meta), lambda k: torch.empty(k, device=meta)
+        )
+        args, options = self.call(tensors)
+        return triton_chain.configs(chip(torch.device(self.device))[0], *args, **options)
+
+
+def chain(**args) -> ChainCase:
+    return ChainCase(ChainArgs(**_tuples(args)))
+
+
+class ChainCase(_EngineCase):
+    def __init__(self, args: ChainArgs):
+        super().__init__(args.device, args.dtype, False)
+        self.args = args
+
+    def triton(self) -> list[dict]:
+        return self.args.configs()
+
+    def inputs(self, device, seed):
+        random = _Random(device, self.dtype, seed)
+        return self.args.tensors(random.map, random.filter, random.bias)
+
+    def outputs(self, device):
+        a = self.args
+        p, q = a.size()
+        size = (1, 1) if a.pool else ((p + 1) // 2, (q + 1) // 2) if a.quarter else (p, q)
+        outputs = {"y": _empty((a.n, a.k, *size), self.dtype, device)}
+        if a.following:
+            outputs["z"] = _empty((a.n, a.following, p, q), self.dtype, device)
+        return outputs
+
+    def exactly(self, inputs):
+        args, options = self.args.call(inputs)
+        y, z = reference.chain(*args, **options)
+        return {"y": y} if z is None else {"y": y, "z": z}
+
+    def pack(self, candidate, inputs):
+        if candidate.backend != "triton":
+            return inputs
+        args, options = self.args.call(inputs)
+        size = triton_chain.workspace(candidate.config, *args, **options)
+        workspace = torch.empty(size, dtype=torch.uint8, device=inputs["x"].device) if size else None
+        return inputs | {"workspace": workspace}
+
+    def run(self, candidate, inputs, outputs):
+        args, options = self.args.call(inputs)
+        if candidate.backend == "triton":
+            written = dict(y=outputs["y"], z=outputs.get("z"), workspace=inputs.get("workspace"))
+            return triton_chain.launch(candidate.config, *args, **options, **written)
+        y, z = reference.chain(*args, **options)
+        outputs["y"].copy_(y)
+        if z is not None:
+            outputs["z"].copy_(z)
+
+
+def _jsonable(args) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
+
+
+def _tuples(args: dict) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
