@@ -1,0 +1,1 @@
+"""The whole network: its roofline; model -> steps, candidates verified then timed, buffers and graph."""
