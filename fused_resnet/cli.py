@@ -1,4 +1,4 @@
-"""The command line: `python -m fused_resnet classify | bench | doctor`.
+"""The command line: `python -m fused_resnet classify | bench | roofline | doctor`.
 
 Exit status: 0 fine; 1 the fused model disagrees with the untouched one; 2 an argument is wrong; 3 the weights could not
 be had; 4 something else went wrong, with its traceback.
@@ -25,6 +25,7 @@ from torch import nn
 
 from . import __version__, backends, doctor, measure, models
 from .convert import swap_blocks, swap_report
+from .engine import machine, roofline_cli
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DISAGREES, WRONG_ARGUMENT, NO_WEIGHTS, FAILED = 1, 2, 3, 4
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         "3 the weights could not be had; 4 something else went wrong.",
     )
     top.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="classify | bench | doctor")
+    commands = top.add_subparsers(dest="command", required=True, metavar="classify | bench | roofline | doctor")
 
     c = commands.add_parser("classify", help="classify a photo with the untouched and the fused model, side by side")
     c.add_argument("image", metavar="IMAGE", help="an image file")
@@ -103,6 +104,11 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--seeds", type=_positive, default=3, help="inputs that parity is checked with; default: 3")
     b.add_argument("--json", metavar="FILE", help="write everything, and what it was measured on")
     b.set_defaults(run=bench)
+
+    r = commands.add_parser("roofline", help="per layer, what a device allows and what PyTorch's own ops take")
+    r.add_argument("model", metavar="MODEL", choices=models.__all__, help=", ".join(models.__all__))
+    roofline_cli.add_arguments(r, _positive, _at_least, DTYPES)
+    r.set_defaults(run=roofline)
 
     d = commands.add_parser("doctor", help="what is installed, which backend runs, and why not the others")
     d.add_argument("--json", action="store_true", help="print JSON")
@@ -141,13 +147,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _named_device(name: str) -> torch.device:
+def _named_device(name: str, known=()) -> torch.device:
+    """known: names that the caller knows besides, for the message."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise CliError(f"--device: expected cpu, cuda or cuda:<n>, got {name!r}") from None
+        raise CliError(f"--device: expected {', '.join(['cpu', 'cuda', *known])} or cuda:<n>, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise CliError(f"--device: expected cpu, cuda or cuda:<n>, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -274,7 +281,7 @@ def bench(arguments: argparse.Namespace, console: Console) -> int:
     """Parity, then speed, for each batch; status 1 if parity fails."""
     device, dtype = _device(arguments.device), DTYPES[arguments.dtype]
     if arguments.json is not None:
-        _writable(arguments.json)
+        _writable("--json", arguments.json)
     if arguments.train and arguments.size <= 32 and min(arguments.batch) == 1:
         raise CliError("--size: with --train and a batch of 1, the last maps need more than one value: at least 33")
     with console.status(f"building {arguments.model}") as status:
@@ -298,14 +305,14 @@ def bench(arguments: argparse.Namespace, console: Console) -> int:
     return 0 if all(case["parity"]["ok"] for case in result["cases"]) else DISAGREES
 
 
-def _writable(path: str) -> None:
+def _writable(option: str, path: str) -> None:
     """Raise before anything is measured if the result could not be written."""
     existed = os.path.exists(path)
     try:
         with open(path, "a"):
             pass
     except OSError as error:
-        raise CliError(f"--json: cannot write {path!r}: {error.strerror}") from None
+        raise CliError(f"{option}: cannot write {path!r}: {error.strerror}") from None
     if not existed:
         os.remove(path)
 
@@ -367,6 +374,43 @@ def show_case(case: dict, console: Console) -> None:
         )
     console.print(table)
     console.print(f"  noise of a ratio: {case['noise']:.1%}; do not rank what is closer")
+
+
+# --- roofline ---------------------------------------------------------------------------------------------------------
+
+
+def roofline(arguments: argparse.Namespace, console: Console) -> int:
+    """Floors by layer; of a device that is here, measured."""
+    named = machine.KNOWN.get(arguments.device)
+    device = named or _named_device(arguments.device, known=machine.KNOWN)
+    default = "float32" if named is None and device.type == "cpu" else "float16"
+    dtype = DTYPES[arguments.dtype or default]
+    if named and dtype.itemsize != 2:
+        raise CliError(f"--dtype: of {arguments.device} the rate is known for float16 and bfloat16, not for float32")
+    for option in ("png", "json"):
+        if getattr(arguments, option) is not None:
+            _writable(f"--{option}", getattr(arguments, option))
+    if arguments.png is not None:
+        try:
+            roofline_cli.pyplot()
+        except ImportError as error:
+            raise CliError(f"--png: {error}") from None
+    with console.status(f"tracing {arguments.model}") as status:
+        found = roofline_cli.report(
+            arguments.model,
+            batch=arguments.batch,
+            size=arguments.size,
+            dtype=dtype,
+            rung=arguments.rung,
+            device=device,
+            progress=status.update,
+        )
+    roofline_cli.show(found, console)
+    for option, write in (("png", roofline_cli.draw), ("json", roofline_cli.write_json)):
+        if getattr(arguments, option) is not None:
+            write(found, getattr(arguments, option))
+            console.print(f"written: {getattr(arguments, option)}")
+    return 0
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
