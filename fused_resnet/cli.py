@@ -25,7 +25,6 @@ from torch import nn
 
 from . import __version__, backends, doctor, measure, models
 from .convert import swap_blocks, swap_report
-from .engine import machine, roofline_cli
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DISAGREES, WRONG_ARGUMENT, NO_WEIGHTS, FAILED = 1, 2, 3, 4
@@ -88,27 +87,26 @@ def parser() -> argparse.ArgumentParser:
     )
     w.add_argument("--random", action="store_true", help="random weights, for a machine without network: no meaning")
     c.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: cuda if there is one")
-    c.add_argument("--threads", type=_positive, help="CPU threads")
+    c.add_argument("--threads", type=positive, help="CPU threads")
     c.set_defaults(run=classify)
 
     b = commands.add_parser("bench", help="parity and speed of a model beside the untouched one")
     b.add_argument("model", metavar="MODEL", choices=models.__all__, help=", ".join(models.__all__))
-    b.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
-    b.add_argument("--size", type=_at_least(32), default=224, help="height and width of the images; default: 224")
+    b.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    b.add_argument("--size", type=at_least(32), default=224, help="height and width of the images; default: 224")
     b.add_argument("--train", action="store_true", help="training mode, forward and backward; parity of gradients")
     b.add_argument("--compile", action="store_true", help="torch.compile as well; takes a minute to be ready on a CPU")
     b.add_argument("--dtype", default="float32", choices=DTYPES)
     b.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: cuda if there is one")
-    b.add_argument("--threads", type=_positive, help="CPU threads")
+    b.add_argument("--threads", type=positive, help="CPU threads")
     b.add_argument("--seconds", type=_seconds, default=20.0, help="time spent on the timing of each batch; default: 20")
-    b.add_argument("--seeds", type=_positive, default=3, help="inputs that parity is checked with; default: 3")
+    b.add_argument("--seeds", type=positive, default=3, help="inputs that parity is checked with; default: 3")
     b.add_argument("--json", metavar="FILE", help="write everything, and what it was measured on")
     b.set_defaults(run=bench)
 
-    r = commands.add_parser("roofline", help="per layer, what a device allows and what PyTorch's own ops take")
-    r.add_argument("model", metavar="MODEL", choices=models.__all__, help=", ".join(models.__all__))
-    roofline_cli.add_arguments(r, _positive, _at_least, DTYPES)
-    r.set_defaults(run=roofline)
+    from . import roofline_cli  # it builds on this module
+
+    roofline_cli.add_command(commands)
 
     d = commands.add_parser("doctor", help="what is installed, which backend runs, and why not the others")
     d.add_argument("--json", action="store_true", help="print JSON")
@@ -116,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _at_least(least: int):
+def at_least(least: int):
     def integer(text: str) -> int:
         if not text.lstrip("-").isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
@@ -125,7 +123,7 @@ def _at_least(least: int):
     return integer
 
 
-_positive = _at_least(1)
+positive = at_least(1)
 
 
 def _seconds(text: str) -> float:
@@ -140,14 +138,14 @@ def _seconds(text: str) -> float:
 
 def _device(name: str) -> torch.device:
     """The device that --device names, on which the backend that is forced, if any, can run."""
-    device = _named_device(name)
+    device = named_device(name)
     forced = backends.forced()
     if forced and (reason := backends.refuses_device(forced, device)):
         raise CliError(f"{backends.ENVIRONMENT}: {reason}")
     return device
 
 
-def _named_device(name: str, known=()) -> torch.device:
+def named_device(name: str, known=()) -> torch.device:
     """known: names that the caller knows besides, for the message."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -281,7 +279,7 @@ def bench(arguments: argparse.Namespace, console: Console) -> int:
     """Parity, then speed, for each batch; status 1 if parity fails."""
     device, dtype = _device(arguments.device), DTYPES[arguments.dtype]
     if arguments.json is not None:
-        _writable("--json", arguments.json)
+        writable("--json", arguments.json)
     if arguments.train and arguments.size <= 32 and min(arguments.batch) == 1:
         raise CliError("--size: with --train and a batch of 1, the last maps need more than one value: at least 33")
     with console.status(f"building {arguments.model}") as status:
@@ -305,7 +303,7 @@ def bench(arguments: argparse.Namespace, console: Console) -> int:
     return 0 if all(case["parity"]["ok"] for case in result["cases"]) else DISAGREES
 
 
-def _writable(option: str, path: str) -> None:
+def writable(option: str, path: str) -> None:
     """Raise before anything is measured if the result could not be written."""
     existed = os.path.exists(path)
     try:
@@ -374,43 +372,6 @@ def show_case(case: dict, console: Console) -> None:
         )
     console.print(table)
     console.print(f"  noise of a ratio: {case['noise']:.1%}; do not rank what is closer")
-
-
-# --- roofline ---------------------------------------------------------------------------------------------------------
-
-
-def roofline(arguments: argparse.Namespace, console: Console) -> int:
-    """Floors by layer; of a device that is here, measured."""
-    named = machine.KNOWN.get(arguments.device)
-    device = named or _named_device(arguments.device, known=machine.KNOWN)
-    default = "float32" if named is None and device.type == "cpu" else "float16"
-    dtype = DTYPES[arguments.dtype or default]
-    if named and dtype.itemsize != 2:
-        raise CliError(f"--dtype: of {arguments.device} the rate is known for float16 and bfloat16, not for float32")
-    for option in ("png", "json"):
-        if getattr(arguments, option) is not None:
-            _writable(f"--{option}", getattr(arguments, option))
-    if arguments.png is not None:
-        try:
-            roofline_cli.pyplot()
-        except ImportError as error:
-            raise CliError(f"--png: {error}") from None
-    with console.status(f"tracing {arguments.model}") as status:
-        found = roofline_cli.report(
-            arguments.model,
-            batch=arguments.batch,
-            size=arguments.size,
-            dtype=dtype,
-            rung=arguments.rung,
-            device=device,
-            progress=status.update,
-        )
-    roofline_cli.show(found, console)
-    for option, write in (("png", roofline_cli.draw), ("json", roofline_cli.write_json)):
-        if getattr(arguments, option) is not None:
-            write(found, getattr(arguments, option))
-            console.print(f"written: {getattr(arguments, option)}")
-    return 0
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

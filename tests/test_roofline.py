@@ -8,8 +8,8 @@ import torch
 import torchvision
 from torch import nn
 
-from fused_resnet import cli
-from fused_resnet.engine import machine, roofline, roofline_cli
+from fused_resnet import cli, roofline_cli
+from fused_resnet.engine import machine, roofline
 
 RATE, BANDWIDTH, BATCH, FP16 = 800e12, 3.0e12, 128, 2
 # images/s on an H100: fp16, batch 128, 224x224. Basic blocks have no 3x3 -> 1x1 to chain.

@@ -12,15 +12,19 @@ import torchvision
 from rich.console import Console
 from rich.table import Table
 
-from .. import doctor
-from . import machine, roofline
+from . import cli, doctor, models
+from .engine import machine, roofline
 
 
-def add_arguments(parser: argparse.ArgumentParser, positive, at_least, dtypes) -> None:
-    """The command's options; the arguments are cli.py's own types and names."""
-    parser.add_argument("--batch", type=positive, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--size", type=at_least(32), default=224, help="height and width of the images; default: 224")
-    parser.add_argument("--dtype", choices=dtypes, help="default: float32 on a CPU, float16 elsewhere")
+def add_command(commands) -> None:
+    """Add the command to the sub-parsers of cli.parser()."""
+    parser = commands.add_parser("roofline", help="per layer, what a device allows and what PyTorch's own ops take")
+    parser.add_argument("model", metavar="MODEL", choices=models.__all__, help=", ".join(models.__all__))
+    parser.add_argument("--batch", type=cli.positive, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--size", type=cli.at_least(32), default=224, help="height and width of the images; default: 224"
+    )
+    parser.add_argument("--dtype", choices=cli.DTYPES, help="default: float32 on a CPU, float16 elsewhere")
     parser.add_argument(
         "--device",
         default="auto",
@@ -29,9 +33,46 @@ def add_arguments(parser: argparse.ArgumentParser, positive, at_least, dtypes) -
     )
     rungs = "; ".join(f"{rung}: {what}" for rung, what in roofline.RUNGS.items())
     parser.add_argument("--rung", default="1", choices=roofline.RUNGS, help=f"of fusion. {rungs}. Default: 1")
-    parser.add_argument("--threads", type=positive, help="CPU threads")
+    parser.add_argument("--threads", type=cli.positive, help="CPU threads")
     parser.add_argument("--png", metavar="FILE", help="draw it; needs matplotlib: pip install 'fused_resnet[plot]'")
     parser.add_argument("--json", metavar="FILE", help="write everything, and what it was measured on")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    """Floors by layer; of a device that is here, measured."""
+    named = machine.KNOWN.get(arguments.device)
+    device = named or cli.named_device(arguments.device, known=machine.KNOWN)
+    default = "float32" if named is None and device.type == "cpu" else "float16"
+    dtype = cli.DTYPES[arguments.dtype or default]
+    if named and dtype.itemsize != 2:
+        raise cli.CliError(
+            f"--dtype: of {arguments.device} the rate is known for float16 and bfloat16, not for float32"
+        )
+    for option in ("png", "json"):
+        if getattr(arguments, option) is not None:
+            cli.writable(f"--{option}", getattr(arguments, option))
+    if arguments.png is not None:
+        try:
+            pyplot()
+        except ImportError as error:
+            raise cli.CliError(f"--png: {error}") from None
+    with console.status(f"tracing {arguments.model}") as status:
+        found = report(
+            arguments.model,
+            batch=arguments.batch,
+            size=arguments.size,
+            dtype=dtype,
+            rung=arguments.rung,
+            device=device,
+            progress=status.update,
+        )
+    show(found, console)
+    for option, write in (("png", draw), ("json", write_json)):
+        if getattr(arguments, option) is not None:
+            write(found, getattr(arguments, option))
+            console.print(f"written: {getattr(arguments, option)}")
+    return 0
 
 
 def report(
