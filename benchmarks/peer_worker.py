@@ -6,6 +6,7 @@ import importlib
 import math
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ def _prepare(system: System, cell: Cell) -> tuple[dict, Step]:
     torch.set_num_threads(cell.threads)
     for module in system.needs:
         importlib.import_module(module)
+    if cell.folder:  # what an earlier run compiled would make torch.compile ready sooner than a user's first time is
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=cell.folder)
     torch.backends.cudnn.benchmark = True
     model, x, device = cell.untouched(), cell.input(), torch.device(cell.device)
     export_s = 0.0

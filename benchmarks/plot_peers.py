@@ -2,7 +2,8 @@
 
     python benchmarks/plot_peers.py [FILE.json ...] [--out FILE.png]
 
-By default of all benchmarks/results/peers-*.json. One PNG a file, beside it unless --out says where. Needs matplotlib: pip install 'fused_resnet[plot]'.
+By default of all benchmarks/results/peers-*.json. One PNG a file, beside it unless --out says where. Needs matplotlib:
+pip install 'fused_resnet[plot]'.
 """
 
 from __future__ import annotations
