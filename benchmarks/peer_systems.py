@@ -66,13 +66,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class System:
-    """title: as tables say it; needs: modules to be installed; slow: only if asked for; devices, dtypes: that it runs
-    on here; export: what happens before `build`, timed apart."""
+    """title: as tables say it; needs: modules to be installed; slow: only if asked for; compiles: with memory of
+    its own that is not the model's; devices, dtypes: that it runs on here; export: what happens before `build`, timed
+    apart."""
 
     title: str
     build: Callable[[Cell, nn.Module, Tensor], Step]
     needs: tuple[str, ...] = ()
     slow: bool = False
+    compiles: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
     export: Callable[[Cell, nn.Module, Tensor], None] | None = None
@@ -293,9 +295,11 @@ SYSTEMS = {
     "eager": System("torchvision, eager", eager),
     "channels_last": System("torchvision, channels_last", channels_last),
     "timm": System("timm, channels_last", timm_model, needs=("timm",)),
-    "compile": System("torch.compile", _compiled()),
-    "compile_max_autotune": System("torch.compile, max-autotune", _compiled(mode="max-autotune"), slow=True),
-    "compile_freezing": System("torch.compile, freezing", compile_freezing, slow=True),
+    "compile": System("torch.compile", _compiled(), compiles=True),
+    "compile_max_autotune": System(
+        "torch.compile, max-autotune", _compiled(mode="max-autotune"), slow=True, compiles=True
+    ),
+    "compile_freezing": System("torch.compile, freezing", compile_freezing, slow=True, compiles=True),
     "cudnn_graph": System("cuDNN fused ops, CUDA graph", cudnn_graph, devices=("cuda",)),
     "jax": System("JAX / XLA", jax_xla, needs=("jax",)),
     "onnxruntime": System("ONNX Runtime", onnxruntime, needs=("onnxruntime", "onnx", "onnxscript"), **_ONNX),

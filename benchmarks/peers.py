@@ -45,6 +45,7 @@ from fused_resnet.engine import machine, roofline  # noqa: E402
 
 SCHEMA = 1
 RESAMPLES = 10_000
+LOG_EVERY_S = 60.0
 PACKAGES = ("onnxruntime", "openvino", "onnx", "jax", "timm")
 
 
@@ -97,36 +98,36 @@ def run_cell(cell: Cell, names: list[str], rounds: int, progress: Callable[[str]
     load, begin = os.getloadavg()[0], time.time()
     progress("float64")
     truth, own = judge(cell)
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = {}  # not tried
+    failed: dict[str, str] = {}
     workers: dict[str, Worker] = {}
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name in names:
                 progress(f"getting ready: {name}")
-                reason = SYSTEMS[name].declines(cell.device, cell.dtype)
-                try:
-                    if reason is None:
-                        workers[name] = Worker(name, replace(cell, folder=folder))
-                        times[name] = []
-                except RuntimeError as error:
-                    reason = str(error)
-                if reason is not None:
+                if reason := SYSTEMS[name].declines(cell.device, cell.dtype):
                     skipped[name] = reason
+                    continue
+                try:
+                    workers[name] = Worker(name, replace(cell, folder=folder))
+                    times[name] = []
+                except RuntimeError as error:
+                    failed[name] = str(error)
             for r in range(rounds):
                 for name in turns(list(workers), r):
                     progress(f"round {r + 1} of {rounds}: {name}")
-                    if name not in skipped:
+                    if name not in failed:
                         try:
                             times[name].append(workers[name].burst())
                         except RuntimeError as error:
-                            skipped[name] = f"in round {r + 1}: {error}"
+                            failed[name] = f"in round {r + 1}: {error}"
         finally:
             for worker in workers.values():
                 worker.stop()
     systems = {}
     for name, seconds in times.items():
-        if name not in skipped:
+        if name not in failed:
             systems[name] = summary(cell, workers[name], seconds, truth, own)
     found = {
         **{key: getattr(cell, key) for key in ("model", "batch", "dtype", "size", "device", "threads")},
@@ -135,6 +136,7 @@ def run_cell(cell: Cell, names: list[str], rounds: int, progress: Callable[[str]
         "took_s": time.time() - begin,
         "systems": systems,
         "skipped": skipped,
+        "failed": failed,
     }
     for name in systems:
         systems[name]["to_baseline"] = speed_over(found, name, BASELINE)
@@ -204,11 +206,12 @@ def wanted(arguments: argparse.Namespace, names: list[str], result: dict) -> lis
 
     def has(cell: Cell) -> bool:
         there = result["cells"].get(cell.name)
+        tried = {*there["systems"], *there["failed"]} if there else ()
         return (
             there is not None
             and there["rounds"] >= arguments.rounds
             and there["size"] == cell.size
-            and set(names) <= {*there["systems"], *there["skipped"]}
+            and all(name in tried or SYSTEMS[name].declines(cell.device, cell.dtype) for name in names)
         )
 
     return [cell for cell in every if not has(cell)]
@@ -272,6 +275,8 @@ def show(result: dict, cell: dict, console: Console) -> None:
     console.print(table)
     for name, reason in cell["skipped"].items():
         console.print(f"  left out: {SYSTEMS[name].title}: {reason}", markup=False)
+    for name, reason in cell["failed"].items():
+        console.print(f"  failed: {SYSTEMS[name].title}: {reason}", markup=False)
     if OURS in cell["systems"] and (peer := fastest_peer(cell)):
         over = speed_over(cell, OURS, peer)
         console.print(
@@ -290,6 +295,19 @@ def show_geometric_mean(result: dict, console: Console) -> None:
             f"{OURS} over the faster of ONNX Runtime and OpenVINO, geometric mean of {len(ratios)} cells: "
             f"{statistics.geometric_mean(ratios):.3f}"
         )
+
+
+class Log:
+    """A line a minute where no terminal shows the bar."""
+
+    def __init__(self, console: Console):
+        self.console, self.next = console, 0.0
+
+    def __call__(self, what: str, task) -> None:
+        if not self.console.is_terminal and time.monotonic() >= self.next:
+            self.next = time.monotonic() + LOG_EVERY_S
+            left = "" if task.time_remaining is None else f", about {task.time_remaining / 60:.0f} min left"
+            self.console.print(f"{what} ({task.percentage:.0f} %{left})", soft_wrap=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -320,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     result = opened(arguments.out, environment())
     cells = wanted(arguments, names, result)
     console.print(f"{len(cells)} cells: {', '.join(cell.name for cell in cells) or 'nothing is left to do'}")
+    log = Log(console)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left:"))
     with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console) as bar:
         weights = [8 + cell.batch * sum(op.flops for op in _ops(cell.model, cell.size)) / 1e9 for cell in cells]
@@ -328,7 +347,9 @@ def main(argv: list[str] | None = None) -> int:
             step = weights[i] / (1 + len(names) * (1 + arguments.rounds))
 
             def tell(what: str, i=i, cell=cell, step=step) -> None:
-                bar.update(task, description=f"{i + 1} of {len(cells)}, {cell.name}: {what}", advance=step)
+                what = f"{i + 1} of {len(cells)}, {cell.name}: {what}"
+                bar.update(task, description=what, advance=step)
+                log(what, bar.tasks[0])
 
             note_rates(result, cell.device, cell.dtype)
             result["cells"][cell.name] = run_cell(cell, names, arguments.rounds, tell)
@@ -350,4 +371,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:  # the cells that were finished are in the file, and the next run goes on from there
+        raise SystemExit("interrupted: the same command goes on with the cells that are left") from None

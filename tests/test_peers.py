@@ -174,7 +174,7 @@ def test_a_cell_is_measured_written_resumed_and_drawn(tmp_path, quick, capsys, m
     (name,) = result["cells"]
     assert name == "resnet18/b2/float32"
     cell = result["cells"][name]
-    assert cell["skipped"] == {"cudnn_graph": "runs on cuda here, not on cpu"}
+    assert cell["skipped"] == {"cudnn_graph": "runs on cuda here, not on cpu"} and cell["failed"] == {}
     assert set(cell["systems"]) == {"eager", "swap_blocks"}
     for t in cell["systems"].values():
         assert len(t["times_s"]) == 3 and min(t["times_s"]) > 0
@@ -200,6 +200,43 @@ def test_a_cell_is_measured_written_resumed_and_drawn(tmp_path, quick, capsys, m
     if importlib.util.find_spec("matplotlib"):
         assert plot_peers.main([str(path)]) == 0
         assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failing_system_leaves_the_others(quick, monkeypatch):
+    class Planted:
+        """Starts unless it is timm; openvino dies in the second round."""
+
+        calls, first = 1, {"ready_s": 1.0, "export_s": 0.0, "peak_mib": None, "output": [[0.0], [0.0]]}
+
+        def __init__(self, name, cell):
+            self.name, self.bursts = name, 0
+            if name == "timm":
+                raise RuntimeError("ValueError: no")
+
+        def burst(self):
+            ran.append(self.name)
+            self.bursts += 1
+            if (self.name, self.bursts) == ("openvino", 2):
+                raise RuntimeError("its process ended with exit code -11")
+            return {"eager": 2.0}.get(self.name, 1.0)
+
+        def stop(self):
+            stopped.append(self.name)
+
+    ran, stopped = [], []
+    monkeypatch.setattr(peers, "Worker", Planted)
+    monkeypatch.setattr(peer_systems.System, "declines", lambda *_: None)
+    names = ["eager", "timm", "openvino", "jax"]
+    cell = peers.run_cell(CELL, names, rounds=3)
+    assert ran == ["eager", "openvino", "jax", "openvino", "jax", "eager", "jax", "eager"]
+    assert sorted(stopped) == ["eager", "jax", "openvino"]
+    assert set(cell["systems"]) == {"eager", "jax"}
+    assert cell["failed"] == {
+        "timm": "ValueError: no",
+        "openvino": "in round 2: its process ended with exit code -11",
+    }
+    assert cell["systems"]["jax"]["to_baseline"] == {"ratio": 2.0, "low": 2.0, "high": 2.0}
+    assert cell["systems"]["jax"]["images_per_s"] == 2.0 and not cell["systems"]["jax"]["parity"]["ok"]
 
 
 def test_a_file_of_another_machine_is_not_mixed_with(tmp_path):
