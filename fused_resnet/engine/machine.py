@@ -135,6 +135,7 @@ def _call(op: Op, graph: fx.GraphModule, node: fx.Node, device: torch.device, dt
     return module.to(memory_format=torch.channels_last) if op.kind == "conv" else module
 
 
+@measure.fastest_library()
 @torch.no_grad()
 def time_unfused(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
     """Median seconds of a call: by the clock on a CPU; on a GPU by events around a CUDA graph of some calls, so that
