@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -type f)
 STAGES := lint test-interpreter test-aot test-cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-slow test-aot test-interpreter lint format bench results wheel gpu-check clean distclean
+.PHONY: help setup demo test test-cpu test-slow test-aot test-interpreter lint format bench results peers wheel gpu-check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -65,6 +65,11 @@ bench: setup  ## pytest-benchmark: block by block and model by model
 results: setup  ## measure benchmarks/results/*.json on this machine and render the README's table from it
 	$(PY) benchmarks/record.py
 	$(PY) benchmarks/table.py
+
+peers: setup  ## whole models beside other systems, and a picture of it; ARGS="--models resnet50 --slow"
+	$(PIP) install -q -c constraints.txt onnx onnxscript onnxruntime openvino matplotlib
+	$(PY) benchmarks/peers.py $(ARGS)
+	$(PY) benchmarks/plot_peers.py
 
 wheel: setup  ## dist/*.whl
 	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args(argv)
     results = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]
+    results = [result for result in results if "cases" in result]  # peers*.json are plot_peers.py's
     readme = arguments.readme.read_text()
     new = updated(readme, results)
     if arguments.check:

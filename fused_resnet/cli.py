@@ -1,4 +1,4 @@
-"""The command line: `python -m fused_resnet classify | bench | doctor`.
+"""The command line: `python -m fused_resnet classify | bench | roofline | doctor`.
 
 Exit status: 0 fine; 1 the fused model disagrees with the untouched one; 2 an argument is wrong; 3 the weights could not
 be had; 4 something else went wrong, with its traceback.
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "3 the weights could not be had; 4 something else went wrong.",
     )
     top.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="classify | bench | doctor")
+    commands = top.add_subparsers(dest="command", required=True, metavar="classify | bench | roofline | doctor")
 
     c = commands.add_parser("classify", help="classify a photo with the untouched and the fused model, side by side")
     c.add_argument("image", metavar="IMAGE", help="an image file")
@@ -87,22 +87,26 @@ def parser() -> argparse.ArgumentParser:
     )
     w.add_argument("--random", action="store_true", help="random weights, for a machine without network: no meaning")
     c.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: cuda if there is one")
-    c.add_argument("--threads", type=_positive, help="CPU threads")
+    c.add_argument("--threads", type=positive, help="CPU threads")
     c.set_defaults(run=classify)
 
     b = commands.add_parser("bench", help="parity and speed of a model beside the untouched one")
     b.add_argument("model", metavar="MODEL", choices=models.__all__, help=", ".join(models.__all__))
-    b.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
-    b.add_argument("--size", type=_at_least(32), default=224, help="height and width of the images; default: 224")
+    b.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    b.add_argument("--size", type=at_least(32), default=224, help="height and width of the images; default: 224")
     b.add_argument("--train", action="store_true", help="training mode, forward and backward; parity of gradients")
     b.add_argument("--compile", action="store_true", help="torch.compile as well; takes a minute to be ready on a CPU")
     b.add_argument("--dtype", default="float32", choices=DTYPES)
     b.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: cuda if there is one")
-    b.add_argument("--threads", type=_positive, help="CPU threads")
+    b.add_argument("--threads", type=positive, help="CPU threads")
     b.add_argument("--seconds", type=_seconds, default=20.0, help="time spent on the timing of each batch; default: 20")
-    b.add_argument("--seeds", type=_positive, default=3, help="inputs that parity is checked with; default: 3")
+    b.add_argument("--seeds", type=positive, default=3, help="inputs that parity is checked with; default: 3")
     b.add_argument("--json", metavar="FILE", help="write everything, and what it was measured on")
     b.set_defaults(run=bench)
+
+    from . import roofline_cli  # it builds on this module
+
+    roofline_cli.add_command(commands)
 
     d = commands.add_parser("doctor", help="what is installed, which backend runs, and why not the others")
     d.add_argument("--json", action="store_true", help="print JSON")
@@ -110,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _at_least(least: int):
+def at_least(least: int):
     def integer(text: str) -> int:
         if not text.lstrip("-").isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
@@ -119,7 +123,7 @@ def _at_least(least: int):
     return integer
 
 
-_positive = _at_least(1)
+positive = at_least(1)
 
 
 def _seconds(text: str) -> float:
@@ -134,20 +138,21 @@ def _seconds(text: str) -> float:
 
 def _device(name: str) -> torch.device:
     """The device that --device names, on which the backend that is forced, if any, can run."""
-    device = _named_device(name)
+    device = named_device(name)
     forced = backends.forced()
     if forced and (reason := backends.refuses_device(forced, device)):
         raise CliError(f"{backends.ENVIRONMENT}: {reason}")
     return device
 
 
-def _named_device(name: str) -> torch.device:
+def named_device(name: str, known=()) -> torch.device:
+    """known: names that the caller knows besides, for the message."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise CliError(f"--device: expected cpu, cuda or cuda:<n>, got {name!r}") from None
+        raise CliError(f"--device: expected {', '.join(['cpu', 'cuda', *known])} or cuda:<n>, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise CliError(f"--device: expected cpu, cuda or cuda:<n>, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -274,7 +279,7 @@ def bench(arguments: argparse.Namespace, console: Console) -> int:
     """Parity, then speed, for each batch; status 1 if parity fails."""
     device, dtype = _device(arguments.device), DTYPES[arguments.dtype]
     if arguments.json is not None:
-        _writable(arguments.json)
+        writable("--json", arguments.json)
     if arguments.train and arguments.size <= 32 and min(arguments.batch) == 1:
         raise CliError("--size: with --train and a batch of 1, the last maps need more than one value: at least 33")
     with console.status(f"building {arguments.model}") as status:
@@ -298,14 +303,14 @@ def bench(arguments: argparse.Namespace, console: Console) -> int:
     return 0 if all(case["parity"]["ok"] for case in result["cases"]) else DISAGREES
 
 
-def _writable(path: str) -> None:
+def writable(option: str, path: str) -> None:
     """Raise before anything is measured if the result could not be written."""
     existed = os.path.exists(path)
     try:
         with open(path, "a"):
             pass
     except OSError as error:
-        raise CliError(f"--json: cannot write {path!r}: {error.strerror}") from None
+        raise CliError(f"{option}: cannot write {path!r}: {error.strerror}") from None
     if not existed:
         os.remove(path)
 

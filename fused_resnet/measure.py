@@ -155,6 +155,16 @@ def parity(
     return verdict(ours, yardstick, inputs[0].dtype)
 
 
+def own_error(untouched: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, float]:
+    """(float64 output on the first of the inputs, the largest error of torchvision's own variants on any of them)."""
+    judges = [observe(copy.deepcopy(untouched).double(), x.double(), train=False) for x in inputs]
+    worst: dict[str, float] = {}
+    for x, judge in zip(inputs, judges, strict=True):
+        for variant in OWN_VARIANTS:
+            _keep_worst(worst, _own_variant(variant, untouched, x, train=False), judge)
+    return judges[0]["output"].cpu(), worst["output"]
+
+
 def _keep_worst(worst: dict[str, float], seen: dict[str, Tensor], judge: dict[str, Tensor]) -> None:
     # A gradient may vanish (of a bias whose channel is on everywhere, in front of a batch norm): there is nothing that
     # its rounding errors could be relative to but the other gradients.
