@@ -344,6 +344,12 @@ def chain(**args) -> ChainCase:
 
 
 class ChainCase(_EngineCase):
+    # Its layers one by one are other pieces of the network, and measured there.
+    fallback = CUDNN
+
+    def candidates(self) -> list[Candidate]:
+        return super().candidates()[1:]
+
     def __init__(self, args: ChainArgs):
         super().__init__(args.device, args.dtype, False)
         self.args = args

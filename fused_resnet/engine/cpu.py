@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import cpu_program as cp
 from . import cpu_tune
 from .eager import Eager, named, output_of
+from .plan import Group, alone
 from .steps import Network, Step
 
 AGAIN = 0.5  # seconds: a program that takes less is timed a second time
@@ -19,6 +20,8 @@ AGAIN = 0.5  # seconds: a program that takes less is timed a second time
 
 class Cpu:
     """Programs by shape of the inputs, weights and memory that they share. One call at a time: the caller has the lock."""
+
+    converts_inputs = False
 
     def __init__(self, module: nn.Module, workers: int | None = None, isa: int = -1):
         self.target = cp.isa(isa)
@@ -29,19 +32,19 @@ class Cpu:
         self.live: WeakSet[cp.Program] = WeakSet()
 
     def plan(self, network: Network, inputs: tuple, tune: str, objection: Callable[[object], str | None]):
-        """(function of inputs, how each step is computed, seconds by step, None), or (None, {}, {}, why not)."""
+        """(function of inputs, the plan's groups, what was dropped), or (None, [], why not)."""
         chosen, wrong = {}, []
         if tune == "full":
             chosen = self._tuned(network, inputs, objection, wrong)
         program = self.program(network, inputs, chosen)
         times: dict[str, float] = {}
         if why := objection(self.run(program, inputs, times)):
-            return None, {}, {}, f"the compiled program is not used: {why}"
+            return None, [], f"the compiled program is not used: {why}"
         if sum(times.values()) < AGAIN:  # the first time was with cold caches
             self.run(program, inputs, times := {})
         self.live.add(program)
         self._trim()
-        return (lambda given: self.run(program, given)), self._how(program), times, "; ".join(wrong)
+        return (lambda given: self.run(program, given)), self._groups(program, times), "; ".join(wrong)
 
     def _tuned(self, network: Network, inputs: tuple, objection, wrong: list[str]) -> dict[str, cp.Choice]:
         """Choices by measurement, every kind compared with PyTorch's result before it is timed."""
@@ -55,20 +58,21 @@ class Cpu:
         base = self.program(small, sample, {})
         return cpu_tune.tune(base, run, lambda choices: self.program(small, sample, choices), wrong)
 
-    def _how(self, program: cp.Program) -> dict[str, tuple[str, str]]:
-        """(backend, config) by a step's output."""
-        how = {}
+    def _groups(self, program: cp.Program, times: dict[str, float]) -> list[Group]:
+        """What the plan says of each step. times: seconds by a step's output."""
+        groups = []
         for step in program.network.steps:
             if step.op == "traced":
-                how[step.output] = ("traced", "")
+                groups.append(alone(step, "traced"))
             elif why := cp.unsupported(step, self.target):
-                how[step.output] = ("pytorch", why)
+                groups.append(alone(step, "pytorch", why=why))
             else:
                 batch, size = program.batch_of(step.output), program.size[step.output]
                 config = str(program.choice(step)) if step.op in ("conv", "linear") else ""
                 parts = [config, f"{size} of {batch} images" if size < batch else ""]
-                how[step.output] = (f"cpu {self.target.name}", ", ".join(p for p in parts if p))
-        return how
+                config = ", ".join(p for p in parts if p)
+                groups.append(alone(step, f"cpu {self.target.name}", config, times.get(step.output)))
+        return groups
 
     def program(self, network: Network, inputs: tuple, choices: dict[str, cp.Choice]) -> cp.Program:
         network = for_stems(network, self.target)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from .cpu_program import fold
 from .graph import is_in_place
+from .plan import Group, alone
 from .steps import Network, Step
 
 
@@ -97,9 +98,9 @@ class EagerExecutor:
             values[step.output] = self.eager.run(step, network, values)
         return output_of(network, values)
 
-    def how(self, network: Network) -> dict[str, tuple[str, str]]:
-        """(backend, config) of each step, for the plan."""
-        return {s.output: ("traced" if s.op == "traced" else "pytorch", "") for s in network.steps}
+    def groups(self, network: Network) -> list[Group]:
+        """What the plan says of each step."""
+        return [alone(step, "traced" if step.op == "traced" else "pytorch") for step in network.steps]
 
     def refresh(self) -> None:
         self.eager.refresh()

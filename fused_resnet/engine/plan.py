@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .steps import Network, weights_of
+from .steps import Network, Step, weights_of
 
 RUNGS = {"conv": 1, "stem": 2, "linear": 1, "max_pool": 0, "avg_pool": 0, "traced": 0}
 
@@ -20,7 +20,7 @@ class PlannedStep:
     """
 
     layers: tuple[str, ...]
-    op: str
+    op: str  # of the steps, joined by +
     rung: int
     backend: str
     config: str
@@ -94,29 +94,49 @@ def _us(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e6 * seconds:.1f}"
 
 
-def describe(
-    network: Network, dtype: torch.dtype, how: dict[str, tuple[str, str]], times: dict[str, float] | None = None
-) -> list[PlannedStep]:
-    """The steps of a network as a plan lists them. how: (backend, config) by a step's output."""
-    graph = network.graph
+@dataclass(frozen=True)
+class Group:
+    """Steps that are computed together, and how. seconds: measured, or None. why: for what no kernel here computes."""
+
+    steps: tuple[Step, ...]
+    rung: int
+    backend: str
+    config: str = ""
+    seconds: float | None = None
+    why: str = ""
+
+
+def alone(step: Step, backend: str, config: str = "", seconds: float | None = None, why: str = "") -> Group:
+    """The group of one step."""
+    return Group((step,), 3 if step.segment is not None else RUNGS[step.op], backend, config, seconds, why or step.why)
+
+
+def describe(network: Network, dtype: torch.dtype, groups: list[Group]) -> list[PlannedStep]:
+    """The groups of a network as a plan lists them."""
+    graph, source = network.graph, network.source
     by_name = {n.name: n for n in graph.nodes}
+    wanted = {source(n.name) for n in by_name.values() if n.op == "output" for n in n.all_input_nodes}
+    wanted |= {source(name) for g in groups for s in g.steps for name in s.reads}
     planned = []
-    for step in network.steps:
-        nodes = [by_name[name] for name in step.layers]
-        values = [step.output, *step.reads]
-        moved = sum(_numel(graph.shape(by_name[network.source(v)])) for v in values if v in by_name)
-        backend, config = how.get(step.output, ("traced", ""))
+    for group in groups:
+        nodes = [by_name[name] for step in group.steps for name in step.layers]
+        made = [step.output for step in group.steps]
+        read = {source(name) for step in group.steps for name in step.reads} - set(made)
+        inner = {source(name) for step in group.steps for name in step.reads} & set(made)
+        outer = {source(n) for g in groups if g is not group for s in g.steps for n in s.reads}
+        written = [m for m in made if m in wanted and not (m in inner and m not in outer)] or made[-1:]
+        moved = sum(_numel(graph.shape(by_name[v])) for v in (*read, *written) if v in by_name)
         planned.append(
             PlannedStep(
                 tuple(_label(n) for n in nodes),
-                step.op,
-                3 if step.segment is not None else RUNGS[step.op],
-                backend,
-                config,
-                (moved + weights_of(step)) * dtype.itemsize,
+                "+".join(step.op for step in group.steps),
+                group.rung,
+                group.backend,
+                group.config,
+                (moved + sum(weights_of(step) for step in group.steps)) * dtype.itemsize,
                 sum(graph.flops.get(n, 0) for n in nodes),
-                (times or {}).get(step.output),
-                step.why,
+                group.seconds,
+                group.why,
             )
         )
     return planned

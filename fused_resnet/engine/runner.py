@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from . import cpu
+from . import cpu, gpu
 from .eager import EagerExecutor
 from .graph import Graph, capture, propagate
 from .plan import Plan, describe
@@ -218,19 +218,20 @@ class OptimizedModel(nn.Module):
         """Plan for inputs like these, compare with PyTorch's operators, and keep it."""
         network = self._matched(inputs)
         notes = list(self._notes)
-        run, how, times = None, {}, {}
+        run, groups, given = None, [], self._converted
         if self._fast is not None and planned:
+            if self._fast.converts_inputs:
+                given = lambda inputs: inputs  # noqa: E731
             judge = self._judge(network, inputs)
-            run, how, times, why = self._fast.plan(network, self._converted(inputs), self._tune, judge)
-            if why:
-                notes.append(why)
-                logger.warning("optimize_for_inference: %s", why)
+            run, groups, note = self._fast.plan(network, given(inputs), self._tune, judge)
+            if note:
+                notes.append(note)
+                logger.info("optimize_for_inference: %s", note)
         if run is None:
-            run, how = (lambda given: self._eager.run(network, given)), self._eager.how(network)
-        steps = describe(network, self._dtype, how, times)
+            run, groups, given = (lambda x: self._eager.run(network, x)), self._eager.groups(network), self._converted
         shapes = tuple(tuple(x.shape) for x in inputs)
-        plan = Plan(self._name, str(self._device), self._dtype, shapes, steps, notes)
-        self._plans[key] = (lambda given: run(self._converted(given))), plan
+        plan = Plan(self._name, str(self._device), self._dtype, shapes, describe(network, self._dtype, groups), notes)
+        self._plans[key] = (lambda x: run(given(x))), plan
         while len(self._plans) > SHAPES:
             self._plans.popitem(last=False)
         return self._plans[key]
@@ -274,6 +275,8 @@ def _executor(graph: Graph, dtype: torch.dtype, device: torch.device):
     if device.type == "cpu":
         why = cpu.supported(dtype)
         return (None, why) if why else (cpu.Cpu(graph.module), None)
+    if device.type == "cuda":
+        return gpu.Gpu(graph.module, dtype, device), None
     return None, f"no kernels of ours for {device.type}"
 
 

@@ -199,6 +199,11 @@ class _Matcher:
         users = self.users(node)
         return users[0] if len(users) == 1 else None
 
+    def reads_alone(self, node: fx.Node) -> bool:
+        """Whether nothing else reads the input of the step that yields node."""
+        first = next(n for n in self.graph.nodes if n.name == self.taken[node].layers[0])
+        return len(self.users(first.args[0])) == 1
+
     def users(self, node: fx.Node) -> list[fx.Node]:
         """Who reads its numbers; not who asks for its size."""
         return [user for user in node.users if user.name not in self.constants]
@@ -246,8 +251,9 @@ class _Matcher:
             projections = [a for a in ready if self.taken[a].conv.is_pointwise]
             if len(projections) == 1:
                 main = next(a for a in ready if a is not projections[0])
-            elif len(projections) == 2:  # the main branch of a bottleneck reads what its 3x3 made, and has no stride
-                main = max(ready, key=lambda a: (self.taken[a].conv.stride == (1, 1), order[a]))
+            elif len(projections) == 2:
+                # A bottleneck's: the main branch reads what its 3x3 made for it alone, the projection the block's input.
+                main = max(ready, key=lambda a: (self.reads_alone(a), self.taken[a].conv.stride == (1, 1), order[a]))
         other = next(a for a in operands if a is not main)
         step = self.taken.pop(main)
         if other in ready and self.taken[other].conv.is_pointwise and step.conv.groups == 1:
