@@ -140,7 +140,7 @@ def _malloc_trim():
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """malloc would keep the folded weights that went between the packed ones that stay: nearly a second copy."""
     if trim := _malloc_trim():
         trim(0)
@@ -164,7 +164,7 @@ def _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups) -> 
     packed = _pack(folded, stride, padding, dilation, groups, list(x.shape))
     if seen:
         del folded
-        _return_free_memory()
+        return_free_memory()
     if proof is not None:
         _keep(weight, _Folded(proof, config, shapes, packed if seen else None, bias))
     return packed, bias

@@ -123,7 +123,7 @@ class ConvArgs:
             [
                 f" d{self.dilation[0]}" if self.dilation != (1, 1) else "",
                 " + residual" if self.residual else "",
-                " + {0}x{1}x{2}/{3}".format(*self.segment) if self.segment else "",
+                " + {}x{}x{}/{}".format(*self.segment) if self.segment else "",
                 " relu" if self.relu else "",
             ]
         )
@@ -292,7 +292,7 @@ class ChainArgs:
             f"chain {self.n}x{self.c}x{self.h}x{self.w}/{self.stride} -> {self.middle} -> {self.k}",
             f"-> {self.following}" if self.following else "",
             "+ residual" if self.residual else "",
-            "+ {0}x{1}x{2}/{3}".format(*self.segment) if self.segment else "",
+            "+ {}x{}x{}/{}".format(*self.segment) if self.segment else "",
             "quarter" if self.quarter else "",
             "pool" if self.pool else "",
             self.dtype,

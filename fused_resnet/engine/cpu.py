@@ -9,6 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..backends.cpu import return_free_memory
 from . import cpu_program as cp
 from . import cpu_tune
 from .eager import Eager, named, output_of
@@ -19,7 +20,7 @@ AGAIN = 0.5  # seconds: a program that takes less is timed a second time
 
 
 class Cpu:
-    """Programs by shape of the inputs, weights and memory that they share. One call at a time: the caller has the lock."""
+    """Programs, and the weights and memory that they share. One call at a time: the caller has the lock."""
 
     converts_inputs = False
 
@@ -44,6 +45,7 @@ class Cpu:
             self.run(program, inputs, times := {})
         self.live.add(program)
         self._trim()
+        return_free_memory()
         return (lambda given: self.run(program, given)), self._groups(program, times), "; ".join(wrong)
 
     def _tuned(self, network: Network, inputs: tuple, objection, wrong: list[str]) -> dict[str, cp.Choice]:

@@ -50,7 +50,7 @@ def isa(number: int = -1) -> Isa | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a step is computed. kernel: 'gemm' (rows x columns of a task) or 'winograd' (m, tiles transformed together)."""
+    """How a step is computed. kernel: 'gemm' (rows x columns of a task) or 'winograd' (m x m, tiles at a time)."""
 
     kernel: str
     rows: int = 96
@@ -277,7 +277,7 @@ class Program:
         return each
 
     def _allocate(self) -> None:
-        """Moments are counted in steps; a value that crosses runs keeps its place for the whole of the runs it touches."""
+        """Moments are counted in steps; a value that crosses runs keeps its place for the whole runs it touches."""
         network = self.network
         moment: dict[str, int] = {}  # of the step that makes a value
         run_of: dict[str, tuple[int, int]] = {}  # first and last moment of the run a step is in

@@ -14,6 +14,7 @@ from .graph import Graph
 from .steps import Network, Step
 
 BUDGET = 1.0  # seconds
+MANY_TILES = 64
 ROUNDS = 2  # at least
 BATCH = 4  # a larger batch is tuned on this many of its images: what is fastest there hardly changes beyond
 
@@ -32,6 +33,9 @@ def kinds(program: cp.Program) -> list[Callable[[Step], cp.Choice]]:
         def choose(step: Step) -> cp.Choice:
             if not cp.fits_winograd(step, program.target):
                 return cp.gemm_choice(program, *rows(step), 192 if m == 4 else 48)
+            # Four times fewer multiplications, or two, for four times the weights, or two: with many tiles the former.
+            if m == 2 and cp.tiles_of(program, step, 4, program.size[step.output]) > MANY_TILES:
+                return cp.default_choice(program, step)
             return cp.winograd_choice(program, step, m, program.size[step.output], shared)
 
         return choose

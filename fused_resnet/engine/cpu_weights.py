@@ -1,4 +1,4 @@
-"""Folded weights as the CPU's kernels read them (csrc/cpu/engine): panels of columns, transformed for Winograd or not."""
+"""Folded weights as the CPU's kernels read them (csrc/cpu/engine): panels of columns, for Winograd transformed."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ def filter_transform(m: int) -> Tensor:
 
 def winograd(weight: Tensor, m: int, columns: int) -> Tensor:
     """[K, C, 3, 3] -> [(m + 2)^2, ceil(K / columns), C, columns]: G g G' of each filter, in float64, cast once."""
-    g = filter_transform(m).to(weight.device)
+    g = filter_transform(m)
+    both = torch.kron(g, g)  # [(m + 2)^2, 9]: G g G' of a filter as one product
     k, c = weight.shape[:2]
-    # The tensor product of G with itself, so that it is one matrix multiplication.
-    both = torch.kron(g, g)  # [(m + 2)^2, 9]
-    transformed = (both @ weight.double().reshape(k * c, 9).T).view(-1, k, c)
     count = -(-k // columns)
-    out = weight.new_zeros(transformed.shape[0], count * columns, c, dtype=torch.float32)
-    out[:, :k] = transformed
-    return out.view(-1, count, columns, c).transpose(2, 3).contiguous()
+    out = torch.zeros(both.shape[0], count, c, columns)
+    for i, some in enumerate(
+        weight.split(columns)
+    ):  # a panel at a time: in float64 all of it would be 72 times a filter
+        transformed = both @ some.double().reshape(-1, 9).T
+        out[:, i, :, : len(some)] = transformed.view(-1, len(some), c).transpose(1, 2)
+    return out

@@ -102,6 +102,10 @@ class EagerExecutor:
         """What the plan says of each step."""
         return [alone(step, "traced" if step.op == "traced" else "pytorch") for step in network.steps]
 
+    def forget(self) -> None:
+        """Let the folded weights go; they are made again when they are needed."""
+        self.eager.weights.clear()
+
     def refresh(self) -> None:
         self.eager.refresh()
 

@@ -61,7 +61,7 @@ class Gpu:
         if mode == "full":
             times = race({"planned": ours, "cudnn": cudnn}, inputs, self.device)
             notes.append(
-                f"end to end {1e3 * times['planned']:.3f} ms, all of it by PyTorch's kernels {1e3 * times['cudnn']:.3f} ms"
+                f"end to end {1e3 * times['planned']:.3f} ms, all by PyTorch's kernels {1e3 * times['cudnn']:.3f} ms"
             )
             if times["cudnn"] < times["planned"]:
                 notes.append("the latter are faster, and serve")

@@ -1,7 +1,7 @@
 """A model as a graph that says what each tensor is: traced, stripped of what does nothing at inference, functional.
 
-The steps of a plan are matched on this graph (steps.py), never on names of attributes: what a model calls its parts, and
-how it nests them, does not matter.
+The steps of a plan are matched on this graph (steps.py), never on names of attributes: what a model calls its parts,
+and how it nests them, does not matter.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Tracer(fx.Tracer):
 
 @dataclass
 class Graph:
-    """module: the traced copy; fake: what each node yields (tensors without data in it); flops: 2 x MAC of each node."""
+    """module: the traced copy; fake: what each node yields (tensors without data in it); flops: 2 x MAC of a node."""
 
     module: fx.GraphModule
     fake: dict[fx.Node, object] = field(default_factory=dict)
@@ -116,7 +116,7 @@ def may_alias(graph: Graph, node: fx.Node) -> bool:
 
 
 def _make_functional(graph: Graph) -> str:
-    """Whoever reads a tensor after it was changed in place reads the change's result instead. Returns why not, or ''."""
+    """Whoever reads a tensor after it was changed in place reads the change's result. Returns why not, or ''."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if not is_in_place(graph, node):

@@ -46,9 +46,6 @@ KNOWN = {
 }
 
 
-# --- the device at hand -----------------------------------------------------------------------------------------------
-
-
 def measured(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> Device:
     """The device at hand: the best of some rounds of a large matrix product and of a large copy."""
     n = PRODUCT[device.type]
@@ -72,9 +69,6 @@ def _best(step: Callable[[], object], device: torch.device, rounds: int) -> floa
     step()
     calls = max(1, round(SLICE_S / measure.time_once(step, device, 1)))
     return min(measure.time_once(step, device, calls) for _ in range(rounds))
-
-
-# --- a kernel's ops, one after another --------------------------------------------------------------------------------
 
 
 def unfused(graph: fx.GraphModule, kernel: Kernel, batch: int, device: torch.device, dtype: torch.dtype):

@@ -1,12 +1,14 @@
-"""What a network became: its steps in order, each with what computes it, what it must move and compute, and its time."""
+"""What a network became: its steps in order, what computes each, what it must move and compute, and its time."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
+from . import machine
 from .steps import Network, Step, weights_of
 
 RUNGS = {"conv": 1, "stem": 2, "linear": 1, "max_pool": 0, "avg_pool": 0, "traced": 0}
@@ -44,7 +46,11 @@ class Plan:
     shapes: tuple
     steps: list[PlannedStep]
     notes: list[str] = field(default_factory=list)
-    rates: tuple[float, float] | None = None  # FLOP/s and bytes/s of the device, once measured
+
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """(FLOP/s, bytes/s) that this device was measured to reach in this process; None for a dtype without a rate."""
+        return _rates(torch.device(self.device), self.dtype)
 
     @property
     def flop_share(self) -> float:
@@ -59,13 +65,14 @@ class Plan:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        rates = self.rates
         lines = [
-            f"{self.model}, {dtype} {' '.join(str(list(s)) for s in self.shapes)} on {self.device}: {len(self.steps)} steps, "
-            f"{100 * self.flop_share:.1f} % of {sum(s.flops for s in self.steps) / 1e9:.2f} GFLOP planned"
+            f"{self.model}, {dtype} {' '.join(str(list(s)) for s in self.shapes)} on {self.device}: {len(self.steps)} "
+            f"steps, {100 * self.flop_share:.1f} % of {sum(s.flops for s in self.steps) / 1e9:.2f} GFLOP planned"
         ]
         rows = [("", "layers", "rung", "backend", "how", "MFLOP", "MB", "floor us", "us", "of floor")]
         for i, s in enumerate(self.steps):
-            floor = s.floor_s(self.rates) if self.rates else None
+            floor = s.floor_s(rates) if rates else None
             share = f"{100 * floor / s.measured_s:.0f} %" if floor and s.measured_s else ""
             name = s.layers[0] if len(s.layers) == 1 else f"{s.layers[0]} .. {s.layers[-1]} ({len(s.layers)})"
             rows.append(
@@ -81,13 +88,22 @@ class Plan:
             ]
             lines.append("  ".join(cells).rstrip())
         measured = [s.measured_s for s in self.steps]
-        if self.rates and all(t is not None for t in measured):
-            floor = sum(s.floor_s(self.rates) for s in self.steps)
+        if rates and all(t is not None for t in measured):
+            floor = sum(s.floor_s(rates) for s in self.steps)
             lines.append(
-                f"sum {1e3 * sum(measured):.3f} ms, floor {1e3 * floor:.3f} ms at {self.rates[0] / 1e9:.0f} GFLOP/s and "
-                f"{self.rates[1] / 1e9:.1f} GB/s (measured here; Winograd multiplies less than the floor counts)"
+                f"sum {1e3 * sum(measured):.3f} ms, floor {1e3 * floor:.3f} ms at {rates[0] / 1e9:.0f} GFLOP/s and "
+                f"{rates[1] / 1e9:.1f} GB/s, both measured here (Winograd multiplies less than the floor counts)"
             )
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+@functools.cache
+def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float] | None:
+    try:
+        found = machine.measured(device, dtype)
+    except (RuntimeError, ValueError):
+        return None
+    return found.rate, found.bandwidth
 
 
 def _us(seconds: float | None) -> str:

@@ -109,9 +109,6 @@ class Kernel:
         return max(batch * self.flops / rate, self.bytes(batch, itemsize) / bandwidth)
 
 
-# --- the network's ops ------------------------------------------------------------------------------------------------
-
-
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, tuple(_MODULES)) or super().is_leaf_module(module, name)
@@ -173,9 +170,6 @@ def _op(node: fx.Node, kind: str, graph: fx.GraphModule, inputs: list[str]) -> O
         more |= {"kernel": max(conv.kernel_size), "stride": max(conv.stride), "groups": conv.groups}
     label = str(node.target) if node.op == "call_module" else node.name
     return Op(node.name, label, kind, tuple(inputs), tuple(reads), shape, **more)
-
-
-# --- fusion -----------------------------------------------------------------------------------------------------------
 
 
 class _Groups:

@@ -52,8 +52,9 @@ def optimize_for_inference(
     new_shapes: what a call with sizes not seen before does. 'plan' plans for them (at most 16 plans are kept, the one
         not used for longest goes); 'eager' runs the same steps by PyTorch's own operators.
 
-    Returns an OptimizedModel. Raises TypeError or ValueError naming the argument; ValueError also for a model that cannot
-    be traced. Fused results are compared with PyTorch's on the example before they are trusted.
+    Returns an OptimizedModel. Raises TypeError or ValueError naming the argument; ValueError also for a model that
+    cannot be traced. What the plan computes is compared with PyTorch's own operators on the example before it is
+    trusted.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -84,7 +85,7 @@ def optimize_for_inference(
 class OptimizedModel(nn.Module):
     """What optimize_for_inference returns: called like the model, for inference alone.
 
-    A result is a tensor of its own: no later call changes it. Calls from several threads are served one after the other.
+    A result is a tensor of its own: no later call changes it. Calls from several threads are served one by one.
     """
 
     def __init__(self, name, graph: Graph, inputs, dtype, device, tune, new_shapes):
@@ -227,7 +228,9 @@ class OptimizedModel(nn.Module):
             if note:
                 notes.append(note)
                 logger.info("optimize_for_inference: %s", note)
-        if run is None:
+        if run is not None:
+            self._eager.forget()  # it was asked for the comparison
+        else:
             run, groups, given = (lambda x: self._eager.run(network, x)), self._eager.groups(network), self._converted
         shapes = tuple(tuple(x.shape) for x in inputs)
         plan = Plan(self._name, str(self._device), self._dtype, shapes, describe(network, self._dtype, groups), notes)

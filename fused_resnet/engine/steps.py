@@ -72,8 +72,8 @@ class Step:
 
     op: 'conv', 'stem' (a convolution, ReLU and max-pool), 'max_pool', 'avg_pool' (over the whole map), 'linear', or
     'traced' (a node that matched nothing). layers: the graph's nodes it covers, in order. x, residual, output: names of
-    values, each the name of the graph's node that has the same value. segment: a pointwise convolution of another value,
-    the projection shortcut, that is added as a second part of the reduction.
+    values, each the name of the graph's node that has the same value. segment: a pointwise convolution of another
+    value, the projection shortcut, that is added as a second part of the reduction.
     """
 
     op: str
@@ -252,7 +252,7 @@ class _Matcher:
             if len(projections) == 1:
                 main = next(a for a in ready if a is not projections[0])
             elif len(projections) == 2:
-                # A bottleneck's: the main branch reads what its 3x3 made for it alone, the projection the block's input.
+                # A bottleneck's: the main branch reads what its 3x3 made for it alone, the other the block's input.
                 main = max(ready, key=lambda a: (self.reads_alone(a), self.taken[a].conv.stride == (1, 1), order[a]))
         other = next(a for a in operands if a is not main)
         step = self.taken.pop(main)
