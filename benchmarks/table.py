@@ -1,4 +1,4 @@
-"""The README's measured table, from benchmarks/results/*.json.
+"""The README's measured tables, from benchmarks/results/*.json: blocks swapped, and whole models beside the peers.
 
 python benchmarks/table.py           write it between the markers
 python benchmarks/table.py --check   fail if the README says anything else
@@ -10,6 +10,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- measured: written by benchmarks/table.py -->", "<!-- /measured -->"
+PEERS_BEGIN, PEERS_END = "<!-- peers: written by benchmarks/table.py -->", "<!-- /peers -->"
+PEERS = {
+    "channels_last": "channels_last",
+    "compile": "torch.compile",
+    "compile_freezing": "torch.compile, freezing",
+    "cudnn_graph": "cuDNN, CUDA graph",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "fused_resnet": "**fused_resnet**",
+}
 COLUMNS = {
     "channels_last": "channels_last",
     "compile": "torch.compile",
@@ -41,6 +51,45 @@ def _table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def render_peers(results: list[dict]) -> str:
+    """Markdown: one table a file of benchmarks/peers.py."""
+    return "\n\n".join(_peers_table(r) for r in results) if results else "No figures yet; `make peers` measures them."
+
+
+def _peers_table(result: dict) -> str:
+    cells = list(result["cells"].values())
+    systems = [name for name in PEERS if any(name in cell["systems"] for cell in cells)]
+    ratios = [f"{PEERS[name]}, ×" for name in systems]
+    header = ["", "eager, ms", *ratios, "over the best other, × (95 %)", "ready, s", "peak memory, MiB", "parity"]
+    e, first = result["environment"], cells[0]
+    on = ", ".join(gpu["name"] for gpu in e["gpus"]) if first["device"] == "cuda" else e["cpu"]
+    versions = [f"{title} {e[key]}" for key, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")) if e.get(key)]
+    about = (
+        f"{on}, {first['threads']} threads; {', '.join([f'torch {e["torch"]}', *versions])}; images of "
+        f"{first['size']}×{first['size']}, {first['rounds']} rounds; × is the median over the rounds of speed relative to "
+        "torchvision eager; peak memory is eager → fused_resnet."
+    )
+    lines = [about, "", _row(header), _row(["---", *["--:"] * (len(header) - 1)])]
+    for cell in cells:
+        lines.append(_row(_peers_row(cell, systems)))
+    return "\n".join(lines)
+
+
+def _peers_row(cell: dict, systems: list[str]) -> list[str]:
+    timed = cell["systems"]
+    ours, eager = timed["fused_resnet"], timed["eager"]
+    ratios = [f"{timed[name]['to_baseline']['ratio']:.2f}" if name in timed else "–" for name in systems]
+    over = "–"
+    if "to_best_peer" in ours:
+        best = ours["to_best_peer"]
+        over = f"{best['ratio']:.2f} ({best['low']:.2f} to {best['high']:.2f})"
+    memory = [t.get("peak_mib") for t in (eager, ours)]
+    memory = "–" if None in memory else "{:.0f} → {:.0f}".format(*memory)
+    parity = "holds" if ours["parity"]["ok"] else "**fails**"
+    what = f"{cell['model']}, batch {cell['batch']}, {cell['dtype']}"
+    return [what, f"{eager['p50_ms']:.1f}", *ratios, over, f"{ours['ready_s']:.1f}", memory, parity]
+
+
 def _about(result: dict) -> str:
     e, size = result["environment"], result["cases"][0]["size"]
     on = ", ".join(gpu["name"] for gpu in e["gpus"]) if result["cases"][0]["device"] == "cuda" else e["cpu"]
@@ -54,12 +103,12 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def updated(readme: str, results: list[dict]) -> str:
+def updated(readme: str, results: list[dict], begin: str = BEGIN, end: str = END, render=render) -> str:
     """The README with the text between the markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"README.md: expected the markers {BEGIN} and {END}, once each")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{render(results)}\n{END}{rest.split(END)[1]}"
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise SystemExit(f"README.md: expected the markers {begin} and {end}, once each")
+    head, rest = readme.split(begin)
+    return f"{head}{begin}\n{render(results)}\n{end}{rest.split(end)[1]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,9 +118,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args(argv)
     results = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]
-    results = [result for result in results if "cases" in result]  # peers*.json are plot_peers.py's
+    peers = [result for result in results if "cells" in result]
     readme = arguments.readme.read_text()
-    new = updated(readme, results)
+    new = updated(readme, [result for result in results if "cases" in result])
+    new = updated(new, peers, PEERS_BEGIN, PEERS_END, render_peers)
     if arguments.check:
         if new != readme:
             print("README.md does not say what benchmarks/results/*.json say: run `python benchmarks/table.py`")
