@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from .test_triton_aot import ROOT, SHARED_KIB, TENSOR_CORE, TRITON_36, told, version  # noqa: E402, F401
+from test_triton_aot import ROOT, SHARED_KIB, TENSOR_CORE, TRITON_36, told, version  # noqa: E402, F401
 
 pytestmark = [pytest.mark.aot, pytest.mark.slow]
 

@@ -93,7 +93,8 @@ def _chain_fwd_kernel(
     mid = tl.arange(0, BLOCK_MID)
     lane = tl.arange(0, BLOCK_K)
     mid_read = mid if BLOCK_MID == MID else tl.minimum(mid, MID - 1)
-    acc1 = tl.zeros((BLOCK_M, BLOCK_MID), dtype=tl.float32)
+    # Biased from the start: at the end, a whole row of biases would want registers beside a row of sums.
+    acc1 = tl.zeros((BLOCK_M, BLOCK_MID), dtype=tl.float32) + tl.load(bias1_ptr + mid_read)[None, :]
     # One loop over (channel block, tap): nested loops would drain the pipeline at every tap.
     for step in tl.range(0, tl.cdiv(C, BLOCK_K) * 9, num_stages=STAGES_CONV):
         c = step // 9 * BLOCK_K + lane
@@ -112,7 +113,7 @@ def _chain_fwd_kernel(
             a = tl.load(a_ptrs, mask=x_ok & (c < C)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(c < C)[:, None], other=0.0)
         acc1 = tl.dot(_operand(a, UPCAST), _operand(b, UPCAST), acc1, input_precision=INPUT_PRECISION)
-    acc1 = _relu(acc1 + tl.load(bias1_ptr + mid_read)[None, :])
+    acc1 = _relu(acc1)
     if BLOCK_MID != MID:
         acc1 = tl.where((mid < MID)[None, :], acc1, 0.0)  # zero weights alone would turn an infinity into NaN
     left = _operand(acc1.to(x_ptr.dtype.element_ty), UPCAST)
