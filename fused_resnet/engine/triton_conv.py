@@ -353,7 +353,7 @@ def _launch_pointers(config, shape: Conv, x, weight, bias, residual, segment, ou
     if not split:
         return
     block_c = min(64, tiles.power_of_2(k))
-    block_r = 512 // block_c
+    block_r = 1024 // block_c
     _pointers._conv_bias_act_finish_kernel[(tiles.ceil_div(m, block_r) * tiles.ceil_div(k, block_c),)](
         workspace,
         bias,

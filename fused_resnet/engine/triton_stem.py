@@ -23,7 +23,7 @@ _MOST_COLUMNS = 128
 _TILES = ((128, 64, 32, 8), (64, 64, 32, 8))
 _UNALIGNED_TILES = ((64, 64, 32, 8),)
 _TF32_TILES = ((64, 64, 16, 8),)
-_FMA_TILES = ((64, 32, 16, 8),)
+_FLOAT_TILES = ((64, 32, 16, 8),)  # sm_80 and sm_89, or without TF32
 
 
 def sizes(h: int, w: int) -> tuple[int, int, int, int]:
@@ -65,7 +65,7 @@ def configs(shape, dtype: torch.dtype, arch: int, sms: int, k: int = 64, *, tf32
     fma = dtype is torch.float32 and not tf32
     candidates = _TILES if w % 4 == 0 else _UNALIGNED_TILES
     if dtype is torch.float32:
-        candidates = _FMA_TILES if fma else _TF32_TILES
+        candidates = _TF32_TILES if arch >= 90 and not fma else _FLOAT_TILES
     found = []
     for block_m, block_n, block_k, warps in candidates:
         columns = tiles.ceil_div(n * q, block_m - 1) * tiles.ceil_div(k, block_n)

@@ -1,9 +1,9 @@
 """The stem: convolution 7x7 stride 2 padding 3, bias, ReLU and max-pool 3x3 stride 2 padding 1 in one kernel.
 
 Three input channels do not fill a tensor core, so the reduction runs over lines: what a filter row reads of a row of x,
-a run of elements as they lie in memory. In NCHW that is a line a channel, of 7 taps; in channels_last the channels share
-one of 21 elements. One tap is put before them, so that lines start at even elements and load as vectors; its value is
-dropped, and its weight is zero.
+a run of elements as they lie in memory. In NCHW that is a line a channel, of 7 taps; in channels_last the channels
+share one of 21 elements. One tap is put before them, so that lines start at even elements and load as vectors; its
+value is dropped, and its weight is zero.
 
 A tile is BLOCK_M pooled columns of one pooled row, counted through all images: column t of the pool spans the
 convolution's columns 2t - 1, 2t and 2t + 1. Two accumulators hold the even and the odd ones; 2t - 1 is the odd one of
