@@ -140,8 +140,8 @@ def configs(
         block_k = 16 if fma else max(16, min(tiles.power_of_2(shape.c), 128 // itemsize))
         if shape.c * itemsize % 16 or shape.c2 * itemsize % 16:
             block_k = min(block_k, 32)  # loads of a few bytes each take a register for every pointer
-        if arch >= 100 and shape.c % block_k:
-            block_k = min(block_k, 32)  # masks along the channels take registers too
+        if arch >= 100 and shape.rows and shape.c % block_k and declines_tma(shape, dtype, arch) is None:
+            continue  # the mask along the channels spills; the accelerator needs none
         if arch >= 100 and block_m == 128:
             if block_n < 128 and shape.rows:
                 block_m = 64  # spills by a hair
