@@ -63,7 +63,9 @@ def _peers_table(result: dict) -> str:
     header = ["", "eager, ms", *ratios, "over the best other, × (95 %)", "ready, s", "peak memory, MiB", "parity"]
     e, first = result["environment"], cells[0]
     on = ", ".join(gpu["name"] for gpu in e["gpus"]) if first["device"] == "cuda" else e["cpu"]
-    versions = [f"{title} {e[key]}" for key, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")) if e.get(key)]
+    versions = [
+        f"{title} {e[key]}" for key, title in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")) if e.get(key)
+    ]
     about = (
         f"{on}, {first['threads']} threads; {', '.join([f'torch {e["torch"]}', *versions])}; images of "
         f"{first['size']}×{first['size']}, {first['rounds']} rounds; × is the median over the rounds of speed relative to "

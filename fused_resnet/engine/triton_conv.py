@@ -140,6 +140,8 @@ def configs(
         block_k = 16 if fma else max(16, min(tiles.power_of_2(shape.c), 128 // itemsize))
         if shape.c * itemsize % 16 or shape.c2 * itemsize % 16:
             block_k = min(block_k, 32)  # loads of a few bytes each take a register for every pointer
+        if arch >= 100 and shape.rows and shape.c % block_k and declines_tma(shape, dtype, arch) is None:
+            continue  # the mask along the channels spills; the accelerator needs none
         if arch >= 100 and block_m == 128:
             if block_n < 128 and shape.rows:
                 block_m = 64  # spills by a hair
@@ -157,6 +159,8 @@ def configs(
             "splits": 1,
             "precision": precision,
         }
+        if config in found:
+            continue
         splits = _splits(config, shape, sms) if split else []
         if max(splits, default=1) < 4:
             found.append(config)
@@ -353,7 +357,7 @@ def _launch_pointers(config, shape: Conv, x, weight, bias, residual, segment, ou
     if not split:
         return
     block_c = min(64, tiles.power_of_2(k))
-    block_r = 512 // block_c
+    block_r = 1024 // block_c
     _pointers._conv_bias_act_finish_kernel[(tiles.ceil_div(m, block_r) * tiles.ceil_div(k, block_c),)](
         workspace,
         bias,

@@ -19,9 +19,11 @@ _SIZE = 192  # elements of a packed filter: 168, up to whole blocks
 
 _MOST_COLUMNS = 128
 
-# (block_m, block_n, block_k, warps)
+# (block_m, block_n, block_k, warps); registers are what limits them, most of all where lines load element by element.
 _TILES = ((128, 64, 32, 8), (64, 64, 32, 8))
-_FMA_TILES = ((64, 32, 16, 4),)  # float32 without TF32
+_UNALIGNED_TILES = ((64, 64, 32, 8),)
+_TF32_TILES = ((64, 64, 16, 8),)
+_FLOAT_TILES = ((64, 32, 16, 8),)  # sm_80 and sm_89, or without TF32
 
 
 def sizes(h: int, w: int) -> tuple[int, int, int, int]:
@@ -61,8 +63,11 @@ def configs(shape, dtype: torch.dtype, arch: int, sms: int, k: int = 64, *, tf32
     n, _, h, w = shape
     _, _, p, q = sizes(h, w)
     fma = dtype is torch.float32 and not tf32
+    candidates = _TILES if w % 4 == 0 else _UNALIGNED_TILES
+    if dtype is torch.float32:
+        candidates = _TF32_TILES if arch >= 90 and not fma else _FLOAT_TILES
     found = []
-    for block_m, block_n, block_k, warps in _FMA_TILES if fma else _TILES:
+    for block_m, block_n, block_k, warps in candidates:
         columns = tiles.ceil_div(n * q, block_m - 1) * tiles.ceil_div(k, block_n)
         # The more rows a program walks, the fewer rows are computed twice; fewer than the chip holds leave it idle.
         for rows in sorted({min(p, rows) for rows in (1, 4, 14)}):

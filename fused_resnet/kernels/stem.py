@@ -1,8 +1,8 @@
 """The stem: convolution 7x7 stride 2 padding 3, bias, ReLU and max-pool 3x3 stride 2 padding 1 in one kernel.
 
-Three input channels do not fill a tensor core, so the reduction runs over lines: what a filter row reads of a row of
-x, a run of elements as they lie in memory. In NCHW that is a line a channel, of 7 taps; in channels_last all channels
-share one, of 21 elements. One tap is put before them, so that lines start at even elements and load as vectors; its
+Three input channels do not fill a tensor core, so the reduction runs over lines: what a filter row reads of a row of x,
+a run of elements as they lie in memory. In NCHW that is a line a channel, of 7 taps; in channels_last the channels
+share one of 21 elements. One tap is put before them, so that lines start at even elements and load as vectors; its
 value is dropped, and its weight is zero.
 
 A tile is BLOCK_M pooled columns of one pooled row, counted through all images: column t of the pool spans the
@@ -20,7 +20,8 @@ from .conv_bn_act import _operand
 
 @triton.jit
 def _max(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    """In a's dtype: Triton takes bfloat16 to float32 and leaves it there."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL).to(a.dtype)
 
 
 @triton.jit
@@ -142,8 +143,8 @@ def _stem_pool_kernel(
     if not EVEN_K:
         out_ok = out_ok & (k < K)[None, :]
 
-    # One loop over the rows of the convolution, whose body is large: `even` and `odd` are the maxima of those rows of
-    # the pooled row that came already.
+    # One loop over the convolution's rows, as its body is large: `even` and `odd` are the maxima of those of the pooled
+    # row that came already.
     even = tl.full((BLOCK_M, BLOCK_N), float("-inf"), dtype=tl.float32).to(OUT)
     odd = even
     first = tl.program_id(1) * rows
