@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -type f)
 STAGES := lint test-interpreter test-aot test-cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-slow test-aot test-interpreter lint format bench results peers wheel gpu-check clean distclean
+.PHONY: help setup demo test test-cpu test-slow test-aot test-aot-slow test-interpreter lint format bench results peers wheel gpu-check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -42,7 +42,10 @@ test-slow: setup  ## the slow tests
 	$(PYTEST) tests -q -m 'slow and not aot' --timeout=1800 --durations=10
 
 test-aot: setup $(TRITON36)/.installed  ## compile every Triton kernel ahead of time, under the installed Triton and under 3.6
-	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m aot --timeout=1800 --durations=5
+	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m 'aot and not slow' --timeout=1800 --durations=5
+
+test-aot-slow: setup $(TRITON36)/.installed  ## the engine's kernels in every configuration, for all chips and Tritons
+	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m 'aot and slow' --timeout=3600 --durations=5
 
 $(TRITON36)/.installed: $(VENV)/.installed
 	$(PIP) install -q --no-deps --upgrade --target $(TRITON36) triton==3.6.0

@@ -36,6 +36,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", [pytest.param(d, marks=marks.get(d, [])) for d in devices()])
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_tuned_before(tmp_path_factory):
+    """What was tuned on this machine has no say in tests, nor they in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_RESNET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -5,18 +5,15 @@ Runs tests/aot_chain.py in processes of their own, under both Tritons as tests/t
 
 from __future__ import annotations
 
-import functools
-import os
 import re
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 pytest.importorskip("triton")
 
-from test_triton_aot import ROOT, SHARED_KIB, TENSOR_CORE, TRITON_36, told, version  # noqa: E402, F401
+from test_triton_aot import CHIPS, ROOT, SHARED_KIB, TENSOR_CORE, compiling, version  # noqa: E402, F401
 
-pytestmark = [pytest.mark.aot, pytest.mark.slow]
+pytestmark = pytest.mark.aot
 
 CHAIN = "_chain_fwd_kernel"
 TENSOR_MEMORY_COLUMNS = 512
@@ -27,22 +24,17 @@ LAYERS = {
 }
 
 
-def compiled(version: str, arch: int) -> list[dict]:  # noqa: F811
-    """What tests/aot_chain.py says of every configuration on sm_<arch>."""
-    return runs()[version, arch].result()
+_futures: dict = {}
 
 
-@functools.cache
-def runs() -> dict[tuple[str, int], Future]:
-    """One for every Triton and chip, as many at once as MAX_JOBS says: ptxas keeps one core busy."""
-    pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
-    versions = ["installed", *(["3.6"] if (TRITON_36 / "triton").is_dir() else [])]
-    return {(v, a): pool.submit(told, v, "aot_chain.py", "--arch", str(a)) for v in versions for a in SHARED_KIB}
+@pytest.fixture
+def lines(request, version, arch) -> list[dict]:  # noqa: F811
+    """What tests/aot_chain.py says of every kernel."""
+    return compiling(request, "aot_chain.py", _futures, version, arch)
 
 
-@pytest.mark.parametrize("arch", SHARED_KIB)
-def test_every_configuration_compiles_and_fits(version, arch):  # noqa: F811
-    lines = compiled(version, arch)
+@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
+def test_every_configuration_compiles_and_fits(lines, version, arch):  # noqa: F811
     spilled = [(i["instance"], i["config"]) for i in lines if i["spill_load"] or i["spill_store"]]
     assert not spilled
     too_large = [(i["instance"], i["config"], i["shared"]) for i in lines if i["shared"] > SHARED_KIB[arch] << 10]
@@ -52,15 +44,15 @@ def test_every_configuration_compiles_and_fits(version, arch):  # noqa: F811
     assert {i["kernel"] for i in lines} == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
 
 
-@pytest.mark.parametrize("arch", SHARED_KIB)
-def test_every_layer_has_a_configuration(version, arch):  # noqa: F811
+@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
+def test_every_layer_has_a_configuration(lines, version, arch):  # noqa: F811
     """Also where the shared memory is small: only rung 5 of layer4 is declined, everywhere."""
-    assert {i["instance"] for i in compiled(version, arch)} >= LAYERS
+    assert {i["instance"] for i in lines} >= LAYERS
 
 
-@pytest.mark.parametrize("arch", SHARED_KIB)
-def test_every_dot_runs_on_the_tensor_cores_and_every_copy_streams(version, arch):  # noqa: F811
-    for line in compiled(version, arch):
+@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
+def test_every_dot_runs_on_the_tensor_cores_and_every_copy_streams(lines, version, arch):  # noqa: F811
+    for line in lines:
         if line["kernel"] != CHAIN:
             continue
         present = {name for name in ("hmma", "wgmma", "tcgen05") if line[name]}

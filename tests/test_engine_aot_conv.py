@@ -5,38 +5,35 @@ Runs tests/aot_conv.py under each Triton, as tests/test_triton_aot.py does its o
 
 from __future__ import annotations
 
-import functools
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
-
 import pytest
 
 pytest.importorskip("triton")
-from test_triton_aot import SHARED_KIB, TENSOR_CORE, TRITON_36, told, version  # noqa: E402, F401
+from test_triton_aot import CHIPS, SHARED_KIB, TENSOR_CORE, compiling, version  # noqa: E402, F401
 
-pytestmark = [pytest.mark.aot, pytest.mark.slow]
-
-
-@functools.cache
-def runs() -> dict[tuple[str, int], Future]:
-    pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
-    versions = ["installed", *(["3.6"] if (TRITON_36 / "triton").is_dir() else [])]
-    return {(v, a): pool.submit(told, v, "aot_conv.py", "--arch", str(a)) for v in versions for a in SHARED_KIB}
+pytestmark = pytest.mark.aot
 
 
-@pytest.mark.parametrize("arch", SHARED_KIB)
-def test_every_config_compiles_and_fits(version, arch):  # noqa: F811
-    lines = runs()[version, arch].result()
+_futures: dict = {}
+
+
+@pytest.fixture
+def lines(request, version, arch) -> list[dict]:  # noqa: F811
+    """What tests/aot_conv.py says of every kernel."""
+    return compiling(request, "aot_conv.py", _futures, version, arch)
+
+
+@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
+def test_every_config_compiles_and_fits(lines, version, arch):  # noqa: F811
     assert not [(i["instance"], i["kernel"], i["config"]) for i in lines if i["spill_load"] or i["spill_store"]]
     assert not [(i["instance"], i["config"], i["shared"]) for i in lines if i["shared"] > SHARED_KIB[arch] << 10]
     kernels = {"_conv_bias_act_kernel", "_conv_bias_act_finish_kernel", "_stem_pool_kernel"}
     assert {i["kernel"] for i in lines} == kernels | ({"_conv_bias_act_tma_kernel"} if arch >= 90 else set())
 
 
-@pytest.mark.parametrize("arch", SHARED_KIB)
-def test_every_dot_runs_on_the_tensor_cores(version, arch):  # noqa: F811
+@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
+def test_every_dot_runs_on_the_tensor_cores(lines, version, arch):  # noqa: F811
     """Of that chip, and rounded where it is TF32."""
-    for line in runs()[version, arch].result():
+    for line in lines:
         if line["kernel"] == "_conv_bias_act_finish_kernel":
             continue
         name = line["instance"]
@@ -45,10 +42,10 @@ def test_every_dot_runs_on_the_tensor_cores(version, arch):  # noqa: F811
         assert (line["rounded_to_tf32"] > 0) == name.endswith("_tf32"), name
 
 
-@pytest.mark.parametrize("arch", SHARED_KIB)
-def test_operands_stream(version, arch):  # noqa: F811
+@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
+def test_operands_stream(lines, version, arch):  # noqa: F811
     """By asynchronous copies or the tensor memory accelerator; results leave 16 bytes at a time, or by it."""
-    for line in runs()[version, arch].result():
+    for line in lines:
         if line["kernel"] == "_conv_bias_act_tma_kernel":
             assert line["tma_load"] > 0 and line["tma_store"] > 0 and line["store"] == 0, line["instance"]
         elif "_odd_" not in line["instance"]:

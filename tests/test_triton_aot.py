@@ -18,13 +18,19 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-pytestmark = [pytest.mark.aot, pytest.mark.slow]
+pytestmark = pytest.mark.aot
 
 ROOT = Path(__file__).resolve().parents[1]
 TRITON_36 = Path(os.environ.get("FUSED_RESNET_TRITON36", ROOT / ".cache" / "triton-3.6"))
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
 TENSOR_CORE = {80: "hmma", 89: "hmma", 90: "wgmma", 100: "tcgen05"}
 CONV = "_conv_bn_act_fwd_kernel"
+# Of the engine's kernels, many, each in many configurations: one chip under one Triton, all others with the slow tests.
+CHIPS = [
+    pytest.param(v, a, marks=[] if (v, a) == ("installed", 90) else pytest.mark.slow, id=f"{v}-{a}")
+    for v in ("installed", "3.6")
+    for a in SHARED_KIB
+]
 
 
 @functools.cache
@@ -60,6 +66,18 @@ def version(request) -> str:
     if request.param == "3.6" and not (TRITON_36 / "triton").is_dir():
         pytest.skip(f"no Triton 3.6 in {TRITON_36}")
     return request.param
+
+
+def compiling(request, script: str, futures: dict[tuple[str, int], Future], version: str, arch: int) -> list[dict]:
+    """What a script says of its kernels on sm_<arch>; what other tests of the module want is begun as well."""
+    if not futures:
+        pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
+        here = [item for item in request.session.items if item.module is request.module]
+        wanted = dict.fromkeys((i.callspec.params["version"], i.callspec.params["arch"]) for i in here)
+        for v, a in wanted:
+            if v == "installed" or (TRITON_36 / "triton").is_dir():
+                futures[v, a] = pool.submit(told, v, script, "--arch", str(a))
+    return futures[version, arch].result()
 
 
 @pytest.mark.parametrize("arch", SHARED_KIB)

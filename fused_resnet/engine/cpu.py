@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backends.cpu import return_free_memory
 from . import cpu_program as cp
 from . import cpu_tune
+from .cache import Cache, environment, folder
 from .eager import Eager, named, output_of
 from .plan import Group, alone
 from .steps import Network, Step
@@ -30,13 +31,14 @@ class Cpu:
         self.weights = cp.Weights(module, self.target)
         self.eager = Eager(module, torch.float32)
         self.arena = self.scratch = torch.empty(0)
+        self.cache: Cache | None = None
         self.live: WeakSet[cp.Program] = WeakSet()
 
     def plan(self, network: Network, inputs: tuple, tune: str, objection: Callable[[object], str | None]):
         """(function of inputs, the plan's groups, what was dropped), or (None, [], why not)."""
         chosen, wrong = {}, []
-        if tune == "full":
-            chosen = self._tuned(network, inputs, objection, wrong)
+        if tune != "off":
+            chosen = self._tuned(network, inputs, tune, objection, wrong)
         program = self.program(network, inputs, chosen)
         times: dict[str, float] = {}
         if why := objection(self.run(program, inputs, times)):
@@ -48,17 +50,24 @@ class Cpu:
         return_free_memory()
         return (lambda given: self.run(program, given)), self._groups(program, times), "; ".join(wrong)
 
-    def _tuned(self, network: Network, inputs: tuple, objection, wrong: list[str]) -> dict[str, cp.Choice]:
-        """Choices by measurement, every kind compared with PyTorch's result before it is timed."""
+    def _tuned(self, network: Network, inputs: tuple, mode: str, objection, wrong: list[str]) -> dict[str, cp.Choice]:
+        """Choices measured before, or now: every kind is compared with PyTorch's result before it is timed."""
         small, sample = cpu_tune.smaller(network, inputs)
+        base = self.program(small, sample, {})
+        if self.cache is None:
+            self.cache = Cache(folder(), environment(torch.device("cpu")))
+        known = cpu_tune.recall(base, self.cache)
+        if mode == "cached" or len(known) == len(cpu_tune.tunable(base)):
+            return known
 
         def run(program: cp.Program, times: dict | None) -> None:
             result = self.run(program, sample, times)
             if times is None and (why := objection(result)):
                 raise cpu_tune.Wrong(why)
 
-        base = self.program(small, sample, {})
-        return cpu_tune.tune(base, run, lambda choices: self.program(small, sample, choices), wrong)
+        chosen = cpu_tune.tune(base, run, lambda choices: self.program(small, sample, choices), wrong)
+        cpu_tune.remember(base, chosen, self.cache)
+        return {output: choice for output, (_, choice) in chosen.items()}
 
     def _groups(self, program: cp.Program, times: dict[str, float]) -> list[Group]:
         """What the plan says of each step. times: seconds by a step's output."""

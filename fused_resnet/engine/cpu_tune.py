@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from torch import Tensor, fx
 
 from . import cpu_program as cp
+from .cache import Cache
 from .graph import Graph
 from .steps import Network, Step
 
@@ -67,6 +68,59 @@ def smaller(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Network, tupl
     return replace(network, graph=_Scaled(network.graph, batch, BATCH)), tuple(x[rows] for x in inputs)
 
 
+def tunable(program: cp.Program) -> list[Step]:
+    """The steps that can be computed in more than one way."""
+    return [s for s in program.network.steps if s.op in ("conv", "linear") and not cp.unsupported(s, program.target)]
+
+
+def problem(program: cp.Program, step: Step) -> str:
+    """The step's name in the cache: all that its time depends on but the machine."""
+    shapes = [program.nhwc(step.x), program.nhwc(step.output)]
+    conv = step.conv
+    parts = [program.target.name, *shapes, conv.kernel, conv.stride, conv.padding, conv.dilation, step.relu]
+    parts += [program.size[step.output], program.workers, step.residual is not None]
+    if step.segment is not None:
+        parts += [program.nhwc(step.segment[0]), step.segment[1].stride]
+    return "cpu " + " ".join(str(p).replace(" ", "") for p in parts)
+
+
+def recall(program: cp.Program, cache: Cache) -> dict[str, cp.Choice]:
+    """What the cache has for the steps, by output."""
+    found = {}
+    for step in tunable(program):
+        entry, _, known = cache.find(problem(program, step))
+        choice = _choice(entry["chosen"]["config"], program, step) if entry is not None and known else None
+        if choice is not None:
+            found[step.output] = choice
+    return found
+
+
+def remember(program: cp.Program, chosen: dict[str, tuple[float, cp.Choice]], cache: Cache) -> None:
+    entries = {}
+    for step in tunable(program):
+        if step.output in chosen:
+            seconds, choice = chosen[step.output]
+            candidate = {"backend": "cpu", "label": str(choice), "config": asdict(choice)}
+            trial = {"candidate": candidate, "seconds": [seconds] * 3, "reason": None}
+            entries[problem(program, step)] = {"chosen": candidate, "candidates": "", "trials": [trial]}
+    cache.store(entries)
+
+
+def _choice(config: dict, program: cp.Program, step: Step) -> cp.Choice | None:
+    """A choice that was remembered, if it is one for this step."""
+    try:
+        choice = cp.Choice(**config)
+    except TypeError:
+        return None
+    sizes = (choice.rows, choice.columns, *((choice.m, choice.tiles) if choice.kernel == "winograd" else ()))
+    if not all(type(n) is int and 0 < n < 1 << 20 for n in sizes) or choice.columns % program.target.columns:
+        return None
+    if choice.kernel == "gemm":
+        return choice
+    fits = choice.kernel == "winograd" and choice.m in (2, 4) and type(choice.shared) is bool
+    return choice if fits and cp.fits_winograd(step, program.target) else None
+
+
 class Wrong(Exception):
     """A program's result differs from PyTorch's."""
 
@@ -77,13 +131,13 @@ def tune(
     build: Callable[[dict], cp.Program],
     wrong: list[str],
     budget: float = BUDGET,
-) -> dict[str, cp.Choice]:
-    """Choices by a step's output, the fastest of those that proved right.
+) -> dict[str, tuple[float, cp.Choice]]:
+    """(seconds, choice) by a step's output, the fastest of those that proved right.
 
     build(choices) makes a program; run(program, None) runs it, and raises Wrong; run(program, times) times its steps.
     wrong: gets a sentence for every kind of choice that was dropped. budget: seconds; one kind alone is not timed.
     """
-    steps = [s for s in program.network.steps if s.op in ("conv", "linear") and not cp.unsupported(s, program.target)]
+    steps = tunable(program)
     best: dict[str, tuple[float, cp.Choice]] = {}
     programs: list[cp.Program] = []
     seen: dict[str, set[cp.Choice]] = {s.output: set() for s in steps}
@@ -115,4 +169,4 @@ def tune(
                 took = (times[step.output], candidate.choices[step.output])
                 best[step.output] = min(best.get(step.output, took), took, key=lambda t: t[0])
         rounds += 1
-    return {output: choice for output, (_, choice) in best.items()}
+    return best
