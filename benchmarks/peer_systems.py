@@ -138,7 +138,7 @@ def swapped(cell: Cell, model: nn.Module, x: Tensor) -> Step:
 def ours(cell: Cell, model: nn.Module, x: Tensor) -> Step:
     with (
         tempfile.TemporaryDirectory() as empty
-    ):  # ready without what was tuned before; the process is this system's own
+    ):  # nothing tuned before; the process is this one's own
         os.environ["FUSED_RESNET_CACHE"] = empty
         return _calling(fused_resnet.optimize_for_inference(model, example_input=x), x)
 

@@ -412,6 +412,11 @@ def show_doctor(arguments: argparse.Namespace, console: Console) -> int:
     for reason in sorted(reasons):
         console.print(f"  {reason}", markup=False)
 
+    table = _plain_table("optimize_for_inference")
+    for name, what in found["optimize_for_inference"].items():
+        table.add_row(name, what)
+    console.print(table)
+
     table = _plain_table("build")
     for name, value in found["build"].items():
         table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -155,8 +155,23 @@ def report() -> dict:
             for device in devices
             for dtype in (torch.float32, torch.float16)
         },
+        "optimize_for_inference": programs(devices),
         "build": build_facts(),
     }
+
+
+def programs(devices: list[str]) -> dict[str, str]:
+    """By device and dtype: what computes the networks of optimize_for_inference."""
+    from .engine import cases, cpu, cpu_program  # they ask this module for the machine
+
+    why = cpu.supported(torch.float32)
+    isa = None if why else cpu_program.isa()
+    own = f"PyTorch's operators: {why}" if why else f"compiled kernels, {isa.name}"
+    found = {"cpu float32": own, "cpu, other dtypes": "PyTorch's operators"}
+    if "cuda" in devices:
+        lacks = cases.triton_unavailable()
+        found["cuda"] = f"PyTorch's kernels: {lacks}" if lacks else "Triton's kernels or PyTorch's, by measurement"
+    return found
 
 
 def build_facts() -> dict:
