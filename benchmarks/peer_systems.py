@@ -136,9 +136,7 @@ def swapped(cell: Cell, model: nn.Module, x: Tensor) -> Step:
 
 
 def ours(cell: Cell, model: nn.Module, x: Tensor) -> Step:
-    with (
-        tempfile.TemporaryDirectory() as empty
-    ):  # nothing tuned before; the process is this one's own
+    with tempfile.TemporaryDirectory() as empty:  # nothing tuned before; the process is this one's own
         os.environ["FUSED_RESNET_CACHE"] = empty
         return _calling(fused_resnet.optimize_for_inference(model, example_input=x), x)
 

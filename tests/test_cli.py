@@ -338,8 +338,10 @@ def test_doctor_json_has_every_op_of_every_device(capsys):
     status, out, _ = run(capsys, "doctor", "--json")
     assert status == 0
     found = json.loads(out)
-    assert set(found) == {"environment", "backends", "forced", "choices", "build"}
+    assert set(found) == {"environment", "backends", "forced", "choices", "optimize_for_inference", "build"}
     assert set(found["backends"]) == set(backends.BACKENDS)
+    built = found["build"].get("ops_library")
+    assert found["optimize_for_inference"]["cpu float32"].startswith("compiled kernels" if built else "PyTorch's")
     for ops in found["choices"].values():
         assert set(ops) == set(doctor.OPS)
         assert all(c["backend"] in backends.BACKENDS for c in ops.values())
