@@ -136,7 +136,9 @@ def configs(
     precision = "ieee" if fma else "tf32"
     itemsize = dtype.itemsize
     found = []
-    for block_m, block_n, warps in _ranked(_FMA_TILES if fma else _TILES, shape, sms):
+    # A second segment takes registers: the larger of the FMA tiles spills beside one.
+    candidates = (_FMA_TILES[1:] if shape.segment else _FMA_TILES) if fma else _TILES
+    for block_m, block_n, warps in _ranked(candidates, shape, sms):
         block_k = 16 if fma else max(16, min(tiles.power_of_2(shape.c), 128 // itemsize))
         if shape.c * itemsize % 16 or shape.c2 * itemsize % 16:
             block_k = min(block_k, 32)  # loads of a few bytes each take a register for every pointer
