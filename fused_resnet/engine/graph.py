@@ -7,6 +7,7 @@ how it nests them, does not matter.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from dataclasses import dataclass, field
 
@@ -20,7 +21,11 @@ from torchvision.ops import FrozenBatchNorm2d
 from ..convert import restore_blocks
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-IN_PLACE_FUNCTIONS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_, F.relu_}
+IN_PLACE_OPERATORS = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+}
+SIZES = {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size"}  # methods that yield no tensor
 # Return a tensor of their own, whatever they are given; of all else it is assumed that the result may share memory.
 FRESH_MODULES = (
     nn.Conv2d,
@@ -75,29 +80,62 @@ def has_hooks(m: nn.Module) -> bool:
     return any(hooks) or "forward" in m.__dict__
 
 
-def capture(model: nn.Module) -> Graph:
+def capture(model: nn.Module, given: int | None = None) -> Graph:
     """Trace a frozen copy of `model` (which stays as it is), in evaluation mode, fused blocks as torchvision's.
 
-    Raises ValueError if it cannot be traced, with the tracer's words.
+    given: how many arguments it will be called with; those beyond have their defaults. Raises ValueError if it cannot be
+    traced, with the tracer's words.
     """
+    if model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__:
+        raise ValueError(
+            f"model: {type(model).__name__} has forward hooks, or a forward of its own, which tracing would pass over; "
+            "remove them, or give it inside another module"
+        )
     frozen = restore_blocks(copy.deepcopy(model)).eval().requires_grad_(False)
+    omitted = {} if given is None else _omitted(frozen, given)
     try:
-        traced = fx.GraphModule(frozen, _Tracer().trace(frozen), type(model).__name__)
+        traced = fx.GraphModule(frozen, _Tracer().trace(frozen, omitted or None), type(model).__name__)
     except Exception as error:
         raise ValueError(
-            f"model: {type(model).__name__} cannot be traced ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"model: {type(model).__name__} cannot be traced ({words_of(error)}); "
             "give the part of it that is a fixed sequence of layers, as a detector's `model.backbone`"
         ) from error
+    _drop_placeholders(traced.graph, omitted)
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
         if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
-    traced.graph.eliminate_dead_code()
     graph = Graph(traced)
     graph.opaque = _make_functional(graph)
+    if not graph.opaque:  # before, what changes a tensor in place and is read by nobody would be taken for dead
+        traced.graph.eliminate_dead_code()
     traced.recompile()
     return graph
+
+
+def _omitted(model: nn.Module, given: int) -> dict[str, object]:
+    """Defaults of the arguments that are not given: which way the model goes may depend on them."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
+    late = [p for i, p in enumerate(parameters) if i >= given or p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {p.name: p.default for p in late if p.default is None or isinstance(p.default, (bool, int, float, str))}
+
+
+def _drop_placeholders(graph: fx.Graph, omitted: dict[str, object]) -> None:
+    """The arguments that are not given, and the assertions that the tracer makes about them."""
+    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target in omitted]:
+        for user in list(node.users):
+            for assertion in list(user.users):
+                graph.erase_node(assertion)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def words_of(error: Exception) -> str:
+    """Kind and first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def is_in_place(graph: Graph, node: fx.Node) -> bool:
@@ -105,13 +143,20 @@ def is_in_place(graph: Graph, node: fx.Node) -> bool:
         return bool(getattr(graph.submodule(node), "inplace", False))
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
-    return node.op == "call_function" and (node.target in IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True)
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")  # torch.relu_ and its like
+    named = name.endswith("_") and not name.endswith("__")
+    return node.target in IN_PLACE_OPERATORS or named or node.kwargs.get("inplace") is True or "out" in node.kwargs
 
 
 def may_alias(graph: Graph, node: fx.Node) -> bool:
     """Whether what node yields may share memory with its arguments."""
     if node.op == "call_module":
-        return type(graph.submodule(node)) not in FRESH_MODULES or is_in_place(graph, node)
+        m = graph.submodule(node)
+        return type(m) not in FRESH_MODULES or has_hooks(m) or is_in_place(graph, node)
+    if (node.op == "call_method" and node.target in SIZES) or (node.target is getattr and node.args[1] == "shape"):
+        return False
     return not (node.op == "call_function" and node.target in FRESH_FUNCTIONS) or is_in_place(graph, node)
 
 
@@ -121,7 +166,7 @@ def _make_functional(graph: Graph) -> str:
     for node in graph.nodes:
         if not is_in_place(graph, node):
             continue
-        changed = node.args[0] if node.args else None
+        changed = node.args[0] if node.args and "out" not in node.kwargs else None
         if not isinstance(changed, fx.Node):
             return f"{node.name} changes in place what the graph does not show"
         earlier = [user for user in changed.users if order[user] < order[node]]
