@@ -83,8 +83,8 @@ def has_hooks(m: nn.Module) -> bool:
 def capture(model: nn.Module, given: int | None = None) -> Graph:
     """Trace a frozen copy of `model` (which stays as it is), in evaluation mode, fused blocks as torchvision's.
 
-    given: how many arguments it will be called with; those beyond have their defaults. Raises ValueError if it cannot be
-    traced, with the tracer's words.
+    given: how many arguments it will be called with; those beyond have their defaults. Raises ValueError if it cannot
+    be traced, with the tracer's words.
     """
     if model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__:
         raise ValueError(
@@ -146,7 +146,7 @@ def is_in_place(graph: Graph, node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")  # torch.relu_ and its like
-    named = name.endswith("_") and not name.endswith("__")
+    named = name.endswith("_") and not name.endswith("__") and node.target not in (operator.and_, operator.or_)
     return node.target in IN_PLACE_OPERATORS or named or node.kwargs.get("inplace") is True or "out" in node.kwargs
 
 
