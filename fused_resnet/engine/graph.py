@@ -40,7 +40,22 @@ FRESH_MODULES = (
 FRESH_FUNCTIONS = {F.relu, torch.relu, F.conv2d, F.max_pool2d, F.interpolate, torch.cat, torch.add, operator.add}
 
 
+class _Proxy(fx.Proxy):
+    """fx takes `y += z` for `y = y + z`, after which another name of y would have its old value."""
+
+
+def _in_place_method(function):
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_function.__name__}__", _in_place_method(_function))
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         # A module with hooks is called, so that its hooks run.
         return isinstance(m, FrozenBatchNorm2d) or has_hooks(m) or super().is_leaf_module(m, qualified_name)
@@ -92,7 +107,8 @@ def capture(model: nn.Module, given: int | None = None) -> Graph:
             "remove them, or give it inside another module"
         )
     frozen = restore_blocks(copy.deepcopy(model)).eval().requires_grad_(False)
-    omitted = {} if given is None else _omitted(frozen, given)
+    arguments = {} if given is None else _arguments(frozen, given)
+    omitted = {name: default[0] for name, default in arguments.items() if default}
     try:
         traced = fx.GraphModule(frozen, _Tracer().trace(frozen, omitted or None), type(model).__name__)
     except Exception as error:
@@ -100,7 +116,8 @@ def capture(model: nn.Module, given: int | None = None) -> Graph:
             f"model: {type(model).__name__} cannot be traced ({words_of(error)}); "
             "give the part of it that is a fixed sequence of layers, as a detector's `model.backbone`"
         ) from error
-    _drop_placeholders(traced.graph, omitted)
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    _drop(traced.graph, [n for n, name in zip(placeholders, arguments, strict=False) if name in omitted])
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
         if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
@@ -114,17 +131,18 @@ def capture(model: nn.Module, given: int | None = None) -> Graph:
     return graph
 
 
-def _omitted(model: nn.Module, given: int) -> dict[str, object]:
-    """Defaults of the arguments that are not given: which way the model goes may depend on them."""
+def _arguments(model: nn.Module, given: int) -> dict[str, tuple]:
+    """Arguments in order; with the default of one that is not given, as which way the model goes may depend on it."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
-    late = [p for i, p in enumerate(parameters) if i >= given or p.kind is inspect.Parameter.KEYWORD_ONLY]
-    return {p.name: p.default for p in late if p.default is None or isinstance(p.default, (bool, int, float, str))}
+    late = [p.name for i, p in enumerate(parameters) if i >= given or p.kind is inspect.Parameter.KEYWORD_ONLY]
+    plain = [p.default is None or isinstance(p.default, (bool, int, float, str)) for p in parameters]
+    return {p.name: (p.default,) if ok and p.name in late else () for p, ok in zip(parameters, plain, strict=True)}
 
 
-def _drop_placeholders(graph: fx.Graph, omitted: dict[str, object]) -> None:
-    """The arguments that are not given, and the assertions that the tracer makes about them."""
-    for node in [n for n in graph.nodes if n.op == "placeholder" and n.target in omitted]:
+def _drop(graph: fx.Graph, placeholders: list[fx.Node]) -> None:
+    """Arguments that are not given, and the assertions that the tracer makes about them."""
+    for node in placeholders:
         for user in list(node.users):
             for assertion in list(user.users):
                 graph.erase_node(assertion)
@@ -143,11 +161,22 @@ def is_in_place(graph: Graph, node: fx.Node) -> bool:
         return bool(getattr(graph.submodule(node), "inplace", False))
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
-    if node.op != "call_function":
+    if node.op != "call_function" or _is_size(node):
         return False
     name = getattr(node.target, "__name__", "")  # torch.relu_ and its like
     named = name.endswith("_") and not name.endswith("__") and node.target not in (operator.and_, operator.or_)
     return node.target in IN_PLACE_OPERATORS or named or node.kwargs.get("inplace") is True or "out" in node.kwargs
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether node is a size of a tensor, or reckoned from sizes alone."""
+    if node.op == "call_method":
+        return node.target in SIZES
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    return bool(node.all_input_nodes) and all(_is_size(n) for n in node.all_input_nodes)
 
 
 def may_alias(graph: Graph, node: fx.Node) -> bool:
@@ -155,7 +184,7 @@ def may_alias(graph: Graph, node: fx.Node) -> bool:
     if node.op == "call_module":
         m = graph.submodule(node)
         return type(m) not in FRESH_MODULES or has_hooks(m) or is_in_place(graph, node)
-    if (node.op == "call_method" and node.target in SIZES) or (node.target is getattr and node.args[1] == "shape"):
+    if _is_size(node):
         return False
     return not (node.op == "call_function" and node.target in FRESH_FUNCTIONS) or is_in_place(graph, node)
 
@@ -171,15 +200,25 @@ def _make_functional(graph: Graph) -> str:
             return f"{node.name} changes in place what the graph does not show"
         earlier = [user for user in changed.users if order[user] < order[node]]
         views = [user.name for user in earlier if may_alias(graph, user)]
-        if views or (changed.op not in ("placeholder", "get_attr") and _is_view(graph, changed)):
-            return f"{node.name} changes in place a tensor that shares memory with {', '.join(views) or 'another'}"
+        chain = _viewed(graph, changed)
+        others = [(n, user) for n in chain for user in n.users if user is not changed and user not in chain]
+        views += [n.name for n, user in others if order[user] > order[changed] or may_alias(graph, user)]
+        if views:
+            return f"{node.name} changes in place a tensor that shares memory with {', '.join(views)}"
         for user in [user for user in changed.users if order[user] > order[node]]:
             user.replace_input_with(changed, node)
     return ""
 
 
-def _is_view(graph: Graph, node: fx.Node) -> bool:
-    return may_alias(graph, node) and not is_in_place(graph, node)
+def _viewed(graph: Graph, node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory node may share because it is a view of them."""
+    found, open_nodes = [], [node]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node.op not in ("placeholder", "get_attr") and may_alias(graph, node) and not is_in_place(graph, node):
+            found += node.all_input_nodes
+            open_nodes += node.all_input_nodes
+    return found
 
 
 def propagate(graph: Graph, inputs: tuple) -> None:
