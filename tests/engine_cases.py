@@ -1,4 +1,4 @@
-"""Small networks for the tests of the engine, and how a result is judged: by parity.py's rule, float64 being the judge."""
+"""Small networks for the tests of the engine, and how a result is judged: by the rule of parity.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU's compiled kernels: every kind of choice on every instruction set, float64 being the judge; bad programs raise.
+"""The CPU's compiled kernels: every choice on every instruction set, float64 being the judge; bad programs raise.
 
 What Winograd does with numbers that are not finite: a tile of outputs whose inputs have one may be non-finite as a
 whole. It is never finite where PyTorch's result is not.
@@ -141,8 +141,8 @@ def test_residual_and_segment(k, isa, guarded):
     for stride in (1, 2):
         model = Net(
             lambda m, x: m.c(F.relu(F.relu(m.n(m.a(x)) + m.s(x)) + m.b(F.relu(m.n(m.a(x)))))),
-            a=conv(12, k, stride=stride), n=nn.BatchNorm2d(k), s=conv(12, k, 1, stride=stride, bias=True), b=conv(k, k, 1),
-            c=conv(k, 9, 1),
+            a=conv(12, k, stride=stride), n=nn.BatchNorm2d(k), s=conv(12, k, 1, stride=stride, bias=True),
+            b=conv(k, k, 1), c=conv(k, 9, 1),
         )  # fmt: skip
         for rows in (1, 13, 96):
             judged(model, (torch.randn(3, 12, 9, 7),), isa=isa, choice=gemm(isa, rows, 2), workers=2)
@@ -211,7 +211,9 @@ def head(isa, scratch=1 << 16, workers=1):
 
 
 def raw(words, *buffers, times=None, scratch=1 << 16):
-    torch.ops.fused_resnet_cpu.run_program(torch.tensor(words), [torch.empty(scratch), *buffers], times)
+    torch.ops.fused_resnet_cpu.run_program(
+        torch.tensor(words, dtype=torch.int64), [torch.empty(scratch), *buffers], times
+    )
 
 
 @isas
@@ -476,7 +478,7 @@ import test_engine_cpu as t
 from fused_resnet.engine import cpu_program as cp
 isa, rounds = int(sys.argv[1]), int(sys.argv[2])
 rng, raised = random.Random(0), 0
-odd = [-(1 << 63), (1 << 63) - 1, 1 << 62, 1 << 40, 1 << 32, (1 << 31) - 1, 1 << 30, 65537, 2049, 255, 17, 9, 5, 4, 3, 2, 1, 0, -1, -2]
+odd = [-(1 << 63), (1 << 63) - 1, 1 << 62, 1 << 40, 1 << 32, (1 << 31) - 1, 1 << 30, 65537, 2049, 17, *range(-2, 10)]
 for i in range(rounds):
     steps, buffers = t.every_op(isa)
     memory = t.Guarded()

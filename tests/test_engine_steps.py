@@ -38,7 +38,7 @@ def accounted(network) -> None:
 
 
 def proven(model, *inputs, expected=None, notes=False):
-    """The steps of a model, every layer accounted for, its results judged on two different inputs; returns (network, fast)."""
+    """(network, fast), every layer accounted for, results judged on two different inputs."""
     inputs = inputs or (torch.randn(X),)
     network = network_of(model, *inputs)
     accounted(network)
