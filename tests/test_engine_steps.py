@@ -495,6 +495,19 @@ def test_optional_inputs():
         optimize_for_inference(cnn(lambda m, x: m.a(x)), (x, x))
 
 
+def test_a_default_that_is_a_tuple():
+    class Shifted(Net):
+        def forward(self, x, by=(0.5, 2)):
+            return self.a(x * by[1]) + by[0]
+
+    model = Shifted(None, a=conv())
+    x = torch.randn(X)
+    fast = optimize_for_inference(model, x, tune="off")
+    agree(fast(x), model, x)
+    with pytest.raises(TypeError, match="takes 1 tensors, got 2"):
+        fast(x, x)
+
+
 def test_two_inputs_of_different_batches():
     class Two(Net):
         def forward(self, x, v):

@@ -98,6 +98,7 @@ class OptimizedModel(nn.Module):
         self._names = [n.name for n in graph.nodes if n.op == "placeholder"]
         # An optional argument has a default.
         self._required = sum(n.op == "placeholder" and not n.args for n in graph.nodes)
+        self._names = self._names[: max(self._required, len(inputs))]
         self._dims = [x.dim() for x in inputs]
         self._channels = [x.shape[1] if x.dim() == 4 else None for x in inputs]
         self._eager = EagerExecutor(graph.module, dtype)
