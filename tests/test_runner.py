@@ -19,7 +19,6 @@ from engine_cases import Net, agree, conv, resnet
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-import fused_resnet
 from fused_resnet import models, optimize_for_inference, swap_blocks
 from fused_resnet.backends import cuda
 from fused_resnet.engine import cpu_weights, runner
@@ -236,7 +235,7 @@ class Everything(Net):
         self.plain = torch.tensor(0.5)
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.n(self.stem(x * torch.tensor([1.0, 1.1, 1.2])[:, None, None]))), 3, 2, 1)
+        x = F.max_pool2d(F.relu(self.n(self.stem(x * torch.tensor(1.1)))), 3, 2, 1)
         x = F.relu(self.b(F.relu(self.a(x))) + x) * self.scale + self.plain
         x = self.gn(F.relu(self.c(self.g(x)) + self.s(x)))
         return self.fc(x.mean((2, 3)))
@@ -306,7 +305,7 @@ def test_refresh_refuses_and_changes_nothing():
         fast.refresh(wrong)
     with pytest.raises(ValueError, match="model: does not fit"):
         fast.refresh(fast)
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got OrderedDict"):
         fast.refresh(model.state_dict())
     assert torch.equal(fast(x), want)
 
@@ -423,7 +422,7 @@ def test_bad_arguments_are_named():
         (dict(example_input=x[0]), ValueError, r"example_input: .*\[3, 33, 33\]"),
         (dict(example_input=x[:0]), ValueError, "example_input: is empty"),
         (dict(example_input=x.long()), TypeError, "example_input: expected a floating-point tensor"),
-        (dict(example_input=torch.randn(1, 2, 33, 33)), ValueError, r"cannot take \[1, 2, 33, 33\]"),
+        (dict(example_input=torch.randn(1, 2, 33, 33)), ValueError, r"example_input: Net cannot take \[1, 2, 33, 33\]"),
         (dict(tune="fast"), ValueError, "tune: expected one of 'full', 'cached', 'off', got 'fast'"),
         (dict(new_shapes=None), ValueError, "new_shapes: expected one of 'plan', 'eager', got None"),
         (dict(dtype="float16"), ValueError, "dtype: expected one of torch.float32, .*got float16"),
@@ -479,12 +478,11 @@ def test_plans_say_what_runs():
 
 # --- the ten models ---------------------------------------------------------------------------------------------------
 
-CELLS = [(name, (2, 3, 33, 33)) for name in models.__all__]
-CELLS += [("resnet18", (n, 3, h, w)) for n in (1, 7) for h, w in ((97, 161), (33, 33))]
-CELLS += [("resnet50", (1, 3, 97, 161)), ("resnext50_32x4d", (1, 3, 97, 161))]
-SLOW = [(name, (n, 3, *s)) for name in models.__all__ for n in (1, 2, 7) for s in ((97, 161), (33, 33))]
-SLOW += [(name, (32, 3, 33, 33)) for name in models.__all__]
-SLOW = [cell for cell in SLOW if cell not in CELLS]
+QUICK = [("resnet18", (1, 3, 97, 161)), ("resnet18", (7, 3, 33, 33))]
+QUICK += [(name, (2, 3, 33, 33)) for name in ("resnet50", "resnext50_32x4d")]
+ALL = [(name, (n, 3, *size)) for name in models.__all__ for n in (1, 2, 7) for size in ((97, 161), (33, 33))]
+ALL += [(name, (32, 3, 33, 33)) for name in models.__all__]
+SLOW = [cell for cell in ALL if cell not in QUICK]
 
 
 def torchvision_model(name: str, seed: int) -> nn.Module:
@@ -493,35 +491,22 @@ def torchvision_model(name: str, seed: int) -> nn.Module:
     return parity.calibrate(model, torch.randn(2, 3, 40, 40), seed).eval()
 
 
-@pytest.mark.parametrize(
-    "name, shape",
-    [pytest.param(*c, id=f"{c[0]}-{'x'.join(map(str, c[1]))}") for c in CELLS]
-    + [pytest.param(*c, id=f"{c[0]}-{'x'.join(map(str, c[1]))}", marks=pytest.mark.slow) for c in SLOW],
-)
+def cells(cells, *marks):
+    return [pytest.param(*cell, id=f"{cell[0]}-{'x'.join(map(str, cell[1]))}", marks=marks) for cell in cells]
+
+
+@pytest.mark.parametrize("name, shape", cells(QUICK) + cells(SLOW, pytest.mark.slow))
 def test_the_ten_models(name, shape):
-    """float32, float16 and bfloat16 against the same judge; the yardstick is the largest of three seeds' errors."""
-    large = name in (
-        "resnet152",
-        "resnet101",
-        "resnext101_32x8d",
-        "resnext101_64x4d",
-        "wide_resnet101_2",
-        "wide_resnet50_2",
-    )
-    seeds = parity.SEEDS if not large else parity.SEEDS[:1]
-    model = x = None
+    """In every dtype against the same judge. The yardstick of float32 is of three seeds."""
     yardsticks: dict[str, list] = {key: [] for key in DTYPES}
-    for seed in reversed(seeds):
+    for seed in parity.SEEDS[::-1]:
         model, x = torchvision_model(name, seed), torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         judged = engine_cases.judge(model, (x,))
-        for key in ("f32",) if large or name != "resnet18" else DTYPES:
+        for key in DTYPES if seed == 0 else ("f32",):
             yardsticks[key].append(engine_cases.yardstick(model, (x,), DTYPES[key], judged))
     for key, dtype in DTYPES.items():
-        if not yardsticks[key] and key == "bf16" and large:
-            continue  # its oneDNN convolutions without AVX-512 take minutes
         fast = optimize_for_inference(model, x, dtype=dtype, tune="off")
-        assert fast.plan.flop_share == 1.0
-        limit = parity.worst(yardsticks[key] or [engine_cases.yardstick(model, (x,), dtype, judged)])
+        assert fast.plan.flop_share == 1.0 and not (key == "f32" and fast.plan.notes and cuda.load() is None)
         y = fast(x)
-        parity.check(parity.errors(engine_cases.seen(y), judged), limit, dtype)
-        assert torch.equal(fast(x), y) and fused_resnet.swap_report is not None
+        parity.check(parity.errors(engine_cases.seen(y), judged), parity.worst(yardsticks[key]), dtype)
+        assert torch.equal(fast(x), y)

@@ -107,7 +107,7 @@ class OptimizedModel(nn.Module):
         self._plans: OrderedDict[tuple, tuple[Callable, Plan]] = OrderedDict()
         inputs = self._checked(inputs, "example_input")
         with _undisturbed(device):
-            self._plan = self._add(self._key(inputs), inputs)[1]
+            self._plan = self._add(self._key(inputs), inputs, argument="example_input")[1]
 
     @property
     def plan(self) -> Plan:
@@ -210,18 +210,18 @@ class OptimizedModel(nn.Module):
     def _key(self, inputs: tuple[Tensor, ...]) -> tuple:
         return tuple((x.shape, x.dtype, x.is_contiguous(), _is_nhwc(x)) for x in inputs)
 
-    def _matched(self, inputs: tuple[Tensor, ...]) -> Network:
+    def _matched(self, inputs: tuple[Tensor, ...], argument: str) -> Network:
         converted = tuple(x.to(self._graph.dtype) for x in inputs)
         try:
             propagate(self._graph, converted)
         except Exception as error:  # a model may assert what it likes about its input
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
-            raise ValueError(f"input: {self._name} cannot take {shapes}: {words_of(error)}") from error
+            raise ValueError(f"{argument}: {self._name} cannot take {shapes}: {words_of(error)}") from error
         return match(self._graph)
 
-    def _add(self, key: tuple, inputs: tuple[Tensor, ...], planned: bool = True) -> tuple[Callable, Plan]:
+    def _add(self, key: tuple, inputs: tuple[Tensor, ...], planned=True, argument="input") -> tuple[Callable, Plan]:
         """Plan for inputs like these, compare with PyTorch's operators, and keep it."""
-        network = self._matched(inputs)
+        network = self._matched(inputs, argument)
         notes = list(self._notes)
         run, how, times = None, {}, {}
         if self._fast is not None and planned:
