@@ -182,6 +182,7 @@ STEMS = {
     "3x3": (conv(4, 24, 3), (3, 4, 9, 7)),
     "uneven kernel": (nn.Conv2d(3, 16, (5, 3), 2, 1), (1, 3, 13, 11)),
     "padding beyond the kernel": (conv(3, 16, 3, stride=8, padding=4), (2, 3, 1, 1)),
+    "one column, padding beyond the kernel": (conv(3, 16, 3, stride=8, padding=4), (2, 3, 20, 1)),
     "padding beyond the map": (conv(3, 16, 5, stride=3, padding=7), (2, 3, 2, 3)),
     "one pixel": (conv(3, 16, 7, stride=2), (1, 3, 1, 1)),
 }

@@ -335,6 +335,21 @@ def views(y, change):
     return y * 1
 
 
+def test_in_place_sums_do_not_hinder_the_plan():
+    """A gate on the branch, as squeeze-and-excitation has it, and `+=`."""
+
+    def forward(m, x):
+        x = m.r(m.a(x))
+        y = m.n(m.b(x))
+        y = y * m.gate(m.pool(y)).sigmoid()
+        y += x
+        return m.c(m.i(y))
+
+    model = cnn(forward, pool=nn.AdaptiveAvgPool2d(1), gate=conv(16, 16, 1, bias=True))
+    network, fast = proven(model)
+    assert not network.graph.opaque and fast.plan.flop_share == 1.0
+
+
 @pytest.mark.parametrize("how", IN_PLACE)
 @torch.no_grad()
 def test_in_place(how):

@@ -35,9 +35,21 @@ FRESH_MODULES = (
     nn.ReLU,
     nn.MaxPool2d,
     nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
     nn.Linear,
+    nn.GroupNorm,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.SiLU,
+    nn.GELU,
 )
-FRESH_FUNCTIONS = {F.relu, torch.relu, F.conv2d, F.max_pool2d, F.interpolate, torch.cat, torch.add, operator.add}
+FRESH_FUNCTIONS = {
+    *(F.relu, F.conv2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.linear, F.interpolate, F.silu, F.gelu),
+    *(torch.relu, torch.cat, torch.add, torch.sub, torch.mul, torch.div, torch.sigmoid, torch.tanh, torch.mean),
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.matmul),
+}
+FRESH_METHODS = {"add", "sub", "mul", "div", "pow", "neg", "relu", "sigmoid", "tanh", "mean", "sum", "clone"}
+CHEAP_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, torch.cat, torch.add, operator.add, operator.mul}
 
 
 class _Proxy(fx.Proxy):
@@ -186,7 +198,8 @@ def may_alias(graph: Graph, node: fx.Node) -> bool:
         return type(m) not in FRESH_MODULES or has_hooks(m) or is_in_place(graph, node)
     if _is_size(node):
         return False
-    return not (node.op == "call_function" and node.target in FRESH_FUNCTIONS) or is_in_place(graph, node)
+    fresh = FRESH_FUNCTIONS if node.op == "call_function" else FRESH_METHODS if node.op == "call_method" else ()
+    return node.target not in fresh or is_in_place(graph, node)
 
 
 def _make_functional(graph: Graph) -> str:
@@ -254,4 +267,4 @@ def _cheap(graph: Graph, node: fx.Node) -> bool:
     """Whether a node multiplies no matrices, so that nothing need be counted."""
     if node.op == "call_module":
         return type(graph.submodule(node)) in (nn.BatchNorm2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d)
-    return node.op in ("placeholder", "get_attr", "output") or node.target in FRESH_FUNCTIONS - {F.conv2d}
+    return node.op in ("placeholder", "get_attr", "output") or node.target in CHEAP_FUNCTIONS
