@@ -30,7 +30,7 @@ class Cpu:
         self.workers = workers or torch.get_num_threads()
         self.weights = cp.Weights(module, self.target)
         self.eager = Eager(module, torch.float32)
-        self.arena = self.scratch = torch.empty(0)
+        self.arena = self.scratch = torch.empty(0, dtype=torch.float32, device="cpu")
         self.cache: Cache | None = None
         self.live: WeakSet[cp.Program] = WeakSet()
 
@@ -99,12 +99,16 @@ class Cpu:
                 dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
                 if not (only_stems and dense):
                     given[name] = value.contiguous(memory_format=torch.channels_last)
+            elif isinstance(value, Tensor):
+                given[name] = value.contiguous()
         return given
 
     def _memory(self, program: cp.Program) -> None:
         """Bring the program into this memory, which grows if need be."""
         for name, floats in (("arena", program.floats), ("scratch", program.scratch_floats())):
             if getattr(self, name).numel() < floats:
+                for other in self.live:  # they would keep the old memory
+                    other.forget()
                 setattr(self, name, aligned(floats))
         if program.memory != (self.arena.data_ptr(), self.scratch.data_ptr()):
             program.write(self.arena, self.scratch)
@@ -119,14 +123,14 @@ class Cpu:
         for name in program.fresh:
             shape = program.shapes[name]
             layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-            values[name] = torch.empty(shape, memory_format=layout)
+            values[name] = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
             given.add(name)
         for piece in program.segments:
             if isinstance(piece, Step):
                 values[piece.output] = self._alone(network, piece, values)
                 continue
             buffers = [b if isinstance(b, Tensor) else _dense(values[b], b in given) for b in piece.buffers]
-            seconds = torch.zeros(len(piece.owners), dtype=torch.float64) if times is not None else None
+            seconds = torch.zeros(len(piece.owners), dtype=torch.float64, device="cpu") if times is not None else None
             torch.ops.fused_resnet_cpu.run_program(piece.program, buffers, seconds)
             if times is not None:
                 for owner, took in zip(piece.owners, seconds.tolist(), strict=True):
@@ -148,7 +152,7 @@ class Cpu:
 def aligned(floats: int) -> Tensor:
     """Floats from a page's start on: each worker's part, and each value, begins at a cache line."""
     page = 4096
-    block = torch.empty(floats * 4 + page, dtype=torch.uint8)
+    block = torch.empty(floats * 4 + page, dtype=torch.uint8, device="cpu")
     skip = -block.data_ptr() % page
     return block[skip : skip + floats * 4].view(torch.float32)
 
@@ -187,4 +191,5 @@ def _dense(value: Tensor, as_it_is: bool) -> Tensor:
     """What a traced step made, as the program reads it."""
     if as_it_is:
         return value
-    return value.contiguous(memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format)
+    layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+    return value.to(torch.float32).contiguous(memory_format=layout)

@@ -22,6 +22,7 @@ SLICE = 256  # of the reduction: csrc/cpu/engine/gemm.h's kKc
 ALIGN = 16  # floats: a cache line
 CACHE = 1 << 18  # floats of activations that may be in use at once before a batch is split (1 MiB)
 POOL = (3, 2, 1)  # the max-pool that the stem kernel has
+END = "the end"  # stands for the reader of what the model returns
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,7 @@ class Program:
             for name in step.reads:
                 readers.setdefault(network.source(name), []).append(step.output)
         made = {s.output: s for p in self.segments if isinstance(p, Segment) for s in p.steps}
+        moment[END], run_of[END], size[END] = clock, (clock, clock), 0
         self._extend_through_views(readers)
         names, lives = [], []
         for name in made:
@@ -324,6 +326,8 @@ class Program:
         """What reads the result of a traced step may read the memory of that step's inputs."""
         from .graph import may_alias
 
+        for name in self.outputs:
+            readers.setdefault(name, []).append(END)
         for step in reversed(self.network.steps):
             if step.op == "traced" and may_alias(self.network.graph, step.node):
                 for name in step.reads:
@@ -351,10 +355,17 @@ class Program:
                         segment.owners.append(step.output)
                         writer.words += words
             head = [VERSION, self.target.number, self.workers, scratch.numel(), 1, 0]
-            segment.program = torch.tensor(head + writer.words, dtype=torch.int64)
+            segment.program = torch.tensor(head + writer.words, dtype=torch.int64, device="cpu")
         alone = [step for step in self.segments if isinstance(step, Step)]
         read = {self.network.source(name) for step in alone for name in step.reads}
         self.views = {name: self._view(arena, name) for name in read if name in self.place}
+
+    def forget(self) -> None:
+        """Let go of the memory it was written for."""
+        self.memory, self.views = None, {}
+        for segment in self.segments:
+            if isinstance(segment, Segment):
+                segment.program, segment.buffers = None, []
 
     def _view(self, arena: Tensor, name: str) -> Tensor:
         shape = self.shapes[name]

@@ -61,6 +61,8 @@ class _Scaled:
 
 def smaller(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Network, tuple[Tensor, ...]]:
     """The same for at most BATCH images, the first and the last among them; as it is where traced steps may mind."""
+    if not inputs or any(not x.dim() for x in inputs):
+        return network, inputs
     batch = inputs[0].shape[0]
     if batch <= BATCH or any(x.shape[0] != batch for x in inputs) or any(s.op == "traced" for s in network.steps):
         return network, inputs

@@ -41,7 +41,7 @@ def filter_transform(m: int) -> Tensor:
     for i, p in enumerate(points):
         scale = math.prod(p - q for j, q in enumerate(points) if j != i)
         rows.append([1 / scale, p / scale, p * p / scale])
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
 
 
 def winograd(weight: Tensor, m: int, columns: int) -> Tensor:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from .cpu_program import fold
-from .graph import is_in_place
+from .graph import has_hooks, is_in_place
 from .plan import Group, alone
 from .steps import Network, Step
 
@@ -124,6 +125,10 @@ def run_traced(network: Network, node: fx.Node, values: dict[str, object], attri
         # A flattened value is kept in the shape it had before.
         return value.reshape(value.shape[0], -1) if n.name in network.alias else value
 
+    found = None if node.op in ("call_function", "call_method") else attribute(node.target)
+    if isinstance(found, nn.Module) and has_hooks(found):
+        # A hook may keep what it sees.
+        values = {name: v.clone() if isinstance(v, Tensor) else v for name, v in _read(network, node, values).items()}
     args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
     if is_in_place(network.graph, node) and not network.graph.opaque:
         # A fused step may read the operand later than the layers it covers would have.
@@ -132,21 +137,33 @@ def run_traced(network: Network, node: fx.Node, values: dict[str, object], attri
         return node.target(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
-    found = attribute(node.target)
     return found(*args, **kwargs) if node.op == "call_module" else found
+
+
+def _read(network: Network, node: fx.Node, values: dict[str, object]) -> dict[str, object]:
+    return {name: values[name] for name in map(network.source, (n.name for n in node.all_input_nodes))}
 
 
 def output_of(network: Network, values: dict[str, object], forbidden: Tensor | None = None):
     """What the model returns, with the values put in; a copy of what shares memory with `forbidden`."""
     node = next(n for n in network.graph.nodes if n.op == "output")
 
-    def value_of(n: fx.Node):
-        value = values[network.source(n.name)]
-        if isinstance(value, Tensor):
-            if forbidden is not None and value.untyped_storage().data_ptr() == forbidden.untyped_storage().data_ptr():
-                value = value.clone()
-            if n.name in network.alias:
-                value = value.reshape(value.shape[0], -1)
+    def own(value):
+        inside = forbidden is not None and isinstance(value, Tensor)
+        if inside and value.untyped_storage().data_ptr() == forbidden.untyped_storage().data_ptr():
+            return value.clone()
         return value
 
-    return fx.node.map_arg(node.args[0], value_of)
+    def put_in(part):
+        """fx has containers of its own, which cannot be changed: the caller gets Python's."""
+        if isinstance(part, fx.Node):
+            value = tree_map(own, values[network.source(part.name)])
+            return value.reshape(value.shape[0], -1) if part.name in network.alias else value
+        if isinstance(part, tuple):
+            parts = [put_in(p) for p in part]
+            return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+        if isinstance(part, list):
+            return [put_in(p) for p in part]
+        return {key: put_in(p) for key, p in part.items()} if isinstance(part, dict) else part
+
+    return put_in(node.args[0])

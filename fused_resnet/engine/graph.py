@@ -7,6 +7,7 @@ and how it nests them, does not matter.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from dataclasses import dataclass, field
 
@@ -20,7 +21,11 @@ from torchvision.ops import FrozenBatchNorm2d
 from ..convert import restore_blocks
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-IN_PLACE_FUNCTIONS = {operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_, F.relu_}
+IN_PLACE_OPERATORS = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
+    *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+}
+SIZES = {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size"}  # methods that yield no tensor
 # Return a tensor of their own, whatever they are given; of all else it is assumed that the result may share memory.
 FRESH_MODULES = (
     nn.Conv2d,
@@ -30,12 +35,39 @@ FRESH_MODULES = (
     nn.ReLU,
     nn.MaxPool2d,
     nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
     nn.Linear,
+    nn.GroupNorm,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.SiLU,
+    nn.GELU,
 )
-FRESH_FUNCTIONS = {F.relu, torch.relu, F.conv2d, F.max_pool2d, F.interpolate, torch.cat, torch.add, operator.add}
+FRESH_FUNCTIONS = {
+    *(F.relu, F.conv2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.linear, F.interpolate, F.silu, F.gelu),
+    *(torch.relu, torch.cat, torch.add, torch.sub, torch.mul, torch.div, torch.sigmoid, torch.tanh, torch.mean),
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.matmul),
+}
+FRESH_METHODS = {"add", "sub", "mul", "div", "pow", "neg", "relu", "sigmoid", "tanh", "mean", "sum", "clone"}
+CHEAP_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, torch.cat, torch.add, operator.add, operator.mul}
+
+
+class _Proxy(fx.Proxy):
+    """fx takes `y += z` for `y = y + z`, after which another name of y would have its old value."""
+
+
+def _in_place_method(function):
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_function.__name__}__", _in_place_method(_function))
 
 
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         # A module with hooks is called, so that its hooks run.
         return isinstance(m, FrozenBatchNorm2d) or has_hooks(m) or super().is_leaf_module(m, qualified_name)
@@ -75,29 +107,65 @@ def has_hooks(m: nn.Module) -> bool:
     return any(hooks) or "forward" in m.__dict__
 
 
-def capture(model: nn.Module) -> Graph:
+def capture(model: nn.Module, given: int | None = None) -> Graph:
     """Trace a frozen copy of `model` (which stays as it is), in evaluation mode, fused blocks as torchvision's.
 
-    Raises ValueError if it cannot be traced, with the tracer's words.
+    given: how many arguments it will be called with; those beyond have their defaults. Raises ValueError if it cannot
+    be traced, with the tracer's words.
     """
+    if model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__:
+        raise ValueError(
+            f"model: {type(model).__name__} has forward hooks, or a forward of its own, which tracing would pass over; "
+            "remove them, or give it inside another module"
+        )
     frozen = restore_blocks(copy.deepcopy(model)).eval().requires_grad_(False)
+    arguments = {} if given is None else _arguments(frozen, given)
+    omitted = {name: default[0] for name, default in arguments.items() if default}
     try:
-        traced = fx.GraphModule(frozen, _Tracer().trace(frozen), type(model).__name__)
+        traced = fx.GraphModule(frozen, _Tracer().trace(frozen, omitted or None), type(model).__name__)
     except Exception as error:
         raise ValueError(
-            f"model: {type(model).__name__} cannot be traced ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"model: {type(model).__name__} cannot be traced ({words_of(error)}); "
             "give the part of it that is a fixed sequence of layers, as a detector's `model.backbone`"
         ) from error
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    _drop(traced.graph, [n for n, name in zip(placeholders, arguments, strict=False) if name in omitted])
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
         if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
-    traced.graph.eliminate_dead_code()
     graph = Graph(traced)
     graph.opaque = _make_functional(graph)
+    if not graph.opaque:  # before, what changes a tensor in place and is read by nobody would be taken for dead
+        traced.graph.eliminate_dead_code()
     traced.recompile()
     return graph
+
+
+def _arguments(model: nn.Module, given: int) -> dict[str, tuple]:
+    """Arguments in order; with the default of one that is not given, as which way the model goes may depend on it."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
+    late = [p.name for i, p in enumerate(parameters) if i >= given or p.kind is inspect.Parameter.KEYWORD_ONLY]
+    plain = [p.default is None or isinstance(p.default, (bool, int, float, str)) for p in parameters]
+    return {p.name: (p.default,) if ok and p.name in late else () for p, ok in zip(parameters, plain, strict=True)}
+
+
+def _drop(graph: fx.Graph, placeholders: list[fx.Node]) -> None:
+    """Arguments that are not given, and the assertions that the tracer makes about them."""
+    for node in placeholders:
+        for user in list(node.users):
+            for assertion in list(user.users):
+                graph.erase_node(assertion)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def words_of(error: Exception) -> str:
+    """Kind and first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def is_in_place(graph: Graph, node: fx.Node) -> bool:
@@ -105,14 +173,33 @@ def is_in_place(graph: Graph, node: fx.Node) -> bool:
         return bool(getattr(graph.submodule(node), "inplace", False))
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
-    return node.op == "call_function" and (node.target in IN_PLACE_FUNCTIONS or node.kwargs.get("inplace") is True)
+    if node.op != "call_function" or _is_size(node):
+        return False
+    name = getattr(node.target, "__name__", "")  # torch.relu_ and its like
+    named = name.endswith("_") and not name.endswith("__") and node.target not in (operator.and_, operator.or_)
+    return node.target in IN_PLACE_OPERATORS or named or node.kwargs.get("inplace") is True or "out" in node.kwargs
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether node is a size of a tensor, or reckoned from sizes alone."""
+    if node.op == "call_method":
+        return node.target in SIZES
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    return bool(node.all_input_nodes) and all(_is_size(n) for n in node.all_input_nodes)
 
 
 def may_alias(graph: Graph, node: fx.Node) -> bool:
     """Whether what node yields may share memory with its arguments."""
     if node.op == "call_module":
-        return type(graph.submodule(node)) not in FRESH_MODULES or is_in_place(graph, node)
-    return not (node.op == "call_function" and node.target in FRESH_FUNCTIONS) or is_in_place(graph, node)
+        m = graph.submodule(node)
+        return type(m) not in FRESH_MODULES or has_hooks(m) or is_in_place(graph, node)
+    if _is_size(node):
+        return False
+    fresh = FRESH_FUNCTIONS if node.op == "call_function" else FRESH_METHODS if node.op == "call_method" else ()
+    return node.target not in fresh or is_in_place(graph, node)
 
 
 def _make_functional(graph: Graph) -> str:
@@ -121,20 +208,30 @@ def _make_functional(graph: Graph) -> str:
     for node in graph.nodes:
         if not is_in_place(graph, node):
             continue
-        changed = node.args[0] if node.args else None
+        changed = node.args[0] if node.args and "out" not in node.kwargs else None
         if not isinstance(changed, fx.Node):
             return f"{node.name} changes in place what the graph does not show"
         earlier = [user for user in changed.users if order[user] < order[node]]
         views = [user.name for user in earlier if may_alias(graph, user)]
-        if views or (changed.op not in ("placeholder", "get_attr") and _is_view(graph, changed)):
-            return f"{node.name} changes in place a tensor that shares memory with {', '.join(views) or 'another'}"
+        chain = _viewed(graph, changed)
+        others = [(n, user) for n in chain for user in n.users if user is not changed and user not in chain]
+        views += [n.name for n, user in others if order[user] > order[changed] or may_alias(graph, user)]
+        if views:
+            return f"{node.name} changes in place a tensor that shares memory with {', '.join(views)}"
         for user in [user for user in changed.users if order[user] > order[node]]:
             user.replace_input_with(changed, node)
     return ""
 
 
-def _is_view(graph: Graph, node: fx.Node) -> bool:
-    return may_alias(graph, node) and not is_in_place(graph, node)
+def _viewed(graph: Graph, node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory node may share because it is a view of them."""
+    found, open_nodes = [], [node]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node.op not in ("placeholder", "get_attr") and may_alias(graph, node) and not is_in_place(graph, node):
+            found += node.all_input_nodes
+            open_nodes += node.all_input_nodes
+    return found
 
 
 def propagate(graph: Graph, inputs: tuple) -> None:
@@ -170,4 +267,4 @@ def _cheap(graph: Graph, node: fx.Node) -> bool:
     """Whether a node multiplies no matrices, so that nothing need be counted."""
     if node.op == "call_module":
         return type(graph.submodule(node)) in (nn.BatchNorm2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d)
-    return node.op in ("placeholder", "get_attr", "output") or node.target in FRESH_FUNCTIONS - {F.conv2d}
+    return node.op in ("placeholder", "get_attr", "output") or node.target in CHEAP_FUNCTIONS

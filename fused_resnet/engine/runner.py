@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from . import cpu, gpu
 from .eager import EagerExecutor
-from .graph import Graph, capture, propagate
+from .graph import Graph, capture, propagate, words_of
 from .plan import Plan, describe
 from .steps import Network, match
 
@@ -79,7 +79,9 @@ def optimize_for_inference(
         if t.device != own.device:
             raise ValueError(f"model: all of it must be on one device; {name} is on {t.device}, others on {own.device}")
     with torch.inference_mode(False), torch.no_grad():
-        return OptimizedModel(type(model).__name__, capture(model), inputs, dtype, own.device, tune, new_shapes)
+        return OptimizedModel(
+            type(model).__name__, capture(model, len(inputs)), inputs, dtype, own.device, tune, new_shapes
+        )
 
 
 class OptimizedModel(nn.Module):
@@ -97,6 +99,7 @@ class OptimizedModel(nn.Module):
         self._names = [n.name for n in graph.nodes if n.op == "placeholder"]
         # An optional argument has a default.
         self._required = sum(n.op == "placeholder" and not n.args for n in graph.nodes)
+        self._names = self._names[: max(self._required, len(inputs))]
         self._dims = [x.dim() for x in inputs]
         self._channels = [x.shape[1] if x.dim() == 4 else None for x in inputs]
         self._eager = EagerExecutor(graph.module, dtype)
@@ -105,7 +108,7 @@ class OptimizedModel(nn.Module):
         self._plans: OrderedDict[tuple, tuple[Callable, Plan]] = OrderedDict()
         inputs = self._checked(inputs, "example_input")
         with _undisturbed(device):
-            self._plan = self._add(self._key(inputs), inputs)[1]
+            self._plan = self._add(self._key(inputs), inputs, argument="example_input")[1]
 
     @property
     def plan(self) -> Plan:
@@ -143,14 +146,15 @@ class OptimizedModel(nn.Module):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        found = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
         module = self._graph.module
         pairs = []
         for name, mine in (
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
         ):
-            new = found.get(name)
+            new = _tensor_at(model, name)
+            if new is None and name.startswith("_tensor_constant"):
+                continue  # written in the model's forward
             if new is None or new.shape != mine.shape:
                 what = "is missing" if new is None else f"has shape {list(new.shape)}, expected {list(mine.shape)}"
                 raise ValueError(f"model: does not fit the plan: {name} {what}")
@@ -194,6 +198,8 @@ class OptimizedModel(nn.Module):
                 raise ValueError(f"{name}: expected a tensor on {self._device}, got {x.device}")
             if not x.is_floating_point():
                 raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+            if x.layout is not torch.strided:
+                raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
             if x.dim() != self._dims[i]:
                 raise ValueError(f"{name}: expected {self._dims[i]} dimensions, got shape {list(x.shape)}")
             if self._channels[i] is not None and x.shape[1] != self._channels[i]:
@@ -205,19 +211,18 @@ class OptimizedModel(nn.Module):
     def _key(self, inputs: tuple[Tensor, ...]) -> tuple:
         return tuple((x.shape, x.dtype, x.is_contiguous(), _is_nhwc(x)) for x in inputs)
 
-    def _matched(self, inputs: tuple[Tensor, ...]) -> Network:
+    def _matched(self, inputs: tuple[Tensor, ...], argument: str) -> Network:
         converted = tuple(x.to(self._graph.dtype) for x in inputs)
         try:
             propagate(self._graph, converted)
-        except RuntimeError as error:
+        except Exception as error:  # a model may assert what it likes about its input
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
-            words = str(error).splitlines()[0]
-            raise ValueError(f"input: {self._name} cannot take {shapes}: {words}") from error
+            raise ValueError(f"{argument}: {self._name} cannot take {shapes}: {words_of(error)}") from error
         return match(self._graph)
 
-    def _add(self, key: tuple, inputs: tuple[Tensor, ...], planned: bool = True) -> tuple[Callable, Plan]:
+    def _add(self, key: tuple, inputs: tuple[Tensor, ...], planned=True, argument="input") -> tuple[Callable, Plan]:
         """Plan for inputs like these, compare with PyTorch's operators, and keep it."""
-        network = self._matched(inputs)
+        network = self._matched(inputs, argument)
         notes = list(self._notes)
         run, groups, given = None, [], self._converted
         if self._fast is not None and planned:
@@ -240,15 +245,18 @@ class OptimizedModel(nn.Module):
         return self._plans[key]
 
     def _converted(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x if x.dtype is self._dtype else x.to(self._dtype) for x in inputs)
+        # A graph that runs as it was traced may change its input in place: then it gets its own.
+        copy = bool(self._graph.opaque)
+        return tuple(x.to(self._dtype, copy=copy) for x in inputs)
 
     def _judge(self, network: Network, inputs: tuple[Tensor, ...]) -> Callable[[object], str | None]:
         """A function that says what is wrong with a result for these inputs; None if nothing is.
 
         Of large batches it looks at the first and the last image, whichever lie between.
         """
-        rows = _sample(inputs)
-        sample = inputs if rows is None else tuple(x[rows] for x in inputs)
+        # What is traced may mind how many images there are.
+        rows = None if any(s.op == "traced" for s in network.steps) else _sample(inputs)
+        sample = self._converted(inputs if rows is None else tuple(x[rows] for x in inputs))
         expected, _ = tree_flatten(self._eager.run(network, sample))
         limit = TOLERANCE[self._dtype]
 
@@ -285,8 +293,16 @@ def _executor(graph: Graph, dtype: torch.dtype, device: torch.device):
 
 def _sample(inputs: tuple[Tensor, ...]) -> list[int] | None:
     """First and last image, where all inputs are batches of more than two."""
-    sizes = {x.shape[0] for x in inputs if x.dim()}
+    sizes = {x.shape[0] if x.dim() else 0 for x in inputs}
     return [0, next(iter(sizes)) - 1] if len(sizes) == 1 and max(sizes) > 2 else None
+
+
+def _tensor_at(model: nn.Module, path: str) -> Tensor | None:
+    """A parameter, buffer or other tensor of a model by its path."""
+    found = model
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, Tensor) else None
 
 
 def _is_nhwc(x: Tensor) -> bool:

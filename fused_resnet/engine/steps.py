@@ -133,7 +133,7 @@ class _Matcher:
 
     def convolution(self, node: fx.Node) -> nn.Conv2d | None:
         m = self.module(node, nn.Conv2d)
-        if m is None or m.padding_mode != "zeros" or isinstance(m.padding, str) or len(node.all_input_nodes) != 1:
+        if m is None or m.padding_mode != "zeros" or isinstance(m.padding, str) or len(node.args) != 1:
             return None
         shape = self.graph.shape(node)
         return m if shape is not None and len(shape) == 4 and 0 not in shape else None
@@ -214,7 +214,7 @@ class _Matcher:
         layers = [node]
         user = self.only_user(at)
         bn = None
-        if user is not None and self.norm(user) and user.args[0] is at:
+        if user is not None and self.norm(user):
             bn, at = user.target, user
             layers.append(user)
         spec = Convolution(

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <initializer_list>
 
 #include "../../check.h"
 #include "steps.h"
@@ -61,14 +62,23 @@ class Reader {
 
   int64_t positive() {
     const int64_t value = number();
-    check(value > 0 && value < (int64_t{1} << 40), "run_program: a size must be positive, got ", value);
+    check(value > 0 && value < (int64_t{1} << 31), "run_program: a size must be positive, got ", value);
     return value;
   }
 
-  int64_t natural() {
+  int64_t natural(int bits = 31) {
     const int64_t value = number();
-    check(value >= 0 && value < (int64_t{1} << 40), "run_program: a padding or stride must not be negative, got ", value);
+    check(value >= 0 && value < (int64_t{1} << bits), "run_program: a padding or stride must not be negative, got ", value);
     return value;
+  }
+
+  // A number of floats, small enough that sums of a few do not overflow.
+  static int64_t product(std::initializer_list<int64_t> factors) {
+    int64_t result = 1;
+    for (const int64_t factor : factors)
+      check(!__builtin_mul_overflow(result, factor, &result) && result < (int64_t{1} << 60),
+            "run_program: sizes are too large");
+    return result;
   }
 
   // Two words: the buffer (-1: none) and the first float's place in it.
@@ -84,7 +94,7 @@ class Reader {
     check(operand.buffer >= 0 && operand.buffer < static_cast<int64_t>(buffers_.size()),
           "run_program: there is no buffer ", operand.buffer);
     const auto& [data, size] = buffers_[operand.buffer];
-    check(operand.offset >= 0 && floats >= 0 && operand.offset + floats <= size, "run_program: an operand of ", floats,
+    check(operand.offset >= 0 && floats >= 0 && floats <= size && operand.offset <= size - floats, "run_program: an operand of ", floats,
           " floats at ", operand.offset, " does not fit buffer ", operand.buffer, " of ", size);
     return data + operand.offset;
   }
@@ -166,12 +176,12 @@ class Machine {
       s.stride_h = in.positive(), s.stride_w = in.positive(), s.pad_h = in.natural(), s.pad_w = in.natural();
       s.dilation_h = in.positive(), s.dilation_w = in.positive();
       check(!s.is_matrix() || (s.h == c.p && s.w == c.q), "run_program: a 1x1 convolution keeps its map");
-      s.x = in.in(x, c.batch * s.h * s.w * s.c);
-      k += s.k();
+      s.x = in.in(x, Reader::product({c.batch, s.h, s.w, s.c}));
+      k += Reader::product({s.r, s.s, s.c});
     }
-    const int64_t rows = c.batch * c.p * c.q;
-    c.weight = in.in(weight, padded(c.channels) * k), c.bias = in.in(bias, padded(c.channels));
-    c.residual = in.maybe_in(residual, rows * c.channels), c.y = in.in(y, rows * c.channels);
+    const int64_t rows = Reader::product({c.batch, c.p, c.q}), floats = Reader::product({rows, c.channels});
+    c.weight = in.in(weight, Reader::product({padded(c.channels), k})), c.bias = in.in(bias, padded(c.channels));
+    c.residual = in.maybe_in(residual, floats), c.y = in.in(y, floats);
     over(ceil_div(rows, c.mc) * ceil_div(c.channels, c.nc), k_.conv_scratch(c),
          [&](int64_t task, float* scratch) { k_.conv(c, task, scratch); });
   }
@@ -187,9 +197,10 @@ class Machine {
     columns(w.nc);
     check((w.m == 2 || w.m == 4) && w.c % k_.width == 0 && w.channels % k_.width == 0,
           "run_program: Winograd needs tiles of 2 or 4 and channels in whole vectors of ", k_.width);
-    const int64_t floats = w.batch * w.p * w.q * w.channels;
-    w.x = in.in(x, w.batch * w.h * w.w * w.c), w.y = in.in(y, floats), w.residual = in.maybe_in(residual, floats);
-    w.weight = in.in(weight, w.points() * padded(w.channels) * w.c), w.bias = in.in(bias, padded(w.channels));
+    const int64_t floats = Reader::product({w.batch, w.p, w.q, w.channels});
+    Reader::product({w.points(), w.tiles, w.c + w.channels});  // room() is a number
+    w.x = in.in(x, Reader::product({w.batch, w.h, w.w, w.c})), w.y = in.in(y, floats), w.residual = in.maybe_in(residual, floats);
+    w.weight = in.in(weight, Reader::product({w.points(), padded(w.channels), w.c})), w.bias = in.in(bias, padded(w.channels));
     if (!w.shared) {
       over(ceil_div(w.all_tiles(), w.tiles), k_.winograd_scratch(w),
            [&](int64_t task, float* scratch) { k_.winograd(w, task, scratch); });
@@ -209,16 +220,19 @@ class Machine {
   void stem(Reader& in) {
     Stem s{};
     const auto x = in.operand(), weight = in.operand(), bias = in.operand(), y = in.operand();
-    s.stride_n = in.natural(), s.stride_c = in.natural(), s.stride_h = in.natural(), s.stride_w = in.natural();
+    s.stride_n = in.natural(40), s.stride_c = in.natural(40), s.stride_h = in.natural(40), s.stride_w = in.natural(40);
     s.batch = in.positive(), s.c = in.positive(), s.h = in.positive(), s.w = in.positive();
     s.r = in.positive(), s.s = in.positive(), s.stride = in.positive(), s.pad = in.natural();
     s.p = in.positive(), s.q = in.positive(), s.channels = in.positive();
     s.pool_p = in.positive(), s.pool_q = in.positive(), s.band = in.positive(), s.channels_last = in.number() != 0;
     check(s.channels % k_.width == 0, "run_program: the stem needs channels in whole vectors of ", k_.width);
-    s.x = in.in(x, 1 + (s.batch - 1) * s.stride_n + (s.c - 1) * s.stride_c + (s.h - 1) * s.stride_h +
-                       (s.w - 1) * s.stride_w);
-    s.weight = in.in(weight, padded(s.channels) * s.k()), s.bias = in.in(bias, padded(s.channels));
-    s.y = in.in(y, s.batch * s.pool_p * s.pool_q * s.channels);
+    check((s.pool_p - 1) * 2 - 1 < s.p && (s.pool_q - 1) * 2 - 1 < s.q,
+          "run_program: the stem's pool reads beyond the convolution's map");
+    Reader::product({s.width(), s.r, s.c}), Reader::product({3, s.q, s.channels});  // its scratch is a number
+    s.x = in.in(x, 1 + Reader::product({s.batch - 1, s.stride_n}) + Reader::product({s.c - 1, s.stride_c}) +
+                       Reader::product({s.h - 1, s.stride_h}) + Reader::product({s.w - 1, s.stride_w}));
+    s.weight = in.in(weight, Reader::product({padded(s.channels), s.c, s.r, s.s})), s.bias = in.in(bias, padded(s.channels));
+    s.y = in.in(y, Reader::product({s.batch, s.pool_p, s.pool_q, s.channels}));
     over(s.batch * ceil_div(s.pool_p, s.band), k_.stem_scratch(s),
          [&](int64_t task, float* scratch) { k_.stem(s, task, scratch); });
   }
@@ -228,7 +242,7 @@ class Machine {
     const auto x = in.operand(), y = in.operand();
     m.batch = in.positive(), m.h = in.positive(), m.w = in.positive(), m.c = in.positive();
     m.p = in.positive(), m.q = in.positive(), m.kernel = in.positive(), m.stride = in.positive(), m.pad = in.natural();
-    m.x = in.in(x, m.batch * m.h * m.w * m.c), m.y = in.in(y, m.batch * m.p * m.q * m.c);
+    m.x = in.in(x, Reader::product({m.batch, m.h, m.w, m.c})), m.y = in.in(y, Reader::product({m.batch, m.p, m.q, m.c}));
     over(m.batch * m.p, 0, [&](int64_t row, float*) { k_.max_pool(m, row); });
   }
 
@@ -236,7 +250,7 @@ class Machine {
     AvgPool a{};
     const auto x = in.operand(), y = in.operand();
     a.batch = in.positive(), a.pixels = in.positive(), a.c = in.positive();
-    a.x = in.in(x, a.batch * a.pixels * a.c), a.y = in.in(y, a.batch * a.c);
+    a.x = in.in(x, Reader::product({a.batch, a.pixels, a.c})), a.y = in.in(y, Reader::product({a.batch, a.c}));
     over(a.batch, 0, [&](int64_t image, float*) { k_.avg_pool(a, image); });
   }
 
@@ -271,7 +285,7 @@ void run_program(const Tensor& program, const std::vector<Tensor>& buffers, cons
   const int64_t isa = in.number();
   const Kernels* kernels = kernels_of(isa);
   check(kernels != nullptr, "run_program: this processor lacks instruction set ", isa);
-  const int64_t workers = in.positive(), scratch_floats = in.natural();
+  const int64_t workers = in.positive(), scratch_floats = in.natural(40);
   float* scratch = in.in(in.operand(), scratch_floats);
   Machine machine(*kernels, workers, scratch, scratch_floats);
   double* seconds = nullptr;

@@ -16,7 +16,7 @@ constexpr int64_t kPool = 3, kPoolStride = 2, kPoolPad = 1;
 void copy_lines(const Stem& stem, int64_t image, int64_t row, float* out) {
   const int64_t top = row * stem.stride - stem.pad, width = stem.width();
   const int64_t outer = stem.channels_last ? 1 : stem.c, inner = stem.channels_last ? stem.c : 1;
-  const int64_t from = stem.pad, to = smaller(width, stem.pad + stem.w);  // what is not padding
+  const int64_t from = smaller(stem.pad, width), to = smaller(width, stem.pad + stem.w);  // what is not padding
   const bool dense = stem.stride_w == inner && (!stem.channels_last || stem.stride_c == 1);
   for (int64_t c = 0; c < outer; ++c) {
     for (int64_t h = top; h < top + stem.r; ++h, out += width * inner) {
