@@ -7,7 +7,8 @@
 namespace fused_resnet::engine {
 namespace {
 
-// rows [row, row + m) of the left operand, columns [begin, end) of the segment's reduction (r, s, c), to out[m][end - begin].
+// rows [row, row + m) of the left operand, columns [begin, end) of the segment's reduction (r, s, c), to out[m][end -
+// begin].
 void gather(const Segment& seg, int64_t p, int64_t q, int64_t row, int64_t m, int64_t begin, int64_t end, float* out) {
   int64_t image = row / (p * q), oh = row / q % p, ow = row % q;
   for (int64_t i = 0; i < m; ++i) {
@@ -44,8 +45,8 @@ void conv_task(const Conv& conv, int64_t task, float* scratch) {
   const int64_t panel = k_all * kNr;
   const float* b = conv.weight + column / kNr * panel;
   float* y = conv.y + row * conv.channels + column;
-  const Epilogue epilogue{conv.bias + column,
-                          conv.residual ? conv.residual + row * conv.channels + column : nullptr, conv.relu};
+  const Epilogue epilogue{conv.bias + column, conv.residual ? conv.residual + row * conv.channels + column : nullptr,
+                          conv.relu};
   for (int64_t s = 0; s < conv.segment_count; ++s) {
     const Segment& seg = conv.segments[s];
     const Slices slices(seg.k());

@@ -37,7 +37,8 @@ FUSED_RESNET_INLINE void accumulate(Accumulators<kRows>& acc, const float* a, in
   }
 }
 
-// Writes a tile of C. first: C is written, else added to; last: the epilogue follows. columns < kNr only in the last panel.
+// Writes a tile of C. first: C is written, else added to; last: the epilogue follows. columns < kNr only in the last
+// panel.
 template <int kRows>
 FUSED_RESNET_INLINE void finish(Accumulators<kRows>& acc, float* c, int64_t ldc, int64_t columns, bool first, bool last,
                                 const Epilogue& epilogue) {
@@ -100,8 +101,8 @@ inline void micro_of(int64_t rows, const float* a, int64_t lda, const float* b, 
 
 // One slice of the reduction: C[m, n] (+)= A[m, k] B[k, n]; b is the slice's start in the first panel, panels lie
 // `panel` floats apart.
-inline void gemm(const float* a, int64_t lda, const float* b, int64_t panel, int64_t k, float* c, int64_t ldc, int64_t m,
-                 int64_t n, bool first, bool last, const Epilogue& epilogue) {
+inline void gemm(const float* a, int64_t lda, const float* b, int64_t panel, int64_t k, float* c, int64_t ldc,
+                 int64_t m, int64_t n, bool first, bool last, const Epilogue& epilogue) {
   // Equal groups of rows: a last group of one row would wait for its loads.
   const int64_t groups = ceil_div(m, kMr), rows = m / groups, larger_groups = m % groups;
   const float* const start = b;

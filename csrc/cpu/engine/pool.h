@@ -7,7 +7,6 @@
 #include "simd.h"
 #include "steps.h"
 
-
 namespace fused_resnet::engine {
 namespace {
 

@@ -68,7 +68,8 @@ class Reader {
 
   int64_t natural(int bits = 31) {
     const int64_t value = number();
-    check(value >= 0 && value < (int64_t{1} << bits), "run_program: a padding or stride must not be negative, got ", value);
+    check(value >= 0 && value < (int64_t{1} << bits), "run_program: a padding or stride must not be negative, got ",
+          value);
     return value;
   }
 
@@ -94,8 +95,9 @@ class Reader {
     check(operand.buffer >= 0 && operand.buffer < static_cast<int64_t>(buffers_.size()),
           "run_program: there is no buffer ", operand.buffer);
     const auto& [data, size] = buffers_[operand.buffer];
-    check(operand.offset >= 0 && floats >= 0 && floats <= size && operand.offset <= size - floats, "run_program: an operand of ", floats,
-          " floats at ", operand.offset, " does not fit buffer ", operand.buffer, " of ", size);
+    check(operand.offset >= 0 && floats >= 0 && floats <= size && operand.offset <= size - floats,
+          "run_program: an operand of ", floats, " floats at ", operand.offset, " does not fit buffer ", operand.buffer,
+          " of ", size);
     return data + operand.offset;
   }
 
@@ -199,8 +201,10 @@ class Machine {
           "run_program: Winograd needs tiles of 2 or 4 and channels in whole vectors of ", k_.width);
     const int64_t floats = Reader::product({w.batch, w.p, w.q, w.channels});
     Reader::product({w.points(), w.tiles, w.c + w.channels});  // room() is a number
-    w.x = in.in(x, Reader::product({w.batch, w.h, w.w, w.c})), w.y = in.in(y, floats), w.residual = in.maybe_in(residual, floats);
-    w.weight = in.in(weight, Reader::product({w.points(), padded(w.channels), w.c})), w.bias = in.in(bias, padded(w.channels));
+    w.x = in.in(x, Reader::product({w.batch, w.h, w.w, w.c})), w.y = in.in(y, floats),
+    w.residual = in.maybe_in(residual, floats);
+    w.weight = in.in(weight, Reader::product({w.points(), padded(w.channels), w.c})),
+    w.bias = in.in(bias, padded(w.channels));
     if (!w.shared) {
       over(ceil_div(w.all_tiles(), w.tiles), k_.winograd_scratch(w),
            [&](int64_t task, float* scratch) { k_.winograd(w, task, scratch); });
@@ -231,7 +235,8 @@ class Machine {
     Reader::product({s.width(), s.r, s.c}), Reader::product({3, s.q, s.channels});  // its scratch is a number
     s.x = in.in(x, 1 + Reader::product({s.batch - 1, s.stride_n}) + Reader::product({s.c - 1, s.stride_c}) +
                        Reader::product({s.h - 1, s.stride_h}) + Reader::product({s.w - 1, s.stride_w}));
-    s.weight = in.in(weight, Reader::product({padded(s.channels), s.c, s.r, s.s})), s.bias = in.in(bias, padded(s.channels));
+    s.weight = in.in(weight, Reader::product({padded(s.channels), s.c, s.r, s.s})),
+    s.bias = in.in(bias, padded(s.channels));
     s.y = in.in(y, Reader::product({s.batch, s.pool_p, s.pool_q, s.channels}));
     over(s.batch * ceil_div(s.pool_p, s.band), k_.stem_scratch(s),
          [&](int64_t task, float* scratch) { k_.stem(s, task, scratch); });
@@ -242,7 +247,8 @@ class Machine {
     const auto x = in.operand(), y = in.operand();
     m.batch = in.positive(), m.h = in.positive(), m.w = in.positive(), m.c = in.positive();
     m.p = in.positive(), m.q = in.positive(), m.kernel = in.positive(), m.stride = in.positive(), m.pad = in.natural();
-    m.x = in.in(x, Reader::product({m.batch, m.h, m.w, m.c})), m.y = in.in(y, Reader::product({m.batch, m.p, m.q, m.c}));
+    m.x = in.in(x, Reader::product({m.batch, m.h, m.w, m.c})),
+    m.y = in.in(y, Reader::product({m.batch, m.p, m.q, m.c}));
     over(m.batch * m.p, 0, [&](int64_t row, float*) { k_.max_pool(m, row); });
   }
 
@@ -275,8 +281,7 @@ Tensor program_isa(int64_t isa) {
 }
 
 void run_program(const Tensor& program, const std::vector<Tensor>& buffers, const std::optional<Tensor>& times) {
-  check(program.is_cpu() && program.is_contiguous() &&
-            program.scalar_type() == torch::headeronly::ScalarType::Long,
+  check(program.is_cpu() && program.is_contiguous() && program.scalar_type() == torch::headeronly::ScalarType::Long,
         "run_program: program must be a contiguous int64 tensor on the CPU");
   const int64_t* words = program.const_data_ptr<int64_t>();
   Reader in(words, words + program.numel(), buffers);

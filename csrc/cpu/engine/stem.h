@@ -70,9 +70,7 @@ void stem_row(const Stem& stem, const float* lines, float* out) {
 }
 
 // The lines of one row, and three rows of the convolution.
-int64_t stem_scratch(const Stem& stem) {
-  return stem.width() * stem.r * stem.c + kPool * stem.q * stem.channels;
-}
+int64_t stem_scratch(const Stem& stem) { return stem.width() * stem.r * stem.c + kPool * stem.q * stem.channels; }
 
 void stem_task(const Stem& stem, int64_t task, float* scratch) {
   const int64_t bands = ceil_div(stem.pool_p, stem.band), image = task / bands, from = task % bands * stem.band;

@@ -20,7 +20,9 @@ struct Segment {
 
   FUSED_RESNET_INLINE int64_t k() const { return r * s * c; }
   // The rows of x are the rows of the left operand as they lie.
-  FUSED_RESNET_INLINE bool is_matrix() const { return r == 1 && s == 1 && stride_h == 1 && stride_w == 1 && pad_h == 0 && pad_w == 0; }
+  FUSED_RESNET_INLINE bool is_matrix() const {
+    return r == 1 && s == 1 && stride_h == 1 && stride_w == 1 && pad_h == 0 && pad_w == 0;
+  }
 };
 
 // y = act(sum over the segments of conv(x) + bias + residual).
@@ -60,7 +62,8 @@ struct Winograd {
   FUSED_RESNET_INLINE int64_t room() const { return points() * (plane(c) + plane(channels)); }
 };
 
-// max_pool2d(relu(conv7x7(x, stride 2) + bias), 3, stride 2, padding 1) and its like; the convolution's rows stay in cache.
+// max_pool2d(relu(conv7x7(x, stride 2) + bias), 3, stride 2, padding 1) and its like; the convolution's rows stay in
+// cache.
 struct Stem {
   const float* x;  // any strides, in floats
   int64_t stride_n, stride_c, stride_h, stride_w;

@@ -7,9 +7,20 @@
 #include "stem.h"
 #include "winograd.h"
 
-#define FUSED_RESNET_KERNELS(table, name)                                                                          \
-  namespace fused_resnet::engine {                                                                                 \
-  const Kernels table = {name,           kWidth,            kNr,             conv_scratch, conv_task,              \
-                         winograd_scratch, winograd_task, winograd_input, winograd_multiply, winograd_output,      \
-                         stem_scratch,   stem_task,         max_pool_row,    avg_pool_image};          \
+#define FUSED_RESNET_KERNELS(table, name)   \
+  namespace fused_resnet::engine {          \
+  const Kernels table = {name,              \
+                         kWidth,            \
+                         kNr,               \
+                         conv_scratch,      \
+                         conv_task,         \
+                         winograd_scratch,  \
+                         winograd_task,     \
+                         winograd_input,    \
+                         winograd_multiply, \
+                         winograd_output,   \
+                         stem_scratch,      \
+                         stem_task,         \
+                         max_pool_row,      \
+                         avg_pool_image};   \
   }

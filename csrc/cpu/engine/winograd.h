@@ -147,8 +147,7 @@ void winograd_private(const Winograd& wino, int64_t task, float* v) {
   const int64_t first = task * wino.tiles, count = smaller(wino.tiles, wino.all_tiles() - first);
   float* m = products(wino, v);
   for (int64_t t = 0; t < count; ++t) transform_input<kM>(wino, first + t, t, 0, wino.c, v);
-  for (int64_t point = 0; point < wino.points(); ++point)
-    multiply_point(wino, point, 0, wino.channels, count, v, m);
+  for (int64_t point = 0; point < wino.points(); ++point) multiply_point(wino, point, 0, wino.channels, count, v, m);
   for (int64_t t = 0; t < count; ++t) transform_output<kM>(wino, first + t, t, 0, wino.channels, m);
 }
 
