@@ -92,7 +92,8 @@ def written(tmp_path):
     environment = {"cpu": "a CPU", "threads": 2, "torch": "2.14.1", "torchvision": "0.29.1", "gpus": []}
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "cpu.json").write_text(json.dumps({"environment": environment, "cases": [case]}))
-    (tmp_path / "README.md").write_text(f"above\n{table.BEGIN}\nold\n{table.END}\nbelow\n")
+    markers = (table.PEERS_BEGIN, table.PEERS_END, table.BEGIN, table.END)
+    (tmp_path / "README.md").write_text("above\n{}\nold\n{}\nbetween\n{}\nold\n{}\nbelow\n".format(*markers))
     return tmp_path
 
 
@@ -105,6 +106,44 @@ def test_the_table_is_rendered_between_the_markers(written):
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "\nold\n" not in text
     assert "| resnet18 eval, batch 8, float32 | 2.0 | 1.25 | 1.50 | 100 → 120 | 5% | holds |" in text
     assert "a CPU, 2 threads; torch 2.14.1" in text
+
+
+def test_the_peers_are_rendered_between_theirs(written):
+    times = {"eager": [2.0, 2.2], "onnxruntime": [1.0, 1.1], "openvino": [1.2, 1.2], "fused_resnet": [0.5, 0.55]}
+    systems = {
+        name: {
+            "p50_ms": 1e3 * t[0],
+            "times_s": t,
+            "ready_s": 1.25,
+            "peak_mib": 100.0,
+            "parity": {"ok": name != "eager"},
+            "to_baseline": {"ratio": 2.0 / t[0], "low": 1.0, "high": 9.0},
+        }
+        for name, t in times.items()
+    }
+    cell = {
+        "model": "resnet18",
+        "batch": 8,
+        "dtype": "float32",
+        "size": 224,
+        "device": "cpu",
+        "threads": 2,
+        "rounds": 2,
+    }
+    environment = {"cpu": "a CPU", "torch": "2.14.1", "onnxruntime": "1.32.0", "openvino": "2026.4"}
+    result = {"environment": environment, "cells": {"resnet18/b8/float32": cell | {"systems": systems}}}
+    (written / "results" / "peers-cpu.json").write_text(json.dumps(result))
+    assert table.main(["--readme", str(written / "README.md"), "--results", str(written / "results")]) == 0
+    text = (written / "README.md").read_text()
+    assert (
+        "| resnet18, batch 8, float32 | 2000.0 | 2.00 | 1.67 | 4.00 | 2.00 (2.00 to 2.00) | 1.2 | 100 → 100 | holds |"
+        in text
+    )
+    assert "ONNX Runtime 1.32.0" in text and "2 rounds" in text
+    assert "| resnet18 eval, batch 8, float32 | 2.0 |" in text  # the other table stands where it stood
+    systems["fused_resnet"]["parity"]["ok"] = False
+    (written / "results" / "peers-cpu.json").write_text(json.dumps(result))
+    assert table.main(["--readme", str(written / "README.md"), "--results", str(written / "results"), "--check"]) == 1
 
 
 def test_a_readme_without_markers_is_refused(written):
