@@ -113,4 +113,6 @@ def tune(
                 took = (times[step.output], candidate.choices[step.output])
                 best[step.output] = min(best.get(step.output, took), took, key=lambda t: t[0])
         rounds += 1
+    if len(programs) == 1:  # the only one that is right need not be the default
+        return programs[0].choices
     return {output: choice for output, (_, choice) in best.items()}
