@@ -22,7 +22,7 @@ from engine_cases import Net, conv, network_of, randomized, resnet, seen
 from torch import nn
 
 from fused_resnet.backends import cuda
-from fused_resnet.engine import cpu
+from fused_resnet.engine import cpu, cpu_tune
 from fused_resnet.engine import cpu_program as cp
 
 pytestmark = pytest.mark.skipif(cuda.load() is not None, reason=f"no compiled kernels: {cuda.load()}")
@@ -348,6 +348,36 @@ def test_batches_in_parts(batch, cache, isa, guarded):
 
 
 @isas
+def test_what_later_parts_of_a_batch_read_stays(isa, guarded):
+    """Early layers one image at a time, later ones two: what lies between is whole, from its first part to its last."""
+
+    def forward(m, x):
+        y = F.relu(m.b(F.relu(m.a(x))))
+        z = F.relu(m.e(F.relu(m.d(F.relu(m.c(F.relu(m.c(y))))))) + y)
+        return m.d(F.relu(m.c(z)))
+
+    model = Net(forward, a=conv(3, 8), b=conv(8, 8, stride=2), c=conv(8, 8), d=conv(8, 8), e=conv(8, 8, 1))
+    x = torch.randn(6, 3, 40, 40)
+    _, program = program_of(model, (x,), isa=isa, choice=gemm(isa, 50), cache=7000)
+    assert sorted(set(program.size.values()) - {0}) == [1, 2]
+    judged(model, (x,), isa=isa, choice=gemm(isa, 50), cache=7000)
+
+
+@isas
+def test_bands_of_a_stem_by_several_threads(isa, guarded):
+    """A thread may begin with a band in the middle: no row of another one's lies in its scratch."""
+    model = Net(lambda m, x: F.max_pool2d(F.relu(m.a(x)), 3, 2, 1), a=conv(3, 16, 7, stride=2))
+    x, threads = torch.randn(1, 3, 257, 129), torch.get_num_threads()
+    want = model(x)
+    try:
+        torch.set_num_threads(3)
+        for _ in range(5):
+            torch.testing.assert_close(compiled(model, x, isa=isa, workers=3), want, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@isas
 @pytest.mark.parametrize("choice", ["gemm", "private", "shared", "default"])
 def test_threads_do_not_change_a_bit(choice, isa):
     how = {
@@ -407,6 +437,26 @@ def test_times_have_an_entry_for_every_step():
     runner.run(program, (x,), times)
     inside = {s.output for p in program.segments if isinstance(p, cp.Segment) for s in p.steps}
     assert times.keys() == inside and all(t > 0 for t in times.values())
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.2])
+def test_the_tuner_without_time_keeps_what_is_right(budget):
+    model, x = resnet(), torch.randn(2, 3, 64, 80)
+    runner, program = program_of(model, (x,), isa=ISAS[-1])
+
+    def build(choices):
+        _, built = program_of(model, (x,), isa=ISAS[-1])
+        built.choices = choices
+        return built
+
+    def run(candidate, times):
+        if any(c.kernel == "winograd" for c in candidate.choices.values()):
+            raise cpu_tune.Wrong("planted")
+        runner.run(candidate, (x,), times)
+
+    wrong = []
+    chosen = cpu_tune.tune(program, run, build, wrong, budget)
+    assert wrong and chosen and {c.kernel for c in chosen.values()} == {"gemm"}
 
 
 # --- bad programs -----------------------------------------------------------------------------------------------------

@@ -417,6 +417,10 @@ def test_norms(how):
     proven(model, torch.randn(7, 3, 9, 10), expected=expected)
 
 
+def test_norm_after_a_bias():
+    proven(cnn(lambda m, x: m.r(m.n(m.a(x))), a=conv(bias=True)), expected=["conv"])
+
+
 @pytest.mark.parametrize("where", ["conv", "norm", "relu", "block", "identity"])
 def test_hooks_run(where):
     """A hooked module is called, and may keep what it gets."""

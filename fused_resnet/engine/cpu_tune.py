@@ -97,11 +97,12 @@ def recall(program: cp.Program, cache: Cache) -> dict[str, cp.Choice]:
     return found
 
 
-def remember(program: cp.Program, chosen: dict[str, tuple[float, cp.Choice]], cache: Cache) -> None:
+def remember(program: cp.Program, chosen: dict[str, tuple[float | None, cp.Choice]], cache: Cache) -> None:
+    """Keep what was measured."""
     entries = {}
     for step in tunable(program):
-        if step.output in chosen:
-            seconds, choice = chosen[step.output]
+        seconds, choice = chosen.get(step.output, (None, None))
+        if seconds is not None:
             candidate = {"backend": "cpu", "label": str(choice), "config": asdict(choice)}
             trial = {"candidate": candidate, "seconds": [seconds] * 3, "reason": None}
             entries[problem(program, step)] = {"chosen": candidate, "candidates": "", "trials": [trial]}
@@ -133,8 +134,8 @@ def tune(
     build: Callable[[dict], cp.Program],
     wrong: list[str],
     budget: float = BUDGET,
-) -> dict[str, tuple[float, cp.Choice]]:
-    """(seconds, choice) by a step's output, the fastest of those that proved right.
+) -> dict[str, tuple[float | None, cp.Choice]]:
+    """(seconds or None, choice) by a step's output, the fastest of those that proved right.
 
     build(choices) makes a program; run(program, None) runs it, and raises Wrong; run(program, times) times its steps.
     wrong: gets a sentence for every kind of choice that was dropped. budget: seconds; one kind alone is not timed.
@@ -171,4 +172,6 @@ def tune(
                 took = (times[step.output], candidate.choices[step.output])
                 best[step.output] = min(best.get(step.output, took), took, key=lambda t: t[0])
         rounds += 1
+    if len(programs) == 1:  # the only one that is right need not be the default
+        return {output: (None, choice) for output, choice in programs[0].choices.items()}
     return best
