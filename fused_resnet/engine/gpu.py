@@ -289,8 +289,9 @@ class Program:
             alone = piece.steps[0]
             backend = "traced" if alone.op == "traced" else self.chosen(piece).backend if result else "pytorch"
             why = alone.why
-            if piece.args is None and alone.conv is not None and alone.conv.groups > 1:
-                why = f"{alone.conv.groups} groups: no kernel here has them"
+            if piece.args is None and alone.op in ("conv", "stem"):
+                groups = alone.conv.groups
+                why = f"{groups} groups: no kernel here has them" if groups > 1 else "no kernel here is right for it"
             config = self.chosen(piece).label if result is not None and backend == "triton" else ""
             found.append(Group(piece.steps, piece.rung, backend, config, seconds, why))
         return found

@@ -50,6 +50,7 @@ class Pieces:
         for step in network.steps:
             for name in step.reads:
                 self.readers.setdefault(network.source(name), []).append(step)
+        self.after = {a.output: b for a, b in zip(network.steps, network.steps[1:], strict=False)}
         self.pieces = [self._begin(i) for i in range(len(network.steps))]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -136,9 +137,14 @@ class Pieces:
         return (c, (h + 1) // 2, (w + 1) // 2, 1) if quartered else (c, h, w, conv.stride[0])
 
     def _may_be_quartered(self, step: Step) -> bool:
-        return step.segment is not None and self._only_quarters(self.network.source(step.segment[0]), None)
+        """Whether what it projects may be stored as a quarter: by the piece that computes it and the next reduce of it."""
+        if step.segment is None:
+            return False
+        value = self.network.source(step.segment[0])
+        following = self.after.get(value)
+        return following is not None and self._reduces(following, value) and self._only_quarters(value, following)
 
-    def _only_quarters(self, value: str, besides: Step | None) -> bool:
+    def _only_quarters(self, value: str, besides: Step) -> bool:
         """Whether all that read it, besides one, project its even rows and columns."""
         readers = [r for r in self.readers.get(value, []) if r is not besides]
         return value not in self.outputs and all(
