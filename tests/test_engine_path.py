@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fused_resnet.engine.path import Move, cheapest
 
 COUNT = 5
-# (begin, length, cost, state asked for, state left): None asks for nothing; pieces of integer cost, so that sums are exact
+# (begin, length, cost, state asked for, None for any, state left); costs are integers, so that sums are exact
 PIECE = st.tuples(
     st.integers(0, COUNT - 1),
     st.integers(1, 3),

@@ -59,12 +59,13 @@ class Gpu:
             program = build()
             if program.is_ours:
                 ours = self._captured(program.run, inputs, notes, self.turns.pool, lambda x: build().run(x))
+                if why := objection(ours(inputs)):
+                    ours = None
+                    notes.append(f"the planned network is not used: {why}")
         except Exception as error:  # whatever a kernel does wrong, there is a network without it
+            ours = None
             logger.warning("the planned network failed", exc_info=True)
             notes.append(f"the planned network is not used: {describe(error)}")
-        if ours is not None and (why := objection(ours(inputs))):
-            notes.append(f"the planned network is not used: {why}")
-            ours = None
         if ours is not None and mode != "full":
             return ours, program.groups(), _joined(notes)
         # Beside the planned network it is on trial, in memory that goes when it goes.
