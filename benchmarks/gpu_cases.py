@@ -1,6 +1,6 @@
-"""The cases of gpu-check's smoke and tune parts, and the process that runs them one after the other.
+"""The cases of gpu-check's parts that are not pytest's, and the process that runs them one after the other.
 
-    python -m benchmarks.gpu_cases smoke|tune --log FILE --deadline EPOCH [--device cpu] [--only CASE ...]
+    python -m benchmarks.gpu_cases smoke|test|bench|tune --log FILE --deadline EPOCH [--device cpu] [--only CASE ...]
 
 Every case is guarded and logged by itself. An error that spoils the CUDA context ends the process with POISONED; the
 one that watches (gpu_check.py) starts the next.
@@ -21,6 +21,7 @@ import torchvision
 from torch import Tensor
 
 import fused_resnet
+from benchmarks import gpu_engine
 from benchmarks.caselog import Log, poisoned
 from fused_resnet import backends, doctor, measure
 from fused_resnet.backends import reference, verify
@@ -113,6 +114,7 @@ def _arguments(op: str, spec, device, dtype, format) -> tuple:
 def smoke_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
     """(name, case), the most telling first: every op once on every backend, whole models, then all the rest."""
     yield "choices", lambda: {"choices": doctor.report()["choices"], "backends": doctor.unavailable()}
+    yield from gpu_engine.smoke_cases(device)
     on_gpu = device.type == "cuda"
     names = [b.NAME for b in backends.ORDER[device.type]] + ([] if on_gpu else ["triton"])
     convolutions = CONVOLUTIONS | (CONVOLUTIONS_OF_A_RESNET if on_gpu else {})
@@ -258,6 +260,7 @@ def resnet_shapes(models=("resnet50", "resnet18")) -> list[tuple[tuple, int]]:
 
 def tune_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
     """(name, case): a ResNet's convolution, or its batch norms, timed on every backend that can run it."""
+    yield from gpu_engine.tune_cases(device)
     on_gpu = device.type == "cuda"
     names = [b.NAME for b in backends.ORDER[device.type]] + ["reference"]
     plan = (("float16", 32), ("float16", 1), ("float16", 128), ("bfloat16", 32)) if on_gpu else (("float32", 1),)
@@ -329,7 +332,12 @@ def _captured(call: Callable[[], object], device: torch.device) -> tuple[Callabl
 
 # --- the process that runs them ---------------------------------------------------------------------------------------
 
-PARTS = {"smoke": smoke_cases, "tune": tune_cases}
+PARTS = {
+    "smoke": smoke_cases,
+    "test": gpu_engine.test_cases,
+    "bench": gpu_engine.bench_cases,
+    "tune": tune_cases,
+}
 
 
 def run(part: str, log: Log, device: torch.device, deadline: float, only: list[str] | None = None) -> int:

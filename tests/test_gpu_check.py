@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_cases, gpu_check
 from benchmarks.caselog import Log
 from fused_resnet import measure
 
@@ -97,6 +97,42 @@ def test_tune_writes_a_table(tmp_path):
     timing = table["timings"][case]
     assert set(timing["us"]) == {"cpu", "reference"} and min(timing["us"].values()) > 0
     assert max(timing["error"].values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("part", "case", "found"),
+    [
+        ("smoke", "engine/resnet18/float32/off", "torchvision"),
+        ("smoke", "engine-op/stem-nchw/float16", "candidates"),
+        ("test", "engine/refresh/resnet18", "torchvision"),
+        ("test", "engine/turns/resnet18", "seconds"),
+        ("bench", "engine/speed/resnet18/float32/1", "images_per_s"),
+        ("tune", "engine/tune/resnet18/float32/1", "ready_s"),
+    ],
+)
+def test_the_engines_cases_run_dry(part, case, found, tmp_path):
+    answer = check(part, "--dry-run", "--out", tmp_path, "--only", case)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    (line,) = [line for line in lines(tmp_path, part) if "status" in line]
+    assert line["case"] == case and line["status"] == "passed" and found in line
+    assert {path.name for path in tmp_path.iterdir()} <= FILES | {"engine"}
+
+
+def test_the_engines_cases_are_sanitized(tmp_path):
+    case = "engine-op/conv-1x1-segment/float16"
+    assert case in gpu_check.SANITIZED
+    answer = check("sanitize", "--dry-run", "--out", tmp_path, "--only", case)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert statuses(tmp_path, "sanitize") == {f"memcheck/{case}": "passed", f"racecheck/{case}": "passed"}
+
+
+def test_every_case_of_every_part_has_a_name_of_its_own():
+    for part in gpu_cases.PARTS.values():
+        for device in ("cpu", "cuda"):
+            names = [name for name, _ in part(torch.device(device))]
+            assert len(names) == len(set(names))
+    names = {name for name, _ in gpu_cases.smoke_cases(torch.device("cuda"))}
+    assert set(gpu_check.SANITIZED) <= names
 
 
 SUITE = """

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends import cudnn
 from ..backends.triton import unavailable as triton_unavailable
 from . import reference, triton_chain, triton_conv, triton_stem
 from .problem import TOLERANCE, Candidate, Case, Problem
 
 CUDNN = Candidate("cudnn", "PyTorch's convolution, and kernels of their own for what follows")
+FUSED = Candidate("cudnn", "cuDNN's convolution with add and ReLU", {"fused": True})
 TF32_TOLERANCE = 2e-3  # 10 bits of mantissa in the operands
 
 
-@functools.cache
 def chip(device: torch.device) -> tuple[int, int]:
     """(compute capability times ten, SMs) of a GPU; elsewhere, in Triton's interpreter, of an imagined one."""
     if device.type != "cuda":
         return 80, 4
-    properties = torch.cuda.get_device_properties(device)
+    return _chip(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _chip(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
@@ -80,14 +87,31 @@ class _EngineCase(Case):
             inputs = self.pack(candidate, self.inputs(self.device, 0))
             self.run(candidate, inputs, self.outputs(self.device))
 
+    def compile(self, candidate: Candidate) -> None:
+        """Many processes do it at a time, so with few images: kernels are specialised on whether 16 divides a size."""
+        few = self.args.n > 16 and self.args.n % 16 == 0
+        (type(self)(replace(self.args, n=16)) if few else self).prepare(candidate)
+
     def reference(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        with exact():
+        with library(benchmark=False, exact=True):
             return self.exactly({k: v.float() for k, v in inputs.items()})
 
 
-def exact():
-    """Products of float32 in float32, not TF32."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+@contextlib.contextmanager
+def library(*, benchmark: bool = True, exact: bool = False):
+    """cuDNN measures its algorithms once a shape, and takes none whose result depends on luck. exact: float32 is no
+    TF32; else it is what the user has it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision
+    cudnn.benchmark, cudnn.deterministic = benchmark, True
+    if exact:
+        cudnn.conv.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before[:2]
+        if exact:
+            cudnn.conv.fp32_precision = before[2]
 
 
 @dataclass(frozen=True)
@@ -121,14 +145,15 @@ class ConvArgs:
         r, s = self.kernel
         extra = "".join(
             [
-                f" d{self.dilation[0]}" if self.dilation != (1, 1) else "",
+                f" p{_by(self.padding)}" if self.padding != (r // 2, s // 2) else "",
+                f" d{_by(self.dilation)}" if self.dilation != (1, 1) else "",
                 " + residual" if self.residual else "",
                 " + {}x{}x{}/{}".format(*self.segment) if self.segment else "",
                 " relu" if self.relu else "",
             ]
         )
         key = (
-            f"conv {r}x{s}/{self.stride[0]} {self.n}x{self.c}x{self.h}x{self.w} -> {self.k}{extra} "
+            f"conv {r}x{s}/{_by(self.stride)} {self.n}x{self.c}x{self.h}x{self.w} -> {self.k}{extra} "
             f"{self.dtype}{' tf32' if self.tf32 else ''}"
         )
         return Problem(key, f"{__name__}:conv", _jsonable(self))
@@ -146,6 +171,12 @@ class ConvCase(_EngineCase):
 
     def triton(self) -> list[dict]:
         return triton_conv.configs(self.args.shape, self.dtype, self.arch, self.sms, tf32=self.tf32)
+
+    def candidates(self) -> list[Candidate]:
+        found = super().candidates()
+        if self.args.residual and self.args.relu and _fuses(self.device, self.dtype):
+            found.insert(1, FUSED)
+        return found
 
     def inputs(self, device, seed):
         a, random = self.args, _Random(device, self.dtype, seed)
@@ -184,15 +215,34 @@ class ConvCase(_EngineCase):
                 candidate.config, x, weight, bias, residual, segment, outputs["y"], space, **self.options
             )
         else:
-            outputs["y"].copy_(pytorch_conv(x, weight, bias, residual, segment, **self.options))
+            outputs["y"].copy_(self.timed(candidate, inputs, outputs))
+
+    def timed(self, candidate, inputs, outputs):
+        if candidate.backend == "triton":
+            return self.run(candidate, inputs, outputs)
+        x, weight, bias, residual = _conv_tensors(inputs)
+        fused = candidate.config.get("fused", False)
+        with library():  # in the network its result is taken as it comes
+            return pytorch_conv(x, weight, bias, residual, self._segment(inputs), **self.options, fused=fused)
 
 
 def _conv_tensors(inputs):
     return inputs["x"], inputs["weight"], inputs["bias"], inputs.get("residual")
 
 
-def pytorch_conv(x, weight, bias, residual, segment, *, stride, padding, dilation, relu, groups=1) -> Tensor:
-    """conv_bias_act by PyTorch's own kernels; what follows the convolution is added in place."""
+def _fuses(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda" or cudnn.unavailable() or dtype not in cudnn.DTYPES:
+        return False
+    return cudnn._fuses(torch.cuda.current_device() if device.index is None else device.index, dtype)
+
+
+def pytorch_conv(
+    x, weight, bias, residual, segment, *, stride, padding, dilation, relu, groups=1, fused=False
+) -> Tensor:
+    """conv_bias_act by PyTorch's own kernels; what follows the convolution is added in place, or, fused, within it."""
+    if fused:
+        conv = (stride, padding, dilation, groups)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias.to(x.dtype), *conv)
     y = F.conv2d(x, weight, bias.to(x.dtype), stride, padding, dilation, groups)
     if segment is not None:
         y += F.conv2d(segment[0], segment[1], None, segment[2])
@@ -259,9 +309,15 @@ class StemCase(_EngineCase):
         if candidate.backend == "triton":
             triton_stem.launch(candidate.config, inputs["x"], inputs["weight"], inputs["bias"], outputs["y"])
         else:
-            x = inputs["x"].to(self.dtype, memory_format=torch.channels_last)
+            outputs["y"].copy_(self.timed(candidate, inputs, outputs))
+
+    def timed(self, candidate, inputs, outputs):
+        if candidate.backend == "triton":
+            return self.run(candidate, inputs, outputs)
+        x = inputs["x"].to(self.dtype, memory_format=torch.channels_last)
+        with library():
             y = F.conv2d(x, inputs["weight"], inputs["bias"].to(self.dtype), 2, 3).relu_()
-            outputs["y"].copy_(F.max_pool2d(y, 3, 2, 1))
+            return F.max_pool2d(y, 3, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -295,6 +351,7 @@ class ChainArgs:
             "+ {}x{}x{}/{}".format(*self.segment) if self.segment else "",
             "quarter" if self.quarter else "",
             "pool" if self.pool else "",
+            "relu" if self.relu else "",
             self.dtype,
         ]
         return Problem(" ".join(p for p in parts if p), f"{__name__}:chain", _jsonable(self))
@@ -336,6 +393,8 @@ class ChainArgs:
             lambda *s: _empty(s, dtype, meta), lambda *s: _empty(s, dtype, meta), lambda k: torch.empty(k, device=meta)
         )
         args, options = self.call(tensors)
+        if triton_unavailable():
+            return []
         return triton_chain.configs(chip(torch.device(self.device))[0], *args, **options)
 
 
@@ -392,6 +451,57 @@ class ChainCase(_EngineCase):
         outputs["y"].copy_(y)
         if z is not None:
             outputs["z"].copy_(z)
+
+
+@dataclass(frozen=True)
+class PoolArgs:
+    """The average over the whole map, at one shape: by PyTorch's operator. It is measured for the sake of the ways that
+    have it in another kernel."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    device: str
+    dtype: str
+
+    def problem(self) -> Problem:
+        return Problem(
+            f"avg_pool {self.n}x{self.c}x{self.h}x{self.w} {self.dtype}", f"{__name__}:pool", _jsonable(self)
+        )
+
+
+def pool(**args) -> PoolCase:
+    return PoolCase(PoolArgs(**args))
+
+
+class PoolCase(_EngineCase):
+    def __init__(self, args: PoolArgs):
+        super().__init__(args.device, args.dtype, False)
+        self.args = args
+
+    def triton(self) -> list[dict]:
+        return []
+
+    def inputs(self, device, seed):
+        a = self.args
+        return {"x": _Random(device, self.dtype, seed).map(a.n, a.c, a.h, a.w)}
+
+    def outputs(self, device):
+        return {"y": _empty((self.args.n, self.args.c, 1, 1), self.dtype, device)}
+
+    def exactly(self, inputs):
+        return {"y": F.adaptive_avg_pool2d(inputs["x"], 1)}
+
+    def run(self, candidate, inputs, outputs):
+        outputs["y"].copy_(self.timed(candidate, inputs, outputs))
+
+    def timed(self, candidate, inputs, outputs):
+        return inputs["x"].mean((2, 3), keepdim=True)
+
+
+def _by(pair: tuple[int, int]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]},{pair[1]}"
 
 
 def _jsonable(args) -> dict:

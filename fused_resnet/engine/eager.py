@@ -41,20 +41,31 @@ class Eager:
             fresh, fresh_bias = fold(step, self.module)
             for old, new in zip([*weights, bias], [*fresh, fresh_bias], strict=True):
                 old.copy_(new)
-        self.cast.clear()
+        for path, old in self.cast.items():
+            new = self._found(path)
+            if isinstance(old, nn.Module):
+                pairs = zip((*old.parameters(), *old.buffers()), (*new.parameters(), *new.buffers()), strict=True)
+            else:
+                pairs = [(old, new)] if isinstance(old, Tensor) else []
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
 
     def attribute(self, path: str):
-        """What a traced node finds under this path of the model, in this dtype."""
+        """What a traced node finds under this path of the model, in this dtype: a copy, in memory that stays."""
         if path not in self.cast:
-            found = self.module
-            for part in path.split("."):
-                found = getattr(found, part)
+            found = self._found(path)
             if isinstance(found, nn.Module):
                 found = copy.deepcopy(found).to(self.dtype)
-            elif isinstance(found, Tensor) and found.is_floating_point():
-                found = found.to(self.dtype)
+            elif isinstance(found, Tensor):
+                found = found.detach().to(self.dtype if found.is_floating_point() else found.dtype, copy=True)
             self.cast[path] = found
         return self.cast[path]
+
+    def _found(self, path: str):
+        found = self.module
+        for part in path.split("."):
+            found = getattr(found, part)
+        return found
 
     def run(self, step: Step, network: Network, values: dict[str, object]):
         """The value of a step; values: by name."""
@@ -95,8 +106,10 @@ class EagerExecutor:
             for name, x in named(network, inputs).items()
         }
         values |= network.constants
-        for step in network.steps:
+        for step, over in zip(network.steps, network.releases([[s] for s in network.steps]), strict=True):
             values[step.output] = self.eager.run(step, network, values)
+            for name in over:
+                values.pop(name, None)
         return output_of(network, values)
 
     def groups(self, network: Network) -> list[Group]:

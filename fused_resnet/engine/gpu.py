@@ -3,29 +3,32 @@ either captured in a CUDA graph."""
 
 from __future__ import annotations
 
+import logging
 import math
-import statistics
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
+from ..backends.triton import unavailable as triton_unavailable
+from ..backends.verify import tf32_allowed
 from . import path, triton_chain, triton_conv, triton_stem
 from .arena import Life, assign
-from .cases import CUDNN, ChainArgs, StemArgs, pytorch_conv
+from .captured import Captured, Ordered, Turns, race
+from .cases import CUDNN, ChainArgs, StemArgs, chip, pytorch_conv
 from .cpu import outputs_of
 from .cpu_program import fold
 from .eager import Eager, EagerExecutor, named, output_of
 from .graph import may_alias
 from .pieces import Piece, Pieces
 from .plan import Group
-from .problem import Candidate
+from .problem import Candidate, Problem, describe
 from .steps import Network
 from .tune import Results, tune
 
+logger = logging.getLogger("fused_resnet")
+
 ALIGN = 256  # bytes
-ROUNDS = 20  # of the two networks, end to end
 
 
 class Gpu:
@@ -33,52 +36,81 @@ class Gpu:
 
     converts_inputs = True  # what comes is read as it is
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device, capture: bool = True):
-        self.module, self.dtype, self.device, self.capture = module, dtype, device, capture
-        self.eager = EagerExecutor(module, dtype)
-        self.weights = Packed(module, dtype)
-        # Graphs share memory, so that one replay follows another, whatever streams they are asked for on.
-        self.pool = torch.cuda.graph_pool_handle() if capture else None
-        self.done = torch.cuda.Event() if capture else None
+    def __init__(self, eager: EagerExecutor, device: torch.device):
+        self.eager, self.dtype, self.device = eager, eager.dtype, device
+        self.weights = Packed(eager.eager)
+        self.turns = Turns(device)
 
     def plan(self, network: Network, inputs: tuple, mode: str, objection: Callable[[object], str | None]):
-        """(function of inputs, the plan's groups, None), or (None, [], why not)."""
+        """(function of inputs, the plan's groups, notes), or (None, [], why not)."""
+        inputs = tuple(dense(x) for x in inputs)
         notes: list[str] = []
-        cudnn = self._captured(lambda given: self.eager.run(network, given), inputs, notes)
         groups = self.eager.groups(network)
-        if why := objection(cudnn(inputs)):
-            return None, [], f"PyTorch's kernels in a graph are not used: {why}"
+        program, ours = None, None
+        if why := self._unsupported():
+            notes.append(f"no kernels of ours: {why}")
+            mode = "off"
         try:
-            pieces, results = self.pieces(network, inputs, mode)
-            program = Program(network, pieces, results, self.weights, self.eager.eager, inputs, self.device)
-            ours = self._captured(program.run, inputs, notes)
-        except RuntimeError as error:
-            notes.append(f"the planned network is not used: {str(error).splitlines()[0]}")
-            return cudnn, groups, "; ".join(notes)
-        if why := objection(ours(inputs)):
-            notes.append(f"the planned network is not used: {why}")
-            return cudnn, groups, "; ".join(notes)
-        if mode == "full":
-            times = race({"planned": ours, "cudnn": cudnn}, inputs, self.device)
-            notes.append(
-                f"end to end {1e3 * times['planned']:.3f} ms, all by PyTorch's kernels {1e3 * times['cudnn']:.3f} ms"
-            )
-            if times["cudnn"] < times["planned"]:
-                notes.append("the latter are faster, and serve")
-                return cudnn, groups, "; ".join(notes)
-        return ours, program.groups(), "; ".join(notes)
+            pieces, results = self.pieces(network, inputs, mode, notes)
 
-    def pieces(self, network: Network, inputs: tuple, mode: str) -> tuple[list[Piece], Results]:
+            def build() -> Program:
+                return Program(network, pieces, results, self.weights, self.eager.eager, self.device)
+
+            program = build()
+            if program.is_ours:
+                ours = self._captured(program.run, inputs, notes, self.turns.pool, lambda x: build().run(x))
+                if why := objection(ours(inputs)):
+                    ours = None
+                    notes.append(f"the planned network is not used: {why}")
+        except Exception as error:  # whatever a kernel does wrong, there is a network without it
+            ours = None
+            logger.warning("the planned network failed", exc_info=True)
+            notes.append(f"the planned network is not used: {describe(error)}")
+        if ours is not None and mode != "full":
+            return ours, program.groups(), _joined(notes)
+        # Beside the planned network it is on trial, in memory that goes when it goes.
+        cudnn = self._pytorch(network, inputs, notes, self.turns.pool if ours is None else None)
+        if why := objection(cudnn(inputs)):
+            notes.append(f"PyTorch's kernels in a graph are not used: {why}")
+            cudnn = None
+        if ours is None:
+            return (cudnn, groups if cudnn is not None else [], _joined(notes))
+        if isinstance(cudnn, Captured) and not (isinstance(ours, Captured) and self._faster(ours, cudnn, notes)):
+            notes.append("PyTorch's kernels serve")
+            ours = cudnn = program = None
+            ours = self._pytorch(network, inputs, notes, self.turns.pool)
+        else:
+            cudnn, groups = None, program.groups()
+        torch.cuda.empty_cache()  # the trial's memory
+        return ours, groups, _joined(notes)
+
+    def _unsupported(self) -> str | None:
+        """Why there is nothing to choose between."""
+        if why := triton_unavailable():
+            return f"Triton {why}"
+        if self.dtype not in triton_conv.DTYPES:
+            return f"they need {', '.join(map(str, triton_conv.DTYPES))}, got {self.dtype}"
+        arch = chip(self.device)[0]
+        return f"needs compute capability 8.0 or newer, got {arch / 10}" if arch < 80 else None
+
+    def _faster(self, ours: Captured, cudnn: Captured, notes: list[str]) -> bool:
+        """Whether the planned network is the faster one, end to end."""
+        times = race({"planned": ours.again, "cudnn": cudnn.again})
+        planned, pytorch = (f"{1e3 * times[name]:.3f} ms" for name in ("planned", "cudnn"))
+        notes.append(f"end to end {planned}, all of it by PyTorch's kernels {pytorch}")
+        return times["planned"] <= times["cudnn"]
+
+    def pieces(self, network: Network, inputs: tuple, mode: str, notes: list[str]) -> tuple[list[Piece], Results]:
         """The cheapest pieces by what was measured (before or now), and the results of all problems."""
-        tf32 = self.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        tf32 = self.device.type == "cuda" and tf32_allowed()
         given = {k: v for k, v in named(network, inputs).items() if isinstance(v, Tensor)}
         all_pieces = Pieces(network, outputs_of(network), self.dtype, self.device, tf32, given)
-        problems = {}
-        for i in range(len(network.steps)):
-            for piece in all_pieces.at(i):
-                if piece.args is not None:
-                    problems.setdefault(piece.key, piece.args.problem())
-        results = tune(problems.values(), mode, device=self.device)
+        problems: dict[str, Problem] = {}
+        for piece in all_pieces.all():
+            if piece.args is not None:
+                problems.setdefault(piece.key, piece.args.problem())
+        results = _tuned(problems, mode, self.device, notes)
+        all_pieces.keep(results)
 
         def cost(piece: Piece) -> float:
             if piece.args is None:
@@ -89,48 +121,80 @@ class Gpu:
 
         return list(path.cheapest(len(network.steps), all_pieces.moves(cost))[1]), results
 
-    def _captured(self, run: Callable, inputs: tuple, notes: list[str]) -> Callable:
-        if not self.capture:
-            return lambda given: fresh(run(given))
+    def ordered(self, run: Callable) -> Ordered:
+        """A function on the device, in turn with all the others: for what is not planned."""
+        return Ordered(run, self.turns)
+
+    def _pytorch(self, network: Network, inputs: tuple, notes: list[str], pool) -> Ordered:
+        return self._captured(lambda given: self.eager.run(network, given), inputs, notes, pool)
+
+    def _captured(self, run: Callable, inputs: tuple, notes: list[str], pool, apart: Callable | None = None) -> Ordered:
         try:
-            return Captured(run, inputs, self.device, self.pool, self.done)
-        except RuntimeError as error:
-            notes.append(f"runs without a CUDA graph: {str(error).splitlines()[0]}")
-            return lambda given: fresh(run(given))
+            return Captured(run, inputs, self.turns, apart, pool)
+        except Exception as error:
+            notes.append(f"runs without a CUDA graph: {describe(error)}")
+            return Ordered(run, self.turns, apart)
+
+    def wait(self) -> None:
+        """What follows on the current stream comes after all calls so far; and before those to come: `refresh`."""
+        self.turns.begin()
 
     def refresh(self) -> None:
         """New weights into the memory that graphs read: after the replays asked for before, before those to come."""
-        if self.done is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.done)
-        self.eager.refresh()
-        self.weights.refresh()
-        if self.done is not None:
-            self.done.record(torch.cuda.current_stream(self.device))
+        stream = self.turns.begin()
+        try:
+            self.weights.refresh()
+        finally:
+            self.turns.end(stream)
+
+
+def _joined(notes: list[str]) -> str | None:
+    return "; ".join(dict.fromkeys(notes)) or None
+
+
+def _tuned(problems: dict[str, Problem], mode: str, device: torch.device, notes: list[str]) -> Results:
+    """The results by key; of a problem that nothing solves, none."""
+    try:
+        return tune(problems.values(), mode, device=device)
+    except RuntimeError as error:
+        logger.warning("%s; its steps run by PyTorch's operators", error)
+    results = Results()
+    for problem in problems.values():
+        try:
+            results |= tune([problem], mode, device=device)  # what was measured before it failed is in the cache
+        except RuntimeError as error:
+            notes.append(str(error).splitlines()[0])
+    return results
+
+
+def dense(x: Tensor) -> Tensor:
+    """A copy without gaps: channels_last if x is, else contiguous."""
+    nhwc = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last if nhwc else torch.contiguous_format).copy_(x)
 
 
 class Packed:
-    """Folded weights, cast once and packed for the kernels; plans share them."""
+    """The folded weights as the kernels want them; what they want as it is is not kept twice. Plans share them."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype):
-        self.module, self.dtype = module, dtype
+    def __init__(self, eager: Eager):
+        self.eager = eager
         self._kept: dict[tuple, tuple] = {}
 
     def get(self, step, pack: Callable[[Tensor], Tensor], form: str) -> tuple[list[Tensor], Tensor]:
         """([weight, projection's weight], bias float32) of a step; form: names what pack does."""
         key = (step.conv, step.segment and step.segment[1], form)
         if key not in self._kept:
-            self._kept[key] = (step, pack, *self._pack(step, pack))
+            weights = [pack(w) for w in self.eager.folded(step)[0]]
+            self._kept[key] = step, pack, weights, fold(step, self.eager.module)[1].float()
         return self._kept[key][2:]
 
-    def _pack(self, step, pack) -> tuple[list[Tensor], Tensor]:
-        weights, bias = fold(step, self.module)
-        return [pack(w.to(self.dtype)) for w in weights], bias.float()
-
     def refresh(self) -> None:
+        """After the folded weights were refreshed."""
         for step, pack, weights, bias in self._kept.values():
-            new, new_bias = self._pack(step, pack)
-            for old, fresh_one in zip([*weights, bias], [*new, new_bias], strict=True):
-                old.copy_(fresh_one)
+            for old, folded in zip(weights, self.eager.folded(step)[0], strict=True):
+                if old.data_ptr() != folded.data_ptr():
+                    old.copy_(pack(folded))
+            bias.copy_(fold(step, self.eager.module)[1])
 
 
 class Program:
@@ -144,12 +208,13 @@ class Program:
         results: Results,
         weights: Packed,
         eager: Eager,
-        inputs: tuple,
         device: torch.device,
     ):
         self.network, self.pieces, self.results, self.eager, self.device = network, pieces, results, eager, device
         self.weights, self.dtype = weights, eager.dtype
         self.outputs = outputs_of(network)
+        self.is_ours = any(self.chosen(p).backend == "triton" for p in pieces)
+        self.releases = network.releases([p.steps for p in pieces])
         self.shapes = {n.name: s for n in network.graph.nodes if (s := network.graph.shape(n)) is not None}
         self.quartered = {p.y for p in pieces if p.quarter}
         self.values, self.arena = self._places()
@@ -210,8 +275,10 @@ class Program:
     def run(self, inputs: tuple):
         """What the model returns, partly in memory that the next run writes again."""
         values = named(self.network, inputs) | self.network.constants | self.values
-        for launch, _ in self.launches:
+        for (launch, _), over in zip(self.launches, self.releases, strict=True):
             launch(values)
+            for name in over:
+                values.pop(name, None)
         return output_of(self.network, values, forbidden=self.arena)
 
     def groups(self) -> list[Group]:
@@ -223,8 +290,9 @@ class Program:
             alone = piece.steps[0]
             backend = "traced" if alone.op == "traced" else self.chosen(piece).backend if result else "pytorch"
             why = alone.why
-            if piece.args is None and alone.conv is not None and alone.conv.groups > 1:
-                why = f"{alone.conv.groups} groups: no kernel here has them"
+            if piece.args is None and alone.op in ("conv", "stem"):
+                groups = alone.conv.groups
+                why = f"{groups} groups: no kernel here has them" if groups > 1 else "no kernel here is right for it"
             config = self.chosen(piece).label if result is not None and backend == "triton" else ""
             found.append(Group(piece.steps, piece.rung, backend, config, seconds, why))
         return found
@@ -245,8 +313,9 @@ class Program:
 
     def _value(self, values: dict, name: str) -> Tensor:
         """As a kernel reads it: dense channels_last, in the network's dtype."""
-        value = values[self.network.source(name)]
-        return value.to(self.dtype, memory_format=torch.channels_last if value.dim() == 4 else torch.preserve_format)
+        value = values[self.network.source(name)].to(self.dtype)
+        # Not by `to`, which takes a slice of a channels_last tensor, gaps and all, to be channels_last.
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
     def _alone(self, piece: Piece) -> Callable[[dict], None]:
         (step,) = piece.steps
@@ -263,7 +332,7 @@ class Program:
         if isinstance(piece.args, StemArgs):
             return self._alone(piece)
         steps = piece.steps
-        quarter = 2 if piece.quarter else 1
+        fused = self.chosen(piece).config.get("fused", False)
 
         def run(values: dict) -> None:
             for step in steps:
@@ -282,8 +351,8 @@ class Program:
                     stride=conv.stride, padding=conv.padding, dilation=conv.dilation, relu=step.relu, groups=conv.groups
                 )
                 x = self._value(values, step.x)
-                values[step.output] = pytorch_conv(x, weights[0], bias, residual, segment, **options)
-            if quarter == 2:
+                values[step.output] = pytorch_conv(x, weights[0], bias, residual, segment, **options, fused=fused)
+            if piece.quarter:
                 values[piece.y] = values[piece.y][:, :, ::2, ::2]
 
         return run
@@ -295,7 +364,8 @@ class Program:
         pack = lambda w: triton_stem.pack(w, layout, tf32=tf32)  # noqa: E731
         (weight,), bias = self.weights.get(step, pack, f"stem {layout} {tf32}")
         x, y = self.network.source(step.x), self.values[step.output]
-        return lambda values: triton_stem.launch(config, values[x], weight, bias, y)
+        format = torch.channels_last if piece.args.channels_last else torch.contiguous_format
+        return lambda values: triton_stem.launch(config, values[x].contiguous(memory_format=format), weight, bias, y)
 
     def _conv(self, piece: Piece, config: dict) -> tuple[Callable[[dict], None], int]:
         (step,) = piece.steps
@@ -342,70 +412,3 @@ class Program:
             triton_chain.launch(config, x, weight1, bias1, weight2, bias2, **options, **tensors)
 
         return run, size
-
-
-def fresh(result):
-    """Copies of the tensors in a result, so that the next run leaves them alone."""
-    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, result)
-
-
-class Captured:
-    """A function of tensors as a CUDA graph. Calls are ordered on the device by the event `done`, whatever stream they
-    come from: the static inputs, the arena and the static result are one call's at a time."""
-
-    def __init__(self, run: Callable, inputs: tuple, device: torch.device, pool, done):
-        self.run, self.device, self.done = run, device, done
-        self.static = tuple(torch.empty_like(x).copy_(x) for x in inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        side.wait_event(done)
-        with _cudnn_chooses():
-            with torch.cuda.stream(side):
-                for _ in range(2):  # compiles, and lets cuDNN measure
-                    run(self.static)
-            side.synchronize()
-            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                self.result = run(self.static)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.done.record(torch.cuda.current_stream(device))
-
-    def __call__(self, inputs: tuple):
-        stream = torch.cuda.current_stream(self.device)
-        capturing = torch.cuda.is_current_stream_capturing()
-        if not capturing:  # an event of another capture cannot be waited for
-            stream.wait_event(self.done)
-        for static, x in zip(self.static, inputs, strict=True):
-            static.copy_(x, non_blocking=True)
-            if not capturing:
-                x.record_stream(stream)
-        if capturing:  # a graph within a graph: its kernels, one by one
-            return fresh(self.run(self.static))
-        self.graph.replay()
-        result = fresh(self.result)
-        self.done.record(stream)
-        return result
-
-
-def _cudnn_chooses():
-    """cuDNN measures its algorithms once a shape; all else stays as the user has it."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(
-        enabled=cudnn.enabled, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32
-    )
-
-
-def race(runs: dict[str, Callable], inputs: tuple, device: torch.device, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of a call of each, the runs taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    for _ in range(rounds):
-        for name, run in runs.items():
-            run(inputs)  # the other's data have left the cache
-            events[0].record()
-            for _ in range(5):
-                run(inputs)
-            events[1].record()
-            events[1].synchronize()
-            times[name].append(events[0].elapsed_time(events[1]) / 5e3)
-    return {name: statistics.median(t) for name, t in times.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from .cases import ChainArgs, ConvArgs, StemArgs
+from .cases import ChainArgs, ConvArgs, PoolArgs, StemArgs
 from .path import Move
 from .steps import Network, Step
 
@@ -22,13 +24,13 @@ class Piece:
 
     steps: tuple[Step, ...]
     rung: int
-    args: ConvArgs | StemArgs | ChainArgs | None = None
+    args: ConvArgs | StemArgs | ChainArgs | PoolArgs | None = None
     y: str = ""
     z: str | None = None
     quarter: bool = False
     quartered: bool = False
 
-    @property
+    @cached_property
     def key(self) -> str | None:
         return self.args.problem().key if self.args is not None else None
 
@@ -40,19 +42,37 @@ class Pieces:
         self, network: Network, outputs: set[str], dtype: torch.dtype, device: torch.device, tf32: bool, inputs
     ):
         self.network, self.outputs, self.inputs = network, outputs, inputs  # inputs: tensors by name
-        self.common = dict(device=str(device), dtype=_name(dtype))
+        # The kind of device, not which one: what was measured on one serves its twins.
+        self.common = dict(device=device.type, dtype=_name(dtype))
         self.tf32 = tf32 and dtype is torch.float32
         self.shapes = {n.name: s for n in network.graph.nodes if (s := network.graph.shape(n)) is not None}
         self.readers: dict[str, list[Step]] = {}
         for step in network.steps:
             for name in step.reads:
                 self.readers.setdefault(network.source(name), []).append(step)
+        self.after = {a.output: b for a, b in zip(network.steps, network.steps[1:], strict=False)}
+        self.pieces = [self._begin(i) for i in range(len(network.steps))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[self.network.source(name)]
 
     def at(self, i: int) -> list[Piece]:
         """The pieces that begin with step i; the first computes it alone."""
+        return self.pieces[i]
+
+    def all(self) -> Iterator[Piece]:
+        for pieces in self.pieces:
+            yield from pieces
+
+    def keep(self, solved: Container[str]) -> None:
+        """Only the pieces whose problem is solved; where a step has none alone, PyTorch's operators compute it."""
+        for i, (alone, *_) in enumerate(self.pieces):
+            kept = [p for p in self.pieces[i] if p.args is None or p.key in solved]
+            if alone not in kept:
+                kept.insert(0, replace(alone, args=None))
+            self.pieces[i] = kept
+
+    def _begin(self, i: int) -> list[Piece]:
         steps = self.network.steps
         step = steps[i]
         found = self._single(step)
@@ -63,10 +83,9 @@ class Pieces:
 
     def moves(self, cost):
         """For path.cheapest: cost(piece) in seconds. The state is which values are stored as quarters."""
-        pieces = [self.at(i) for i in range(len(self.network.steps))]
 
         def moves(i: int, state: frozenset):
-            for piece in pieces[i]:
+            for piece in self.pieces[i]:
                 segments = {self.network.source(s.segment[0]) for s in piece.steps if s.segment}
                 if piece.quartered != bool(segments & state):
                     continue
@@ -86,6 +105,8 @@ class Pieces:
             if self._may_be_quartered(step):
                 found.append(Piece((step,), rung, self._conv(step, True), step.output, quartered=True))
             return found
+        if step.op == "avg_pool" and len(shape := self.shape(step.x)) == 4:
+            return [Piece((step,), 0, PoolArgs(*shape, **self.common), step.output)]
         return [Piece((step,), 0, None, step.output)]
 
     def _stem(self, step: Step) -> StemArgs | None:
@@ -116,9 +137,14 @@ class Pieces:
         return (c, (h + 1) // 2, (w + 1) // 2, 1) if quartered else (c, h, w, conv.stride[0])
 
     def _may_be_quartered(self, step: Step) -> bool:
-        return step.segment is not None and self._only_quarters(self.network.source(step.segment[0]), None)
+        """Whether what it projects may be stored as a quarter: by the piece that computes it and the next reduce of it."""
+        if step.segment is None:
+            return False
+        value = self.network.source(step.segment[0])
+        following = self.after.get(value)
+        return following is not None and self._reduces(following, value) and self._only_quarters(value, following)
 
-    def _only_quarters(self, value: str, besides: Step | None) -> bool:
+    def _only_quarters(self, value: str, besides: Step) -> bool:
         """Whether all that read it, besides one, project its even rows and columns."""
         readers = [r for r in self.readers.get(value, []) if r is not besides]
         return value not in self.outputs and all(

@@ -94,6 +94,10 @@ class Case:
         """Write the outputs, on the current stream, without waiting for it. On a GPU it is captured in a graph."""
         raise NotImplementedError
 
+    def timed(self, candidate: Candidate, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> object:
+        """What of `run` is timed: all of it, unless a network has no use for some, as for a copy of a result."""
+        return self.run(candidate, inputs, outputs)
+
     def prepare(self, candidate: Candidate) -> None:
         """What is done once in a process before a candidate runs, and not timed: compile."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from . import cpu, gpu
+from .captured import Captured
 from .eager import EagerExecutor
 from .graph import Graph, capture, propagate, words_of
 from .plan import Plan, describe
@@ -103,7 +104,8 @@ class OptimizedModel(nn.Module):
         self._dims = [x.dim() for x in inputs]
         self._channels = [x.shape[1] if x.dim() == 4 else None for x in inputs]
         self._eager = EagerExecutor(graph.module, dtype)
-        self._fast, why = _executor(graph, dtype, device)
+        with _undisturbed(device):
+            self._fast, why = _executor(graph, self._eager, device)
         self._notes = [why] if why else []
         self._plans: OrderedDict[tuple, tuple[Callable, Plan]] = OrderedDict()
         inputs = self._checked(inputs, "example_input")
@@ -123,21 +125,24 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *inputs: Tensor):
         """What the model returns for these inputs. Raises RuntimeError if a gradient is asked for."""
-        inputs = self._checked(inputs, "input")
+        try:
+            key = self._key(inputs)
+        except AttributeError:  # not all of them are tensors
+            self._checked(inputs, "input")
+            raise
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            self._checked(inputs, "input")
             raise RuntimeError(
                 "input: requires a gradient, and a network optimized for inference has none; call it under "
                 "torch.no_grad(), or the original model"
             )
-        key = self._key(inputs)
-        with self._lock, torch.no_grad(), _undisturbed(self._device):
-            run = self._plans.get(key)
-            if run is not None:
+        with self._lock:
+            found = self._plans.get(key)  # what is there was checked when it came
+            if found is not None:
                 self._plans.move_to_end(key)
             else:
-                with torch.inference_mode(False):
-                    run = self._add(key, inputs, planned=self._new_shapes == "plan")
-            return run[0](inputs)
+                found = self._new(key, self._checked(inputs, "input"))
+            return found[0](inputs)
 
     def refresh(self, model: nn.Module) -> OptimizedModel:
         """Take the weights and statistics of `model`, which must be built like the original, without tuning again.
@@ -159,7 +164,9 @@ class OptimizedModel(nn.Module):
                 what = "is missing" if new is None else f"has shape {list(new.shape)}, expected {list(mine.shape)}"
                 raise ValueError(f"model: does not fit the plan: {name} {what}")
             pairs.append((mine, new))
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _undisturbed(self._device):
+            if self._device.type == "cuda":
+                self._fast.wait()
             for mine, new in pairs:
                 mine.copy_(new)
             self._eager.refresh()
@@ -209,7 +216,14 @@ class OptimizedModel(nn.Module):
         return inputs
 
     def _key(self, inputs: tuple[Tensor, ...]) -> tuple:
-        return tuple((x.shape, x.dtype, x.is_contiguous(), _is_nhwc(x)) for x in inputs)
+        return tuple([(x.shape, x.dtype, x.device, x.is_contiguous(), _is_nhwc(x)) for x in inputs])
+
+    def _new(self, key: tuple, inputs: tuple[Tensor, ...]) -> tuple[Callable, Plan]:
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            shapes = ", ".join(str(list(x.shape)) for x in inputs)
+            raise RuntimeError(f"input: {shapes} is new; call it once before you capture a graph with it")
+        with torch.inference_mode(False), torch.no_grad(), _undisturbed(self._device):
+            return self._add(key, inputs, planned=self._new_shapes == "plan")
 
     def _matched(self, inputs: tuple[Tensor, ...], argument: str) -> Network:
         converted = tuple(x.to(self._graph.dtype) for x in inputs)
@@ -237,9 +251,11 @@ class OptimizedModel(nn.Module):
             self._eager.forget()  # it was asked for the comparison
         else:
             run, groups, given = (lambda x: self._eager.run(network, x)), self._eager.groups(network), self._converted
+            if self._device.type == "cuda":
+                run = self._fast.ordered(run)
         shapes = tuple(tuple(x.shape) for x in inputs)
         plan = Plan(self._name, str(self._device), self._dtype, shapes, describe(network, self._dtype, groups), notes)
-        self._plans[key] = (lambda x: run(given(x))), plan
+        self._plans[key] = _served(run, given, self._device), plan
         while len(self._plans) > SHAPES:
             self._plans.popitem(last=False)
         return self._plans[key]
@@ -281,14 +297,26 @@ class OptimizedModel(nn.Module):
         return objection
 
 
-def _executor(graph: Graph, dtype: torch.dtype, device: torch.device):
+def _executor(graph: Graph, eager: EagerExecutor, device: torch.device):
     """(what runs plans on this device, None), or (None, why PyTorch's operators do)."""
     if device.type == "cpu":
-        why = cpu.supported(dtype)
+        why = cpu.supported(eager.dtype)
         return (None, why) if why else (cpu.Cpu(graph.module), None)
     if device.type == "cuda":
-        return gpu.Gpu(graph.module, dtype, device), None
+        return gpu.Gpu(eager, device), None
     return None, f"no kernels of ours for {device.type}"
+
+
+def _served(run: Callable, given: Callable, device: torch.device) -> Callable:
+    """run(given(inputs)), whatever contexts it is called in."""
+    if isinstance(run, Captured):  # only copies and a replay, which no context changes
+        return run
+
+    def serve(inputs: tuple[Tensor, ...]):
+        with torch.no_grad(), _undisturbed(device):
+            return run(given(inputs))
+
+    return serve
 
 
 def _sample(inputs: tuple[Tensor, ...]) -> list[int] | None:

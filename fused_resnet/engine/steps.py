@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -111,6 +112,17 @@ class Network:
         while name in self.alias:
             name = self.alias[name]
         return name
+
+    def releases(self, groups: Sequence[Sequence[Step]]) -> list[list[str]]:
+        """For groups of steps in the order they run: the values that nothing reads after each."""
+        output = next(n for n in self.graph.nodes if n.op == "output")
+        seen = {self.source(n.name) for n in output.all_input_nodes} | set(self.constants)
+        over: list[list[str]] = []
+        for group in reversed(groups):
+            names = dict.fromkeys(self.source(n) for step in group for n in (*step.reads, step.output))
+            over.append([name for name in names if name not in seen])
+            seen.update(names)
+        return over[::-1]
 
 
 class _Matcher:

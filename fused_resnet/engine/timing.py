@@ -54,7 +54,7 @@ class Timer:
 
         def once():
             inputs, outputs = next(turn)
-            self.case.run(candidate, inputs, outputs)
+            self.case.timed(candidate, inputs, outputs)
 
         def times(count: int, run: Callable[[], None]) -> Callable[[], None]:
             return lambda: [run() for _ in range(count)]

@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 
 from ..backends.triton import interpreting
-from ..kernels import conv_bias_act as _pointers
-from ..kernels import conv_bias_act_tma as _tma
 from ..kernels import tiles
+
+try:
+    from ..kernels import conv_bias_act as _pointers
+    from ..kernels import conv_bias_act_tma as _tma
+except ImportError:  # no Triton: backends.triton.unavailable says so, and nothing here is launched
+    pass
 
 Pair = tuple[int, int]
 
 _MAX_ROWS = 2**31 - 2**10  # rows are counted in 32 bits, up to the end of the last tile
 _MAX_OFFSET = 2**31 - 1  # what one program adds to a tile's first address
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_SPLITS = 16
 _BEST = 2  # tiles tried of each kernel
 
@@ -86,7 +90,7 @@ def shape_of(x: Tensor, weight: Tensor, residual, segment, stride: Pair, padding
 
 def declines(shape: Conv, dtype: torch.dtype, arch: int) -> str | None:
     """Why no kernel here can run this, as the rest of a sentence; None where one can."""
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"needs float16, bfloat16 or float32, got {dtype}"
     if arch < 80:
         return f"needs compute capability 8.0 or newer, got {arch // 10}.{arch % 10}"

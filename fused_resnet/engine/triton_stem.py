@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from ..backends.triton import interpreting
-from ..kernels import stem as _stem
 from ..kernels import tiles
 from .triton_conv import _round_tf32
+
+try:
+    from ..kernels import stem as _stem
+except ImportError:  # no Triton: backends.triton.unavailable says so, and nothing here is launched
+    pass
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TAPS = 8  # columns of a line: the filter's seven, and one before them that makes lines start at even columns
