@@ -6,7 +6,8 @@
 Each part ends within --minutes (8), does first what tells most, and goes on where it stopped when called again with the
 same folder, or with --from an earlier results.jsonl. Cases run in processes of their own that are watched: one that
 hangs, crashes or spoils its CUDA context costs that case only. The folder holds at most six files, shared by the parts,
-and engine/, what the engine measured: results.jsonl (a line a case, flushed), environment.json, summary.txt, log.txt, tune.json.
+and engine/, what the engine measured: results.jsonl (a line a case, flushed), environment.json, summary.txt, log.txt,
+tune.json.
 
 Exit status: 0 nothing failed; 1 a case failed; 2 no GPU, or a wrong argument.
 """
