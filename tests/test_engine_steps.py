@@ -576,3 +576,17 @@ def test_the_copy_is_the_copy():
     assert [type(m) for m in model.modules()] == kinds and all(m.training for m in model.modules())
     for k, v in model.state_dict(keep_vars=True).items():
         assert torch.equal(v, before[k][0]) and v.requires_grad == before[k][1]
+
+
+def test_what_is_asked_of_a_tensor_besides_its_size_is_answered_by_the_tensor():
+    """Shapes are worked out on tensors without data, of a device of their own."""
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(3, 8)
+
+        def forward(self, x):
+            return self.conv(x) * (2.0 - x.is_meta) + x.ndim
+
+    proven(Asks())

@@ -173,22 +173,22 @@ def is_in_place(graph: Graph, node: fx.Node) -> bool:
         return bool(getattr(graph.submodule(node), "inplace", False))
     if node.op == "call_method":
         return node.target.endswith("_") and not node.target.endswith("__")
-    if node.op != "call_function" or _is_size(node):
+    if node.op != "call_function" or is_size(node):
         return False
     name = getattr(node.target, "__name__", "")  # torch.relu_ and its like
     named = name.endswith("_") and not name.endswith("__") and node.target not in (operator.and_, operator.or_)
     return node.target in IN_PLACE_OPERATORS or named or node.kwargs.get("inplace") is True or "out" in node.kwargs
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
     """Whether node is a size of a tensor, or reckoned from sizes alone."""
     if node.op == "call_method":
         return node.target in SIZES
     if node.op != "call_function":
         return False
     if node.target is getattr:
-        return node.args[1] == "shape"
-    return bool(node.all_input_nodes) and all(_is_size(n) for n in node.all_input_nodes)
+        return node.args[1] in ("shape", "ndim")
+    return bool(node.all_input_nodes) and all(is_size(n) for n in node.all_input_nodes)
 
 
 def may_alias(graph: Graph, node: fx.Node) -> bool:
@@ -196,7 +196,7 @@ def may_alias(graph: Graph, node: fx.Node) -> bool:
     if node.op == "call_module":
         m = graph.submodule(node)
         return type(m) not in FRESH_MODULES or has_hooks(m) or is_in_place(graph, node)
-    if _is_size(node):
+    if is_size(node):
         return False
     fresh = FRESH_FUNCTIONS if node.op == "call_function" else FRESH_METHODS if node.op == "call_method" else ()
     return node.target not in fresh or is_in_place(graph, node)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..folding import scale_shift
-from .graph import Graph, has_hooks
+from .graph import Graph, has_hooks, is_size
 
 RELU_FUNCTIONS = {F.relu, torch.relu, F.relu_, torch.relu_}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
@@ -134,7 +134,7 @@ class _Matcher:
         self.constants = {
             n.name: graph.fake[n]
             for n in graph.nodes
-            if n.op in ("call_function", "call_method") and n in graph.fake and _is_plain(graph.fake[n])
+            if is_size(n) and n in graph.fake and _is_plain(graph.fake[n])
         }
 
     # What a node is.
