@@ -132,9 +132,7 @@ class _Matcher:
         self.covered: set[str] = set()
         self.alias: dict[str, str] = {}
         self.constants = {
-            n.name: graph.fake[n]
-            for n in graph.nodes
-            if is_size(n) and n in graph.fake and _is_plain(graph.fake[n])
+            n.name: graph.fake[n] for n in graph.nodes if is_size(n) and n in graph.fake and _is_plain(graph.fake[n])
         }
 
     # What a node is.
