@@ -214,9 +214,7 @@ class OptimizedModel(nn.Module):
     def _new(self, key: tuple, inputs: tuple[Tensor, ...]) -> tuple[Callable, Plan]:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
-            raise RuntimeError(
-                f"input: {shapes} is new; call it once before you capture a graph with it"
-            )
+            raise RuntimeError(f"input: {shapes} is new; call it once before you capture a graph with it")
         with torch.inference_mode(False), torch.no_grad(), _undisturbed(self._device):
             return self._add(key, inputs, planned=self._new_shapes == "plan")
 
