@@ -387,7 +387,7 @@ def main() -> int:
     # Uninitialised outputs hold NaN: an element that no kernel writes cannot pass.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = arguments.part == "smoke"
-    if arguments.part == "tune":
+    if arguments.part in ("tune", "bench"):
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = True
     log = Log(arguments.log, arguments.as_part or arguments.part)

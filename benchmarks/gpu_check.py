@@ -5,9 +5,9 @@
 
 Each part ends within --minutes (8), does first what tells most, and goes on where it stopped when called again with the
 same folder, or with --from an earlier results.jsonl. Cases run in processes of their own that are watched: one that
-hangs, crashes or spoils its CUDA context costs that case only. The folder holds at most six files, shared by the parts,
-and engine/, what the engine measured: results.jsonl (a line a case, flushed), environment.json, summary.txt, log.txt,
-tune.json.
+hangs, crashes or spoils its CUDA context costs that case only. The folder holds at most six files, shared by the parts:
+results.jsonl (a line a case, flushed), environment.json, summary.txt, log.txt (the plans are in it), tune.json; and
+engine/, what the engine measured, whose files can be copied to fused_resnet/engine/tables/.
 
 Exit status: 0 nothing failed; 1 a case failed; 2 no GPU, or a wrong argument.
 """

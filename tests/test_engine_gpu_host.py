@@ -5,6 +5,8 @@ import contextlib
 import gc
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -568,3 +570,12 @@ def test_one_gpus_problems_are_its_twins_too():
         for device in (torch.device("cpu", 0), torch.device("cpu", 1))
     ]
     assert ids[0] == ids[1] and len(ids[0]) > 10
+
+
+def test_without_triton_the_package_is_there():
+    """PyTorch for CPUs comes without it."""
+    code = "import sys; sys.modules['triton'] = None; import fused_resnet; from fused_resnet.engine import cases; "
+    code += "print(cases.triton_unavailable())"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert "cannot import triton" in answer.stdout

@@ -137,7 +137,7 @@ class Pieces:
         return (c, (h + 1) // 2, (w + 1) // 2, 1) if quartered else (c, h, w, conv.stride[0])
 
     def _may_be_quartered(self, step: Step) -> bool:
-        """Whether what it projects may be stored as a quarter, by the piece that computes it and its next reduce."""
+        """Whether what it projects may be stored as a quarter, by the piece that computes it and the next reduce."""
         if step.segment is None:
             return False
         value = self.network.source(step.segment[0])
