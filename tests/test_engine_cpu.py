@@ -455,7 +455,7 @@ def test_the_tuner_without_time_keeps_what_is_right(budget):
 
     wrong = []
     chosen = cpu_tune.tune(program, run, build, wrong, budget)
-    assert wrong and chosen and {c.kernel for c in chosen.values()} == {"gemm"}
+    assert wrong and chosen and {choice.kernel for _, choice in chosen.values()} == {"gemm"}
 
 
 # --- bad programs -----------------------------------------------------------------------------------------------------

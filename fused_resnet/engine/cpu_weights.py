@@ -50,7 +50,7 @@ def winograd(weight: Tensor, m: int, columns: int) -> Tensor:
     both = torch.kron(g, g)  # [(m + 2)^2, 9]: G g G' of a filter as one product
     k, c = weight.shape[:2]
     count = -(-k // columns)
-    out = torch.zeros(both.shape[0], count, c, columns)
+    out = torch.zeros(both.shape[0], count, c, columns, dtype=torch.float32, device="cpu")
     for i, some in enumerate(
         weight.split(columns)
     ):  # a panel at a time: in float64 all of it would be 72 times a filter

@@ -246,7 +246,9 @@ class OptimizedModel(nn.Module):
             run, groups, note = self._fast.plan(network, given(inputs), self._tune, judge)
             if note:
                 notes.append(note)
-                logger.info("optimize_for_inference: %s", note)
+                # On a CPU a note tells of something dropped as wrong; on a GPU also of what was measured.
+                level = logging.WARNING if run is None or self._device.type == "cpu" else logging.INFO
+                logger.log(level, "optimize_for_inference: %s", note)
         if run is not None:
             self._eager.forget()  # it was asked for the comparison
         else:
