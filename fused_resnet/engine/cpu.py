@@ -104,15 +104,19 @@ class Cpu:
         return given
 
     def _memory(self, program: cp.Program) -> None:
-        """Bring the program into this memory, which grows if need be."""
+        """Bring the program into this memory, which grows if need be. A program that was written for it fits."""
+        if program.memory == self._where():
+            return
         for name, floats in (("arena", program.floats), ("scratch", program.scratch_floats())):
             if getattr(self, name).numel() < floats:
                 for other in self.live:  # they would keep the old memory
                     other.forget()
                 setattr(self, name, aligned(floats))
-        if program.memory != (self.arena.data_ptr(), self.scratch.data_ptr()):
-            program.write(self.arena, self.scratch)
-            program.memory = (self.arena.data_ptr(), self.scratch.data_ptr())
+        program.write(self.arena, self.scratch)
+        program.memory = self._where()
+
+    def _where(self) -> tuple[int, int]:
+        return self.arena.data_ptr(), self.scratch.data_ptr()
 
     def run(self, program: cp.Program, inputs: tuple, times: dict[str, float] | None = None):
         """What the model returns. times: gets the seconds of each step by its output."""
@@ -127,7 +131,7 @@ class Cpu:
             given.add(name)
         for piece in program.segments:
             if isinstance(piece, Step):
-                values[piece.output] = self._alone(network, piece, values)
+                values[piece.output] = self.eager.run(piece, network, values)
                 continue
             buffers = [b if isinstance(b, Tensor) else _dense(values[b], b in given) for b in piece.buffers]
             seconds = torch.zeros(len(piece.owners), dtype=torch.float64, device="cpu") if times is not None else None
@@ -136,9 +140,6 @@ class Cpu:
                 for owner, took in zip(piece.owners, seconds.tolist(), strict=True):
                     times[owner] = times.get(owner, 0.0) + took
         return output_of(network, values, forbidden=self.arena)
-
-    def _alone(self, network: Network, step: Step, values: dict[str, object]):
-        return self.eager.run(step, network, values)
 
     def refresh(self) -> None:
         self.weights.refresh()
@@ -163,9 +164,7 @@ def supported(dtype: torch.dtype) -> str | None:
         return f"the compiled kernels for CPUs are float32, this is {str(dtype).removeprefix('torch.')}"
     from ..backends import cuda
 
-    if reason := cuda.load():
-        return reason
-    return None
+    return cuda.load()
 
 
 def outputs_of(network: Network) -> set[str]:
