@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import cpu_weights
 from .arena import Life, assign
-from .steps import Network, Step, weights_of
+from .steps import Network, Step, fold, weights_of
 
 VERSION = 1
 CONV, WINOGRAD, STEM, MAX_POOL, AVG_POOL = range(5)
@@ -110,13 +110,13 @@ class Weights:
 
     def get(self, step: Step, layout: str) -> Tensor:
         """layout: 'bias', 'nhwc', 'nchw' (the reduction's order), 'winograd2' or 'winograd4'."""
-        key = (*_convolutions(step), layout)
+        key = (*step.convolutions, layout)
         if key not in self._packed:
             self._packed[key] = step, self._pack(step, layout)
         return self._packed[key][1]
 
     def _pack(self, step: Step, layout: str) -> Tensor:
-        convs = _convolutions(step)
+        convs = step.convolutions
         if convs not in self._folded:
             self._folded[convs] = fold(step, self.module)
         parts, bias = self._folded[convs]
@@ -138,19 +138,6 @@ class Weights:
         for key, (step, packed) in self._packed.items():
             packed.copy_(self._pack(step, key[-1]))
         self._folded.clear()
-
-
-def _convolutions(step: Step) -> tuple:
-    return (step.conv, step.segment and step.segment[1])
-
-
-def fold(step: Step, module) -> tuple[list[Tensor], Tensor]:
-    """([weight, projection's weight], bias) of a step in float64; the biases of both branches are one."""
-    weight, bias = step.conv.fold(module)
-    if step.segment is None:
-        return [weight], bias
-    other, more = step.segment[1].fold(module)
-    return [weight, other], bias + more
 
 
 @dataclass
@@ -188,7 +175,7 @@ class Writer:
         return [0, place + inside * each]
 
     def weight(self, step: Step, layout: str) -> list[int]:
-        key = (*_convolutions(step), layout)
+        key = (*step.convolutions, layout)
         self.program.used.add(key)
         return [self.buffer(key, self.program.weights.get(step, layout)), 0]
 

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from .cpu_program import fold
 from .graph import has_hooks, is_in_place
 from .plan import Group, alone
-from .steps import Network, Step
+from .steps import Network, Step, fold
 
 
 class Eager:
@@ -28,7 +27,7 @@ class Eager:
         self.cast: dict[str, nn.Module | Tensor] = {}  # what traced nodes use, in this dtype
 
     def folded(self, step: Step) -> tuple[list[Tensor], Tensor]:
-        key = (step.conv, step.segment and step.segment[1])
+        key = step.convolutions
         if key not in self.weights:
             weights, bias = fold(step, self.module)
             cast = [w.to(self.dtype).contiguous(memory_format=torch.channels_last) for w in weights]

@@ -17,13 +17,12 @@ from .arena import Life, assign
 from .captured import Captured, Ordered, Turns, race
 from .cases import CUDNN, ChainArgs, StemArgs, chip, pytorch_conv
 from .cpu import outputs_of
-from .cpu_program import fold
 from .eager import Eager, EagerExecutor, named, output_of
 from .graph import may_alias
 from .pieces import Piece, Pieces
 from .plan import Group
 from .problem import Candidate, Problem, describe
-from .steps import Network
+from .steps import Network, fold
 from .tune import Results, tune
 
 logger = logging.getLogger("fused_resnet")
@@ -182,7 +181,7 @@ class Packed:
 
     def get(self, step, pack: Callable[[Tensor], Tensor], form: str) -> tuple[list[Tensor], Tensor]:
         """([weight, projection's weight], bias float32) of a step; form: names what pack does."""
-        key = (step.conv, step.segment and step.segment[1], form)
+        key = (*step.convolutions, form)
         if key not in self._kept:
             weights = [pack(w) for w in self.eager.folded(step)[0]]
             self._kept[key] = step, pack, weights, fold(step, self.eager.module)[1].float()

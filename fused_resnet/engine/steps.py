@@ -90,6 +90,11 @@ class Step:
     why: str = ""  # traced: why it matched nothing
 
     @property
+    def convolutions(self) -> tuple[Convolution, ...]:
+        """The convolution, and the projection that is part of its reduction: what its folded weights depend on."""
+        return tuple(c for c in (self.conv, self.segment and self.segment[1]) if c is not None)
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Names of the values it needs."""
         if self.op == "traced":
@@ -309,11 +314,18 @@ class _Matcher:
         return traced(node, "nothing here computes it")
 
 
+def fold(step: Step, module) -> tuple[list[Tensor], Tensor]:
+    """([weight, projection's weight], bias) of a step in float64; the biases of both branches are one."""
+    weight, bias = step.conv.fold(module)
+    if step.segment is None:
+        return [weight], bias
+    other, more = step.segment[1].fold(module)
+    return [weight, other], bias + more
+
+
 def weights_of(step: Step) -> int:
     """Numbers of weights a step reads."""
-    convs = [step.conv] if step.conv else []
-    convs += [step.segment[1]] if step.segment else []
-    return sum(c.out_channels * c.in_channels // c.groups * c.kernel[0] * c.kernel[1] for c in convs)
+    return sum(c.out_channels * c.in_channels // c.groups * c.kernel[0] * c.kernel[1] for c in step.convolutions)
 
 
 def traced(node: fx.Node, why: str) -> Step:
