@@ -6,6 +6,8 @@ export MAX_JOBS ?= 2
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 PYTEST := $(PY) -m pytest
+# A test keeps one core busy; what belongs together stays in one process as long as both have enough to do.
+PARALLEL := -n $(MAX_JOBS) --dist worksteal
 TRITON36 := .cache/triton-3.6
 SOURCES := $(shell find csrc -type f)
 STAGES := lint test-interpreter test-aot test-cpu
@@ -36,10 +38,10 @@ test: setup  ## lint, then every test that is not slow: interpreter, ahead-of-ti
 	@status=0; for stage in $(STAGES); do echo "== make $$stage"; $(MAKE) --no-print-directory $$stage || status=1; done; exit $$status
 
 test-cpu: setup
-	$(PYTEST) tests -q -m 'not slow and not aot' --durations=5
+	$(PYTEST) tests -q $(PARALLEL) -m 'not slow and not aot' --durations=5
 
 test-slow: setup  ## the slow tests
-	$(PYTEST) tests -q -m 'slow and not aot' --timeout=1800 --durations=10
+	$(PYTEST) tests -q $(PARALLEL) -m 'slow and not aot' --timeout=1800 --durations=10
 
 test-aot: setup $(TRITON36)/.installed  ## compile every Triton kernel ahead of time, under the installed Triton and under 3.6
 	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m 'aot and not slow' --timeout=1800 --durations=5
@@ -52,7 +54,7 @@ $(TRITON36)/.installed: $(VENV)/.installed
 	@touch $@
 
 test-interpreter: setup  ## the Triton kernels in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -q --durations=5
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -q $(PARALLEL) --durations=5
 
 lint: setup  ## ruff
 	$(PY) -m ruff check .

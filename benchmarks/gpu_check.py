@@ -302,7 +302,8 @@ def _engine_lines(done: dict[str, dict]) -> Iterator[str]:
             told = ", ".join(f"{what} {n:g}" for what, n in speed.items())
             yield f"  {case}, images/s: {told}; host {line['host_us']:.0f} us a call"
         elif "ready_s" in line:
-            yield f"  {case}: ready in {line['ready_s']:.0f} s; {'; '.join(line['notes'])[:160]}"
+            again = f", {line['warm_s']:.0f} s with warm compilers" if "warm_s" in line else ""
+            yield f"  {case}: ready in {line['ready_s']:.0f} s{again}; {'; '.join(line['notes'])[:160]}"
 
 
 def _bench_lines(done: dict[str, dict]) -> Iterator[str]:

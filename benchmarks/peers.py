@@ -151,7 +151,7 @@ def summary(cell: Cell, worker: Worker, seconds: list[float], truth: torch.Tenso
         "images_per_s": cell.batch / statistics.median(seconds),
         "calls": worker.calls,
         "times_s": seconds,
-        **{key: worker.first[key] for key in ("ready_s", "export_s", "peak_mib")},
+        **{key: worker.first[key] for key in ("built_s", "ready_s", "export_s", "peak_mib")},
         "parity": {"ok": verdict["ok"], **{k: verdict["nearest"]["output"][k] for k in ("error", "limit")}},
     }
 

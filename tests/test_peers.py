@@ -180,7 +180,7 @@ def test_a_cell_is_measured_written_resumed_and_drawn(tmp_path, quick, capsys, m
         assert len(t["times_s"]) == 3 and min(t["times_s"]) > 0
         assert t["p20_ms"] <= t["p50_ms"] <= t["p80_ms"]
         assert t["parity"]["ok"] and t["parity"]["error"] > 0
-        assert t["ready_s"] > 0 and t["calls"] >= 1
+        assert 0 < t["built_s"] < t["ready_s"] and t["calls"] >= 1
         assert t["to_baseline"]["low"] <= t["to_baseline"]["ratio"] <= t["to_baseline"]["high"]
     assert cell["systems"]["eager"]["to_baseline"]["ratio"] == 1.0
     assert "speed / eager" in capsys.readouterr().out
@@ -206,7 +206,7 @@ def test_a_failing_system_leaves_the_others(quick, monkeypatch):
     class Planted:
         """Starts unless it is timm; openvino dies in the second round."""
 
-        calls, first = 1, {"ready_s": 1.0, "export_s": 0.0, "peak_mib": None, "output": [[0.0], [0.0]]}
+        calls, first = 1, {"built_s": 0.5, "ready_s": 1.0, "export_s": 0.0, "peak_mib": None, "output": [[0.0], [0.0]]}
 
         def __init__(self, name, cell):
             self.name, self.bursts = name, 0
@@ -253,7 +253,9 @@ def test_a_file_of_another_machine_is_not_mixed_with(tmp_path):
 
 def test_a_wrong_output_fails_parity(monkeypatch):
     truth, own = peers.judge(CELL)
-    worker = type("", (), {"calls": 1, "first": {"ready_s": 1, "export_s": 0, "peak_mib": None, "output": None}})
+    worker = type(
+        "", (), {"calls": 1, "first": {"built_s": 1, "ready_s": 1, "export_s": 0, "peak_mib": None, "output": None}}
+    )
     worker.first["output"] = truth.tolist()
     assert peers.summary(CELL, worker, [1.0], truth, own)["parity"]["ok"]
     worker.first["output"] = (1.001 * truth).tolist()

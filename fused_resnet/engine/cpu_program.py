@@ -106,7 +106,8 @@ class Weights:
     def __init__(self, module: nn.Module, target: Isa):
         self.module, self.target = module, target
         self._packed: dict[tuple, tuple[Step, Tensor]] = {}
-        self._folded: dict[tuple, tuple[list[Tensor], Tensor]] = {}
+        # Of the step asked for last, whose bias comes next: float64 of a whole model would be twice its size.
+        self._folded: tuple[tuple, list[Tensor], Tensor] | None = None
 
     def get(self, step: Step, layout: str) -> Tensor:
         """layout: 'bias', 'nhwc', 'nchw' (the reduction's order), 'winograd2' or 'winograd4'."""
@@ -116,28 +117,29 @@ class Weights:
         return self._packed[key][1]
 
     def _pack(self, step: Step, layout: str) -> Tensor:
-        convs = step.convolutions
-        if convs not in self._folded:
-            self._folded[convs] = fold(step, self.module)
-        parts, bias = self._folded[convs]
+        if self._folded is None or self._folded[0] != step.convolutions:
+            self._folded = None  # before the next one is made
+            self._folded = step.convolutions, *fold(step, self.module)
+        _, parts, bias = self._folded
         columns = self.target.columns
         if layout == "bias":
             return cpu_weights.padded(bias, columns)
         if layout.startswith("winograd"):
             return cpu_weights.winograd(parts[0], int(layout[-1]), columns)
-        joined = torch.cat([cpu_weights.matrix(w, layout == "nhwc") for w in parts], dim=1)
-        return cpu_weights.panels(joined, columns)
+        matrices = [cpu_weights.matrix(w, layout == "nhwc") for w in parts]
+        return cpu_weights.panels(matrices[0] if len(parts) == 1 else torch.cat(matrices, dim=1), columns)
 
     def keep(self, used: set[tuple]) -> None:
         """Forget what was only needed for packing, and what no program uses."""
-        self._folded.clear()
+        self._folded = None
         self._packed = {key: kept for key, kept in self._packed.items() if key in used}
 
     def refresh(self) -> None:
         """Fold and pack again, into the same memory."""
+        self._folded = None
         for key, (step, packed) in self._packed.items():
             packed.copy_(self._pack(step, key[-1]))
-        self._folded.clear()
+        self._folded = None
 
 
 @dataclass

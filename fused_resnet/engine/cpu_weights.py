@@ -16,10 +16,13 @@ POINTS = {
 def panels(matrix: Tensor, columns: int) -> Tensor:
     """[K, k] -> [ceil(K / columns), k, columns], zero-padded, float32."""
     k_out, k = matrix.shape
-    count = -(-k_out // columns)
-    out = matrix.new_zeros(count * columns, k, dtype=torch.float32)
-    out[:k_out] = matrix
-    return out.view(count, columns, k).transpose(1, 2).contiguous()
+    full, rest = divmod(k_out, columns)
+    out = torch.empty(full + bool(rest), k, columns, dtype=torch.float32, device="cpu")
+    out[:full] = matrix[: full * columns].view(full, columns, k).transpose(1, 2)
+    if rest:
+        out[full].zero_()
+        out[full, :, :rest] = matrix[full * columns :].T
+    return out
 
 
 def padded(bias: Tensor, columns: int) -> Tensor:

@@ -243,6 +243,8 @@ class OptimizedModel(nn.Module):
             if self._fast.converts_inputs:
                 given = lambda inputs: inputs  # noqa: E731
             judge = self._judge(network, inputs)
+            if self._device.type == "cpu":  # the program folds and packs for itself
+                self._eager.forget()
             run, groups, note = self._fast.plan(network, given(inputs), self._tune, judge)
             if note:
                 notes.append(note)

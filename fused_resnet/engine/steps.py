@@ -46,7 +46,7 @@ class Convolution:
     def fold(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """float64 weight [K, C/groups, R, S] and bias [K] of the convolution followed by its BN."""
         conv = module.get_submodule(self.weight)
-        weight = conv.weight.detach().double()
+        weight = conv.weight.detach().to(torch.float64, copy=True)
         if weight.dim() == 2:  # a linear layer
             weight = weight[:, :, None, None]
         bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.detach().double()
@@ -54,7 +54,7 @@ class Convolution:
             return weight, bias
         bn = module.get_submodule(self.bn)
         scale, shift = scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
-        return weight * scale.detach().view(-1, 1, 1, 1), bias * scale.detach() + shift.detach()
+        return weight.mul_(scale.detach().view(-1, 1, 1, 1)), bias * scale.detach() + shift.detach()
 
 
 @dataclass(frozen=True)
