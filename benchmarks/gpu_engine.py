@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fused_resnet
 from fused_resnet import measure
-from fused_resnet.engine import cache, cases, gpu
+from fused_resnet.engine import cache, cases, chain_cases, gpu
 from fused_resnet.engine import tune as tuning
 from fused_resnet.engine.guard import Verifier
 from fused_resnet.engine.problem import distinct
@@ -46,12 +46,12 @@ _CHAIN = dict(n=2, c=32, h=7, w=9, middle=32, k=64, following=0, stride=1, relu=
 _CHAIN |= dict(residual=False, segment=None, quarter=False, pool=False)
 OPS = {
     "conv-3x3": (cases.ConvArgs, _CONV),
-    "chain-next-quarter": (cases.ChainArgs, _CHAIN | dict(residual=True, following=32, quarter=True)),
+    "chain-next-quarter": (chain_cases.ChainArgs, _CHAIN | dict(residual=True, following=32, quarter=True)),
     "stem-nchw": (cases.StemArgs, dict(n=2, h=19, w=37, k=64, channels_last=False)),
     "conv-1x1-residual": (cases.ConvArgs, _POINT | dict(residual=True)),
     "conv-1x1-segment": (cases.ConvArgs, _POINT | dict(segment=(16, 13, 17, 2))),
-    "chain-pool": (cases.ChainArgs, _CHAIN | dict(pool=True)),
-    "chain-segment-stride2": (cases.ChainArgs, _CHAIN | dict(stride=2, segment=(32, 7, 9, 2), following=64)),
+    "chain-pool": (chain_cases.ChainArgs, _CHAIN | dict(pool=True)),
+    "chain-segment-stride2": (chain_cases.ChainArgs, _CHAIN | dict(stride=2, segment=(32, 7, 9, 2), following=64)),
     "conv-3x3-stride2": (cases.ConvArgs, _CONV | dict(stride=(2, 2))),
     "stem-nhwc": (cases.StemArgs, dict(n=2, h=19, w=37, k=64, channels_last=True)),
 }
@@ -63,10 +63,10 @@ OPS = {
 def op_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
     for dtype in DTYPES:
         for name, (args, facts) in OPS.items():
-            if args is cases.ChainArgs and dtype == "float32":
+            if args is chain_cases.ChainArgs and dtype == "float32":
                 continue
             more = dict(device=device.type, dtype=dtype)
-            if args is not cases.ChainArgs:
+            if args is not chain_cases.ChainArgs:
                 more["tf32"] = False
             if args is cases.StemArgs:
                 more["input_dtype"] = dtype
@@ -109,7 +109,7 @@ def forced(long: bool):
         for problem in problems:
             case = problem.build()
             ours = [c for c in case.candidates() if c.backend == "triton"] or case.candidates()
-            chain = isinstance(case, cases.ChainCase)
+            chain = isinstance(case, chain_cases.ChainCase)
             seconds = ((1e-6 if long else 1.0) if chain else 1e-3,) * 3
             trial = tuning.Trial(ours[0], seconds)
             results[problem.key] = tuning.Result(problem.key, ours[0], "default", False, [trial])

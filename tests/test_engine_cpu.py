@@ -22,8 +22,9 @@ from engine_cases import Net, conv, network_of, randomized, resnet, seen
 from torch import nn
 
 from fused_resnet.backends import cuda
-from fused_resnet.engine import cpu, cpu_tune
+from fused_resnet.engine import cpu, cpu_tune, cpu_weights
 from fused_resnet.engine import cpu_program as cp
+from fused_resnet.engine.steps import fold
 
 pytestmark = pytest.mark.skipif(cuda.load() is not None, reason=f"no compiled kernels: {cuda.load()}")
 ROOT = Path(__file__).parents[1]
@@ -80,9 +81,7 @@ def program_of(model, inputs, isa, choice=None, workers=1, cache=cp.CACHE):
         if step.op in ("conv", "linear"):
             fits = choice.kernel == "gemm" or cp.fits_winograd(step, runner.target)
             choices[step.output] = choice if fits else cp.Choice("gemm", 7, runner.target.columns)
-    return runner, cp.Program(
-        network, runner.weights, runner.target, workers, cpu.outputs_of(network), strides, choices, cache
-    )
+    return runner, cp.Program(network, runner.weights, runner.target, workers, strides, choices, cache)
 
 
 def compiled(model, *inputs, **how):
@@ -411,11 +410,45 @@ def test_programs_share_memory_that_grows():
     arena = runner.arena
     network = network_of(model, large)
     strides = {network.graph.nodes[0].name: large.stride()}
-    bigger = cp.Program(network, runner.weights, runner.target, 1, cpu.outputs_of(network), strides, {})
+    bigger = cp.Program(network, runner.weights, runner.target, 1, strides, {})
     runner.run(bigger, (large,))
     assert runner.arena.numel() > arena.numel()
     assert all(s.program is None and not s.buffers for s in program.segments)
     assert torch.equal(runner.run(program, (small,)), first)
+
+
+def test_of_what_was_folded_only_the_last_step_is_kept_and_never_after_refresh():
+    model = randomized(resnet("BasicBlock", [1, 1]))
+    runner, program = program_of(model, (torch.randn(2, 3, 33, 33),), isa=ISAS[-1])
+    first, *_, last = (s for s in program.network.steps if s.op == "conv")
+    before = runner.weights.get(first, "nhwc").clone()
+    runner.weights.get(last, "nhwc")
+    assert runner.weights._folded[0] == last.convolutions
+    for p in runner.weights.module.parameters():
+        p.mul_(2)
+    runner.weights.refresh()
+    assert runner.weights._folded is None
+    fresh = cp.Weights(runner.weights.module, runner.target)
+    for step in (first, last):
+        assert torch.equal(runner.weights.get(step, "nhwc"), fresh.get(step, "nhwc"))
+    assert not torch.equal(runner.weights.get(first, "nhwc"), before)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 16), (16, 16), (37, 16), (64, 32)])
+def test_panels(rows, columns):
+    matrix = torch.randn(rows, 7, dtype=torch.float64)
+    packed = cpu_weights.panels(matrix, columns)
+    want = F.pad(matrix.float(), (0, 0, 0, -rows % columns)).view(-1, columns, 7).transpose(1, 2)
+    assert packed.is_contiguous() and torch.equal(packed, want)
+
+
+def test_folding_leaves_a_float64_model_as_it_is():
+    model = randomized(resnet("BasicBlock", [1, 1])).double()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for step in network_of(model, torch.randn(2, 3, 33, 33).double()).steps:
+        if step.conv is not None:
+            fold(step, model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_the_default_dtype_does_not_matter():

@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 import fused_resnet
-from fused_resnet.engine import captured, cases, child, gpu, reference, triton_conv, triton_stem
+from fused_resnet.engine import captured, cases, chain_cases, child, gpu, reference, triton_conv, triton_stem
 from fused_resnet.engine.captured import Captured, Ordered, Turns, race
 from fused_resnet.engine.eager import EagerExecutor
 from fused_resnet.engine.graph import capture, propagate
@@ -474,7 +474,7 @@ def test_a_new_shape_inside_a_callers_graph_is_refused(recorder, monkeypatch):
 CONV = cases.ConvArgs(2, 16, 5, 7, 24, (3, 3), (1, 1), (1, 1), (1, 1), True, False, None, "cpu", "float32", False)
 POINTWISE = replace(CONV, kernel=(1, 1), padding=(0, 0))
 STEM = cases.StemArgs(1, 19, 23, 16, False, "float32", "cpu", "float32", False)
-CHAIN = cases.ChainArgs(1, 16, 6, 7, 16, 32, 0, 1, True, False, None, False, False, "cpu", "float32")
+CHAIN = chain_cases.ChainArgs(1, 16, 6, 7, 16, 32, 0, 1, True, False, None, False, False, "cpu", "float32")
 PROBLEMS = {
     "conv": CONV,
     "conv-stride2": replace(CONV, stride=(2, 2)),

@@ -9,7 +9,6 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fused_resnet.engine import cases, path
-from fused_resnet.engine.cpu import outputs_of
 from fused_resnet.engine.eager import named
 from fused_resnet.engine.gpu import Program
 from fused_resnet.engine.graph import capture, propagate
@@ -34,7 +33,7 @@ def pieces_of(model, shape=SHAPE, dtype=torch.float16, channels_last=False):
     graph = capture(model)
     propagate(graph, (x.float(),))
     network = match(graph)
-    return Pieces(network, outputs_of(network), dtype, torch.device("cuda"), False, named(network, (x,)))
+    return Pieces(network, dtype, torch.device("cuda"), False, named(network, (x,)))
 
 
 def meta(name, **options):

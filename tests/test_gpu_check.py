@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_cases, gpu_check
+from benchmarks import gpu_cases, gpu_check, gpu_report
 from benchmarks.caselog import Log
 from fused_resnet import measure
 
@@ -228,7 +228,7 @@ def test_the_summary_of_everything_is_a_page(tmp_path):
                     bench.write(case=case, status="passed", measured={**m, "variant": variant, "group": group})
     for i in range(150):
         tune.write(case=f"conv_bn_act/{i}/float16", status="passed", op="conv_bn_act", us={"cudnn": 9.0, "triton": 1.0})
-    lines = gpu_check.summary(tmp_path).splitlines()
+    lines = gpu_report.summary(tmp_path).splitlines()
     assert len(lines) <= 80
     (row,) = (line for line in lines if "resnet3, train, batch 32, float16" in line)
     assert [f"{1 + i / 10:.2f}" for i in range(1, 5)] == row.split()[-6:-2]

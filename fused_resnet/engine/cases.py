@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import cudnn
 from ..backends.triton import unavailable as triton_unavailable
-from . import reference, triton_chain, triton_conv, triton_stem
+from . import reference, triton_conv, triton_stem
 from .problem import TOLERANCE, Candidate, Case, Problem
 
 CUDNN = Candidate("cudnn", "PyTorch's convolution, and kernels of their own for what follows")
@@ -43,11 +43,11 @@ def label(config: dict) -> str:
     return f"{kind}{tile} w{config['num_warps']} s{stages}{more}"
 
 
-def _empty(shape, dtype, device) -> Tensor:
+def empty(shape, dtype, device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
-class _Random:
+class Random:
     """Random tensors as a network has them: activations of unit size, filters that keep it."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int):
@@ -68,7 +68,7 @@ class _Random:
         return self._normal((channels,))
 
 
-class _EngineCase(Case):
+class EngineCase(Case):
     def __init__(self, device: str, dtype: str, tf32: bool):
         self.device, self.dtype, self.tf32 = torch.device(device), getattr(torch, dtype), tf32
         self.arch, self.sms = chip(self.device)
@@ -156,14 +156,14 @@ class ConvArgs:
             f"conv {r}x{s}/{_by(self.stride)} {self.n}x{self.c}x{self.h}x{self.w} -> {self.k}{extra} "
             f"{self.dtype}{' tf32' if self.tf32 else ''}"
         )
-        return Problem(key, f"{__name__}:conv", _jsonable(self))
+        return Problem(key, f"{__name__}:conv", jsonable(self))
 
 
 def conv(**args) -> ConvCase:
-    return ConvCase(ConvArgs(**_tuples(args)))
+    return ConvCase(ConvArgs(**tuples(args)))
 
 
-class ConvCase(_EngineCase):
+class ConvCase(EngineCase):
     def __init__(self, args: ConvArgs):
         super().__init__(args.device, args.dtype, args.tf32)
         self.args = args
@@ -179,7 +179,7 @@ class ConvCase(_EngineCase):
         return found
 
     def inputs(self, device, seed):
-        a, random = self.args, _Random(device, self.dtype, seed)
+        a, random = self.args, Random(device, self.dtype, seed)
         tensors = {"x": random.map(a.n, a.c, a.h, a.w), "weight": random.filter(a.k, a.c, *a.kernel)}
         tensors["bias"] = random.bias(a.k)
         if a.residual:
@@ -190,7 +190,7 @@ class ConvCase(_EngineCase):
         return tensors
 
     def outputs(self, device):
-        return {"y": _empty((self.args.n, self.args.k, self.args.shape.p, self.args.shape.q), self.dtype, device)}
+        return {"y": empty((self.args.n, self.args.k, self.args.shape.p, self.args.shape.q), self.dtype, device)}
 
     def exactly(self, inputs):
         return {"y": reference.conv_bias_act(*_conv_tensors(inputs), segment=self._segment(inputs), **self.options)}
@@ -268,14 +268,14 @@ class StemArgs:
     def problem(self) -> Problem:
         layout = "nhwc" if self.channels_last else "nchw"
         key = f"stem {self.n}x3x{self.h}x{self.w} -> {self.k} {layout} {self.input_dtype} {self.dtype}"
-        return Problem(key + " tf32" * self.tf32, f"{__name__}:stem", _jsonable(self))
+        return Problem(key + " tf32" * self.tf32, f"{__name__}:stem", jsonable(self))
 
 
 def stem(**args) -> StemCase:
     return StemCase(StemArgs(**args))
 
 
-class StemCase(_EngineCase):
+class StemCase(EngineCase):
     def __init__(self, args: StemArgs):
         super().__init__(args.device, args.dtype, args.tf32)
         self.args = args
@@ -285,14 +285,14 @@ class StemCase(_EngineCase):
         return triton_stem.configs((a.n, 3, a.h, a.w), self.dtype, self.arch, self.sms, a.k, tf32=self.tf32)
 
     def inputs(self, device, seed):
-        a, random = self.args, _Random(device, self.dtype, seed)
+        a, random = self.args, Random(device, self.dtype, seed)
         x = random.map(a.n, 3, a.h, a.w).to(getattr(torch, a.input_dtype))
         x = x.contiguous(memory_format=torch.channels_last if a.channels_last else torch.contiguous_format)
         return {"x": x, "weight": random.filter(a.k, 3, 7, 7), "bias": random.bias(a.k)}
 
     def outputs(self, device):
         p, q = triton_stem.sizes(self.args.h, self.args.w)[2:]
-        return {"y": _empty((self.args.n, self.args.k, p, q), self.dtype, device)}
+        return {"y": empty((self.args.n, self.args.k, p, q), self.dtype, device)}
 
     def exactly(self, inputs):
         # As the kernel reads it: in the compute dtype.
@@ -321,139 +321,6 @@ class StemCase(_EngineCase):
 
 
 @dataclass(frozen=True)
-class ChainArgs:
-    """chain at one shape: C -> middle (3x3, stride) -> K (1x1) -> following (1x1), 0 for none."""
-
-    n: int
-    c: int
-    h: int
-    w: int
-    middle: int
-    k: int
-    following: int
-    stride: int
-    relu: bool
-    residual: bool
-    segment: tuple[int, int, int, int] | None
-    quarter: bool
-    pool: bool
-    device: str
-    dtype: str
-
-    def size(self) -> tuple[int, int]:
-        return (self.h - 1) // self.stride + 1, (self.w - 1) // self.stride + 1
-
-    def problem(self) -> Problem:
-        parts = [
-            f"chain {self.n}x{self.c}x{self.h}x{self.w}/{self.stride} -> {self.middle} -> {self.k}",
-            f"-> {self.following}" if self.following else "",
-            "+ residual" if self.residual else "",
-            "+ {}x{}x{}/{}".format(*self.segment) if self.segment else "",
-            "quarter" if self.quarter else "",
-            "pool" if self.pool else "",
-            "relu" if self.relu else "",
-            self.dtype,
-        ]
-        return Problem(" ".join(p for p in parts if p), f"{__name__}:chain", _jsonable(self))
-
-    def tensors(self, make_map, make_filter, make_bias) -> dict[str, Tensor]:
-        tensors = {
-            "x": make_map(self.n, self.c, self.h, self.w),
-            "weight": make_filter(self.middle, self.c, 3, 3),
-            "bias": make_bias(self.middle),
-            "weight2": make_filter(self.k, self.middle, 1, 1),
-            "bias2": make_bias(self.k),
-        }
-        if self.residual:
-            tensors["residual"] = make_map(self.n, self.k, *self.size())
-        if self.segment:
-            c2, h2, w2, _ = self.segment
-            tensors |= {"x2": make_map(self.n, c2, h2, w2), "projection": make_filter(self.k, c2, 1, 1)}
-        if self.following:
-            tensors |= {"weight3": make_filter(self.following, self.k, 1, 1), "bias3": make_bias(self.following)}
-        return tensors
-
-    def call(self, t: dict[str, Tensor]) -> tuple[tuple, dict]:
-        """Arguments and options of reference.chain and of triton_chain's functions."""
-        options = dict(
-            residual=t.get("residual"),
-            segment=(t["x2"], t["projection"], self.segment[3]) if self.segment else None,
-            stride=self.stride,
-            relu=self.relu,
-            next=(t["weight3"], t["bias3"]) if self.following else None,
-            quarter=self.quarter,
-            pool=self.pool,
-        )
-        return (t["x"], t["weight"], t["bias"], t["weight2"], t["bias2"]), options
-
-    def configs(self) -> list[dict]:
-        meta = torch.device("meta")
-        dtype = getattr(torch, self.dtype)
-        tensors = self.tensors(
-            lambda *s: _empty(s, dtype, meta), lambda *s: _empty(s, dtype, meta), lambda k: torch.empty(k, device=meta)
-        )
-        args, options = self.call(tensors)
-        if triton_unavailable():
-            return []
-        return triton_chain.configs(chip(torch.device(self.device))[0], *args, **options)
-
-
-def chain(**args) -> ChainCase:
-    return ChainCase(ChainArgs(**_tuples(args)))
-
-
-class ChainCase(_EngineCase):
-    # Its layers one by one are other pieces of the network, and measured there.
-    fallback = CUDNN
-
-    def candidates(self) -> list[Candidate]:
-        return super().candidates()[1:]
-
-    def __init__(self, args: ChainArgs):
-        super().__init__(args.device, args.dtype, False)
-        self.args = args
-
-    def triton(self) -> list[dict]:
-        return self.args.configs()
-
-    def inputs(self, device, seed):
-        random = _Random(device, self.dtype, seed)
-        return self.args.tensors(random.map, random.filter, random.bias)
-
-    def outputs(self, device):
-        a = self.args
-        p, q = a.size()
-        size = (1, 1) if a.pool else ((p + 1) // 2, (q + 1) // 2) if a.quarter else (p, q)
-        outputs = {"y": _empty((a.n, a.k, *size), self.dtype, device)}
-        if a.following:
-            outputs["z"] = _empty((a.n, a.following, p, q), self.dtype, device)
-        return outputs
-
-    def exactly(self, inputs):
-        args, options = self.args.call(inputs)
-        y, z = reference.chain(*args, **options)
-        return {"y": y} if z is None else {"y": y, "z": z}
-
-    def pack(self, candidate, inputs):
-        if candidate.backend != "triton":
-            return inputs
-        args, options = self.args.call(inputs)
-        size = triton_chain.workspace(candidate.config, *args, **options)
-        workspace = torch.empty(size, dtype=torch.uint8, device=inputs["x"].device) if size else None
-        return inputs | {"workspace": workspace}
-
-    def run(self, candidate, inputs, outputs):
-        args, options = self.args.call(inputs)
-        if candidate.backend == "triton":
-            written = dict(y=outputs["y"], z=outputs.get("z"), workspace=inputs.get("workspace"))
-            return triton_chain.launch(candidate.config, *args, **options, **written)
-        y, z = reference.chain(*args, **options)
-        outputs["y"].copy_(y)
-        if z is not None:
-            outputs["z"].copy_(z)
-
-
-@dataclass(frozen=True)
 class PoolArgs:
     """The average over the whole map, at one shape: by PyTorch's operator. It is measured for the sake of the ways that
     have it in another kernel."""
@@ -466,16 +333,14 @@ class PoolArgs:
     dtype: str
 
     def problem(self) -> Problem:
-        return Problem(
-            f"avg_pool {self.n}x{self.c}x{self.h}x{self.w} {self.dtype}", f"{__name__}:pool", _jsonable(self)
-        )
+        return Problem(f"avg_pool {self.n}x{self.c}x{self.h}x{self.w} {self.dtype}", f"{__name__}:pool", jsonable(self))
 
 
 def pool(**args) -> PoolCase:
     return PoolCase(PoolArgs(**args))
 
 
-class PoolCase(_EngineCase):
+class PoolCase(EngineCase):
     def __init__(self, args: PoolArgs):
         super().__init__(args.device, args.dtype, False)
         self.args = args
@@ -485,10 +350,10 @@ class PoolCase(_EngineCase):
 
     def inputs(self, device, seed):
         a = self.args
-        return {"x": _Random(device, self.dtype, seed).map(a.n, a.c, a.h, a.w)}
+        return {"x": Random(device, self.dtype, seed).map(a.n, a.c, a.h, a.w)}
 
     def outputs(self, device):
-        return {"y": _empty((self.args.n, self.args.c, 1, 1), self.dtype, device)}
+        return {"y": empty((self.args.n, self.args.c, 1, 1), self.dtype, device)}
 
     def exactly(self, inputs):
         return {"y": F.adaptive_avg_pool2d(inputs["x"], 1)}
@@ -504,9 +369,9 @@ def _by(pair: tuple[int, int]) -> str:
     return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]},{pair[1]}"
 
 
-def _jsonable(args) -> dict:
+def jsonable(args) -> dict:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
 
 
-def _tuples(args: dict) -> dict:
+def tuples(args: dict) -> dict:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}

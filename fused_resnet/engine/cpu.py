@@ -88,7 +88,7 @@ class Cpu:
     def program(self, network: Network, inputs: tuple, choices: dict[str, cp.Choice]) -> cp.Program:
         network = for_stems(network, self.target)
         strides = {name: t.stride() for name, t in self._given(network, inputs).items() if isinstance(t, Tensor)}
-        return cp.Program(network, self.weights, self.target, self.workers, outputs_of(network), strides, choices)
+        return cp.Program(network, self.weights, self.target, self.workers, strides, choices)
 
     def _given(self, network: Network, inputs: tuple) -> dict[str, object]:
         """The inputs by name, in a layout that their readers read."""
@@ -165,12 +165,6 @@ def supported(dtype: torch.dtype) -> str | None:
     from ..backends import cuda
 
     return cuda.load()
-
-
-def outputs_of(network: Network) -> set[str]:
-    """Names of the values that the model returns."""
-    node = next(n for n in network.graph.nodes if n.op == "output")
-    return {network.source(n.name) for n in node.all_input_nodes}
 
 
 def for_stems(network: Network, target: cp.Isa) -> Network:

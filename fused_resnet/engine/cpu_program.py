@@ -191,13 +191,12 @@ class Program:
         weights: Weights,
         target: Isa,
         workers: int,
-        outputs: set[str],
         input_strides: dict[str, tuple[int, ...]],
         choices: dict[str, Choice],
         cache: int = CACHE,
     ):
         self.network, self.weights, self.target, self.workers = network, weights, target, workers
-        self.outputs, self.input_strides = outputs, input_strides
+        self.input_strides = input_strides
         self.shapes = {n.name: s for n in network.graph.nodes if (s := network.graph.shape(n)) is not None}
         self.used: set[tuple] = set()  # keys of the weights
         self.choices = choices
@@ -207,7 +206,9 @@ class Program:
         self.memory: tuple[int, int] | None = None  # where arena and scratch lay when the program was written
         self.views: dict[str, Tensor] = {}  # of values in the arena that PyTorch's operators read
         self.segments = self._cut()
-        self.fresh = [s.output for p in self.segments if isinstance(p, Segment) for s in p.steps if s.output in outputs]
+        self.fresh = [
+            s.output for p in self.segments if isinstance(p, Segment) for s in p.steps if s.output in network.outputs
+        ]
         self._allocate()
 
     # What is known of a value.
@@ -288,7 +289,7 @@ class Program:
         self._extend_through_views(readers)
         names, lives = [], []
         for name in made:
-            if name in self.outputs:
+            if name in network.outputs:
                 continue
             users = readers.get(name, [])
             bounds = run_of[name]
@@ -315,7 +316,7 @@ class Program:
         """What reads the result of a traced step may read the memory of that step's inputs."""
         from .graph import may_alias
 
-        for name in self.outputs:
+        for name in self.network.outputs:
             readers.setdefault(name, []).append(END)
         for step in reversed(self.network.steps):
             if step.op == "traced" and may_alias(self.network.graph, step.node):

@@ -125,8 +125,7 @@ class EagerExecutor:
 
 def named(network: Network, inputs: tuple) -> dict[str, object]:
     """The inputs by name; what was not given has its default."""
-    placeholders = [n for n in network.graph.nodes if n.op == "placeholder"]
-    return {n.name: inputs[i] if i < len(inputs) else n.args[0] for i, n in enumerate(placeholders)}
+    return {n.name: inputs[i] if i < len(inputs) else n.args[0] for i, n in enumerate(network.placeholders)}
 
 
 def run_traced(network: Network, node: fx.Node, values: dict[str, object], attribute: Callable[[str], object]):
@@ -158,7 +157,6 @@ def _read(network: Network, node: fx.Node, values: dict[str, object]) -> dict[st
 
 def output_of(network: Network, values: dict[str, object], forbidden: Tensor | None = None):
     """What the model returns, with the values put in; a copy of what shares memory with `forbidden`."""
-    node = next(n for n in network.graph.nodes if n.op == "output")
 
     def own(value):
         inside = forbidden is not None and isinstance(value, Tensor)
@@ -178,4 +176,4 @@ def output_of(network: Network, values: dict[str, object], forbidden: Tensor | N
             return [put_in(p) for p in part]
         return {key: put_in(p) for key, p in part.items()} if isinstance(part, dict) else part
 
-    return put_in(node.args[0])
+    return put_in(network.returned.args[0])

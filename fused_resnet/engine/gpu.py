@@ -15,8 +15,8 @@ from ..backends.verify import tf32_allowed
 from . import path, triton_chain, triton_conv, triton_stem
 from .arena import Life, assign
 from .captured import Captured, Ordered, Turns, race
-from .cases import CUDNN, ChainArgs, StemArgs, chip, pytorch_conv
-from .cpu import outputs_of
+from .cases import CUDNN, StemArgs, chip, pytorch_conv
+from .chain_cases import ChainArgs
 from .eager import Eager, EagerExecutor, named, output_of
 from .graph import may_alias
 from .pieces import Piece, Pieces
@@ -103,7 +103,7 @@ class Gpu:
         """The cheapest pieces by what was measured (before or now), and the results of all problems."""
         tf32 = self.device.type == "cuda" and tf32_allowed()
         given = {k: v for k, v in named(network, inputs).items() if isinstance(v, Tensor)}
-        all_pieces = Pieces(network, outputs_of(network), self.dtype, self.device, tf32, given)
+        all_pieces = Pieces(network, self.dtype, self.device, tf32, given)
         problems: dict[str, Problem] = {}
         for piece in all_pieces.all():
             if piece.args is not None:
@@ -211,7 +211,6 @@ class Program:
     ):
         self.network, self.pieces, self.results, self.eager, self.device = network, pieces, results, eager, device
         self.weights, self.dtype = weights, eager.dtype
-        self.outputs = outputs_of(network)
         self.is_ours = any(self.chosen(p).backend == "triton" for p in pieces)
         self.releases = network.releases([p.steps for p in pieces])
         self.shapes = {n.name: s for n in network.graph.nodes if (s := network.graph.shape(n)) is not None}
@@ -237,7 +236,7 @@ class Program:
         return (n, c, (h + 1) // 2, (w + 1) // 2) if name in self.quartered else (n, c, h, w)
 
     def _places(self) -> tuple[dict[str, Tensor], Tensor]:
-        source = self.network.source
+        source, outputs = self.network.source, self.network.outputs
         last: dict[str, int] = {}
         for i, piece in enumerate(self.pieces):
             for step in piece.steps:
@@ -246,13 +245,13 @@ class Program:
         for i, piece in reversed(list(enumerate(self.pieces))):  # what reads a view reads what it is a view of
             step = piece.steps[-1]
             if step.op == "traced" and may_alias(self.network.graph, step.node):
-                end = len(self.pieces) if step.output in self.outputs else last.get(step.output, i)
+                end = len(self.pieces) if step.output in outputs else last.get(step.output, i)
                 for name in step.reads:
                     last[source(name)] = max(last[source(name)], end)
         names, lives = [], []
         for i, piece in enumerate(self.pieces):
             for name in self.written(piece):
-                if name not in self.outputs:
+                if name not in outputs:
                     size = math.prod(self.shape(name)) * self.dtype.itemsize
                     names.append(name)
                     lives.append(Life(-(-size // ALIGN) * ALIGN, i, max(i, last.get(name, i))))
@@ -265,7 +264,7 @@ class Program:
             values[name] = flat.view(n, h, w, c).permute(0, 3, 1, 2)
         for piece in self.pieces:
             for name in self.written(piece):
-                if name in self.outputs:
+                if name in outputs:
                     values[name] = torch.empty(
                         self.shape(name), dtype=self.dtype, device=self.device, memory_format=torch.channels_last
                     )

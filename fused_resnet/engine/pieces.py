@@ -8,7 +8,8 @@ from functools import cached_property
 
 import torch
 
-from .cases import ChainArgs, ConvArgs, PoolArgs, StemArgs
+from .cases import ConvArgs, PoolArgs, StemArgs
+from .chain_cases import ChainArgs
 from .path import Move
 from .steps import Network, Step
 
@@ -38,10 +39,8 @@ class Piece:
 class Pieces:
     """All pieces of a network at its shapes."""
 
-    def __init__(
-        self, network: Network, outputs: set[str], dtype: torch.dtype, device: torch.device, tf32: bool, inputs
-    ):
-        self.network, self.outputs, self.inputs = network, outputs, inputs  # inputs: tensors by name
+    def __init__(self, network: Network, dtype: torch.dtype, device: torch.device, tf32: bool, inputs):
+        self.network, self.inputs = network, inputs  # inputs: tensors by name
         # The kind of device, not which one: what was measured on one serves its twins.
         self.common = dict(device=device.type, dtype=_name(dtype))
         self.tf32 = tf32 and dtype is torch.float32
@@ -147,7 +146,7 @@ class Pieces:
     def _only_quarters(self, value: str, besides: Step) -> bool:
         """Whether all that read it, besides one, project its even rows and columns."""
         readers = [r for r in self.readers.get(value, []) if r is not besides]
-        return value not in self.outputs and all(
+        return value not in self.network.outputs and all(
             r.segment is not None
             and self.network.source(r.segment[0]) == value
             and r.segment[1].stride == (2, 2)
@@ -177,7 +176,7 @@ class Pieces:
         source = self.network.source
         others = [reader.residual, reader.segment and reader.segment[0]]
         return (
-            value not in self.outputs
+            value not in self.network.outputs
             and self.readers.get(value) == [reader]
             and source(reader.x) == value
             and all(o is None or source(o) != value for o in others)

@@ -131,8 +131,7 @@ def describe(network: Network, dtype: torch.dtype, groups: list[Group]) -> list[
     """The groups of a network as a plan lists them."""
     graph, source = network.graph, network.source
     by_name = {n.name: n for n in graph.nodes}
-    wanted = {source(n.name) for n in by_name.values() if n.op == "output" for n in n.all_input_nodes}
-    wanted |= {source(name) for g in groups for s in g.steps for name in s.reads}
+    wanted = network.outputs | {source(name) for g in groups for s in g.steps for name in s.reads}
     planned = []
     for group in groups:
         nodes = [by_name[name] for step in group.steps for name in step.layers]

@@ -147,6 +147,9 @@ class OptimizedModel(nn.Module):
     def refresh(self, model: nn.Module) -> OptimizedModel:
         """Take the weights and statistics of `model`, which must be built like the original, without tuning again.
 
+        Calls wait for it, and it for them. Replays of a CUDA graph of your own, in which you captured a call, are not
+        calls: finish them before.
+
         Returns self. Raises TypeError or ValueError (then nothing has changed) if model does not fit.
         """
         if not isinstance(model, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -118,10 +119,23 @@ class Network:
             name = self.alias[name]
         return name
 
+    @functools.cached_property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @functools.cached_property
+    def returned(self) -> fx.Node:
+        """The node that says what the model returns."""
+        return next(n for n in self.graph.nodes if n.op == "output")
+
+    @functools.cached_property
+    def outputs(self) -> set[str]:
+        """Names of the values that the model returns."""
+        return {self.source(n.name) for n in self.returned.all_input_nodes}
+
     def releases(self, groups: Sequence[Sequence[Step]]) -> list[list[str]]:
         """For groups of steps in the order they run: the values that nothing reads after each."""
-        output = next(n for n in self.graph.nodes if n.op == "output")
-        seen = {self.source(n.name) for n in output.all_input_nodes} | set(self.constants)
+        seen = self.outputs | set(self.constants)
         over: list[list[str]] = []
         for group in reversed(groups):
             names = dict.fromkeys(self.source(n) for step in group for n in (*step.reads, step.output))

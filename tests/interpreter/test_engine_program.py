@@ -12,7 +12,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from fused_resnet import measure
 from fused_resnet.engine import gpu, path
 from fused_resnet.engine.cases import CUDNN
-from fused_resnet.engine.cpu import outputs_of
 from fused_resnet.engine.eager import Eager, named
 from fused_resnet.engine.graph import capture, propagate
 from fused_resnet.engine.pieces import Pieces
@@ -80,7 +79,7 @@ def build(model, x, dtype, dear, memory, monkeypatch):
     graph = capture(model)
     propagate(graph, (x.float(),))
     network = match(graph)
-    pieces = Pieces(network, outputs_of(network), dtype, CPU, False, named(network, (gpu.dense(x),)))
+    pieces = Pieces(network, dtype, CPU, False, named(network, (gpu.dense(x),)))
     results = Results()
     for piece in pieces.all():
         if piece.args is not None and piece.key not in results:
