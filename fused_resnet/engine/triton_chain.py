@@ -64,7 +64,12 @@ TILES = {
         (512, 0, True): (_WIDEST_SLIM,),
     },
     90: _EVERYWHERE | {(256, 0, True): (_WIDE, _ROWS_128)},
-    100: _EVERYWHERE | {(256, 0, True): (_WIDE, _ROWS_128), (256, 256, False): (_ROWS_128, _WIDE)},
+    100: _EVERYWHERE
+    | {
+        (128, 128, True): (_ROWS_128_SLIM,),
+        (256, 0, True): (_WIDE, _ROWS_128),
+        (256, 256, False): (_ROWS_128, _WIDE),
+    },
 }
 
 
