@@ -20,7 +20,9 @@ TINY = ["--device", "cpu", "--size", "32", "--batches", "2", "--seconds", "0", "
 
 def pytest_benchmarks(*options, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    # Of a parallel run of tests: pytest-benchmark measures nothing in one.
+    outer = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env = {**outer, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -114,6 +116,7 @@ def test_the_peers_are_rendered_between_theirs(written):
         name: {
             "p50_ms": 1e3 * t[0],
             "times_s": t,
+            "built_s": 0.75,
             "ready_s": 1.25,
             "peak_mib": 100.0,
             "parity": {"ok": name != "eager"},
@@ -135,10 +138,8 @@ def test_the_peers_are_rendered_between_theirs(written):
     (written / "results" / "peers-cpu.json").write_text(json.dumps(result))
     assert table.main(["--readme", str(written / "README.md"), "--results", str(written / "results")]) == 0
     text = (written / "README.md").read_text()
-    assert (
-        "| resnet18, batch 8, float32 | 2000.0 | 2.00 | 1.67 | 4.00 | 2.00 (2.00 to 2.00) | 1.2 | 100 → 100 | holds |"
-        in text
-    )
+    figures = "2000.0 | 2.00 | 1.67 | 4.00 | 2.00 (2.00 to 2.00) | 0.8 | 1.2 | 100 → 100"
+    assert f"| resnet18, batch 8, float32 | {figures} | holds |" in text
     assert "ONNX Runtime 1.32.0" in text and "2 rounds" in text
     assert "| resnet18 eval, batch 8, float32 | 2.0 |" in text  # the other table stands where it stood
     systems["fused_resnet"]["parity"]["ok"] = False

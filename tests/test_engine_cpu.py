@@ -418,7 +418,7 @@ def test_programs_share_memory_that_grows():
 
 
 def test_of_what_was_folded_only_the_last_step_is_kept_and_never_after_refresh():
-    model = randomized(resnet("BasicBlock", [1, 1]))
+    model = randomized(resnet())
     runner, program = program_of(model, (torch.randn(2, 3, 33, 33),), isa=ISAS[-1])
     first, *_, last = (s for s in program.network.steps if s.op == "conv")
     before = runner.weights.get(first, "nhwc").clone()
@@ -443,7 +443,7 @@ def test_panels(rows, columns):
 
 
 def test_folding_leaves_a_float64_model_as_it_is():
-    model = randomized(resnet("BasicBlock", [1, 1])).double()
+    model = randomized(resnet()).double()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for step in network_of(model, torch.randn(2, 3, 33, 33).double()).steps:
         if step.conv is not None:

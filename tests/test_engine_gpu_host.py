@@ -566,7 +566,7 @@ def test_one_gpus_problems_are_its_twins_too():
     propagate(graph, (x,))
     network = match(graph)
     ids = [
-        {p.args.problem().id for p in Pieces(network, {"fc"}, torch.float32, device, False, {"x": x}).all() if p.args}
+        {p.args.problem().id for p in Pieces(network, torch.float32, device, False, {"x": x}).all() if p.args}
         for device in (torch.device("cpu", 0), torch.device("cpu", 1))
     ]
     assert ids[0] == ids[1] and len(ids[0]) > 10

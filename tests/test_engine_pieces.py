@@ -8,7 +8,7 @@ import torchvision
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from fused_resnet.engine import cases, path
+from fused_resnet.engine import cases, chain_cases, path
 from fused_resnet.engine.eager import named
 from fused_resnet.engine.gpu import Program
 from fused_resnet.engine.graph import capture, propagate
@@ -23,8 +23,9 @@ SHAPE = (8, 3, 224, 224)
 
 @pytest.fixture(autouse=True)
 def an_imagined_gpu(monkeypatch):
-    monkeypatch.setattr(cases, "triton_unavailable", lambda: None)
-    monkeypatch.setattr(cases, "chip", lambda device: H100)
+    for module in (cases, chain_cases):
+        monkeypatch.setattr(module, "triton_unavailable", lambda: None)
+        monkeypatch.setattr(module, "chip", lambda device: H100)
 
 
 def pieces_of(model, shape=SHAPE, dtype=torch.float16, channels_last=False):
@@ -129,14 +130,16 @@ def test_float32_has_no_chain():
 
 
 def test_an_older_gpu_has_no_chain(monkeypatch):
-    monkeypatch.setattr(cases, "chip", lambda device: (75, 40))
+    for module in (cases, chain_cases):
+        monkeypatch.setattr(module, "chip", lambda device: (75, 40))
     pieces = pieces_of(meta("resnet50"))
     assert max(p.rung for p in pieces.all()) == 3
     assert all([c.backend for c in p.args.problem().build().candidates()] == ["cudnn"] for p in pieces.all() if p.args)
 
 
 def test_without_triton_there_is_pytorch(monkeypatch):
-    monkeypatch.setattr(cases, "triton_unavailable", lambda: "cannot import triton")
+    for module in (cases, chain_cases):
+        monkeypatch.setattr(module, "triton_unavailable", lambda: "cannot import triton")
     pieces = pieces_of(meta("resnet50"))
     assert max(p.rung for p in pieces.all()) == 3
     assert all(p.args.problem().build().candidates() == [cases.CUDNN] for p in pieces.all() if p.args)
@@ -179,7 +182,7 @@ def test_a_value_that_is_an_output_is_not_lost_inside_a_chain():
     for chosen in (way(pieces), way(pieces, lambda p: float(len(p.steps)))):
         made = {s.output for p in chosen for s in p.steps}
         seen = {name for p in chosen for name in (p.y, p.z)}
-        assert pieces.outputs <= made and pieces.outputs <= seen
+        assert pieces.network.outputs <= made and pieces.network.outputs <= seen
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 97, 161), (2, 3, 33, 65), (1, 3, 32, 32)], ids=str)
