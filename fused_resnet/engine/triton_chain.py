@@ -73,15 +73,6 @@ TILES = {
 }
 
 
-def _family(arch: int) -> int:
-    """The chip whose compiled kernels stand for sm_<arch>'s: same tensor cores, no more shared memory."""
-    if arch in (80, 87):
-        return 80
-    if arch in (100, 103):
-        return 100
-    return 90 if arch == 90 else 89
-
-
 def _padded(channels: int) -> int:
     """The width of a tile that holds all of so many channels; 0 for none."""
     return max(16, tiles.power_of_2(channels)) if channels else 0
@@ -175,7 +166,7 @@ def declines(
 
 def _tiles(arch: int, mid: int, following: int, segment) -> tuple:
     key = max(64, _padded(mid)), following and max(64, _padded(following)), segment is not None
-    return TILES[_family(arch)].get(key, ())
+    return TILES[tiles.family(arch)].get(key, ())
 
 
 def configs(arch: int, *args, **options) -> list[dict]:

@@ -38,6 +38,7 @@ _TILES = (
 )
 _TMA_TILES = ((128, 256, 8, 1.1), *_TILES)
 _FMA_TILES = ((64, 64, 4, 1.0), (64, 32, 4, 0.7))  # float32 without TF32: operands live in registers
+_FMA_SEGMENT_TILES = ((64, 32, 8, 0.7),)  # a second segment takes registers: the others spill beside one, somewhere
 
 
 class Conv(NamedTuple):
@@ -140,8 +141,7 @@ def configs(
     precision = "ieee" if fma else "tf32"
     itemsize = dtype.itemsize
     found = []
-    # A second segment takes registers: the larger of the FMA tiles spills beside one.
-    candidates = (_FMA_TILES[1:] if shape.segment else _FMA_TILES) if fma else _TILES
+    candidates = (_FMA_SEGMENT_TILES if shape.segment else _FMA_TILES) if fma else _TILES
     for block_m, block_n, warps in _ranked(candidates, shape, sms):
         block_k = 16 if fma else max(16, min(tiles.power_of_2(shape.c), 128 // itemsize))
         if shape.c * itemsize % 16 or shape.c2 * itemsize % 16:

@@ -25,9 +25,11 @@ _MOST_COLUMNS = 128
 
 # (block_m, block_n, block_k, warps); registers are what limits them, most of all where lines load element by element.
 _TILES = ((128, 64, 32, 8), (64, 64, 32, 8))
+_TILES_89 = ((128, 32, 32, 8), (64, 64, 32, 8))
 _UNALIGNED_TILES = ((64, 64, 32, 8),)
 _TF32_TILES = ((64, 64, 16, 8),)
-_FLOAT_TILES = ((64, 32, 16, 8),)  # sm_80 and sm_89, or without TF32
+_OLDER_TF32_TILES = ((64, 32, 16, 8),)  # sm_80 and sm_89
+_FMA_TILES = ((64, 16, 16, 8),)  # without TF32; ptxas spills a register or two of larger ones, or with three stages
 
 
 def sizes(h: int, w: int) -> tuple[int, int, int, int]:
@@ -67,9 +69,11 @@ def configs(shape, dtype: torch.dtype, arch: int, sms: int, k: int = 64, *, tf32
     n, _, h, w = shape
     _, _, p, q = sizes(h, w)
     fma = dtype is torch.float32 and not tf32
-    candidates = _TILES if w % 4 == 0 else _UNALIGNED_TILES
+    candidates = _TILES_89 if tiles.family(arch) == 89 else _TILES
+    if w % 4:
+        candidates = _UNALIGNED_TILES
     if dtype is torch.float32:
-        candidates = _TF32_TILES if arch >= 90 and not fma else _FLOAT_TILES
+        candidates = _FMA_TILES if fma else _TF32_TILES if arch >= 90 else _OLDER_TF32_TILES
     found = []
     for block_m, block_n, block_k, warps in candidates:
         columns = tiles.ceil_div(n * q, block_m - 1) * tiles.ceil_div(k, block_n)
@@ -85,7 +89,7 @@ def configs(shape, dtype: torch.dtype, arch: int, sms: int, k: int = 64, *, tf32
                     "block_k": block_k,
                     "rows": rows,
                     "num_warps": warps,
-                    "num_stages": 3,
+                    "num_stages": 2 if fma else 3,
                     "precision": "ieee" if fma else "tf32",
                 }
             )

@@ -48,6 +48,15 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def family(arch: int) -> int:
+    """The chip whose compiled kernels stand for sm_<arch>'s: same tensor cores, no more shared memory."""
+    if arch in (80, 87):
+        return 80
+    if arch in (100, 103):
+        return 100
+    return 90 if arch == 90 else 89
+
+
 def shared_bytes(arch: int) -> int:
     """Shared memory one block may use on sm_<arch>."""
     return SHARED_BYTES.get(arch, SHARED_BYTES_ELSEWHERE)
