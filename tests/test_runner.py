@@ -270,7 +270,6 @@ def test_refresh_reaches_every_layout():
             if not layout.startswith("winograd") or step.conv.kernel == (3, 3):
                 weights.get(step, layout)
         assert key in weights._packed
-    weights._folded.clear()
     kept = {key: packed for key, (_, packed) in weights._packed.items()}
     assert {key[-1] for key in kept} >= {"winograd2", "winograd4", "nhwc", "bias"}
     fast.refresh(other)
