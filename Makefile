@@ -6,7 +6,7 @@ export MAX_JOBS ?= 2
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 PYTEST := $(PY) -m pytest
-# A test keeps one core busy; what belongs together stays in one process as long as both have enough to do.
+# A test keeps one core busy; neighbours stay in one process as long as all have enough to do.
 PARALLEL := -n $(MAX_JOBS) --dist worksteal
 TRITON36 := .cache/triton-3.6
 SOURCES := $(shell find csrc -type f)

@@ -25,7 +25,7 @@ _MOST_COLUMNS = 128
 
 # (block_m, block_n, block_k, warps); registers are what limits them, most of all where lines load element by element.
 _TILES = ((128, 64, 32, 8), (64, 64, 32, 8))
-_TILES_89 = ((128, 32, 32, 8), (64, 64, 32, 8))
+_TILES_89 = ((128, 32, 32, 8), (64, 64, 32, 8))  # in 64 columns, channels_last and 128 rows spill under Triton 3.6
 _UNALIGNED_TILES = ((64, 64, 32, 8),)
 _TF32_TILES = ((64, 64, 16, 8),)
 _OLDER_TF32_TILES = ((64, 32, 16, 8),)  # sm_80 and sm_89
