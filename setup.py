@@ -4,12 +4,15 @@
 Environment:
   FUSED_RESNET_CUDA        auto (default): CUDA kernels if nvcc is there and fits torch; 0: without; 1: fail without
   FUSED_RESNET_CUDA_ARCHS  default "80;90a": a number as SASS and PTX; with a letter as SASS only, as that PTX runs on
-                           nothing newer
+                           nothing newer. Convolutions for Hopper's tensor cores need 90a, and CUTLASS
+  FUSED_RESNET_CUTLASS     the folder that has CUTLASS's include/; default: that of the package nvidia-cutlass
   CXX, NVCC, MAX_JOBS      as usual
 
 What was built, and why what is missing is missing, is written to fused_resnet/_build_facts.json.
 """
 
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -42,6 +45,25 @@ NVCC_FLAGS = (
     "-std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr -Xptxas -v,-warn-spills -Xfatbin -compress-all "
     "-Xcompiler -fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall,-Wno-unknown-pragmas"
 )
+
+CUTLASS_AT_LEAST = [4, 2]
+# The compiled convolutions: each for float16 and bfloat16, each a translation unit (csrc/conv/*_instance.cu). Hopper's
+# take more than a minute each. Tiles by what bounds ResNets: 64 channels (layer1), 128 (layer2), 256 and more; stream-K
+# for shapes whose tiles do not fill the chip.
+SM90 = (  # tile M, N, blocks a cluster, schedule
+    (128, 64, 2, "pingpong"),
+    (128, 128, 2, "pingpong"),
+    (256, 128, 2, "cooperative"),
+    (128, 256, 2, "cooperative"),
+    (128, 128, 1, "stream_k"),
+)
+SM80 = (  # tile M, N, warps along M, N, stages
+    (256, 128, 4, 2, 3),
+    (128, 128, 2, 2, 4),
+    (128, 64, 2, 2, 4),
+    (64, 64, 2, 2, 4),
+)
+DTYPES = {"half": ("half_t", "__half"), "bfloat16": ("bfloat16_t", "__nv_bfloat16")}
 
 
 def output_of(*command):
@@ -86,6 +108,62 @@ def find_cuda(torch):
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc {version} does not fit torch {torch.__version__}, which uses CUDA {torch.version.cuda}"
     return nvcc, Path(top).resolve(), version
+
+
+def find_cutlass():
+    """(folder of CUTLASS's headers, version), or the reason why there is none."""
+    named = os.environ.get("FUSED_RESNET_CUTLASS")
+    if named:
+        include = Path(named, "include")
+    else:
+        spec = importlib.util.find_spec("cutlass_library")  # not imported: it would want what it does not need here
+        if spec is None or not spec.submodule_search_locations:
+            return "CUTLASS was not found when the package was built (pip install --no-deps nvidia-cutlass)"
+        include = Path(spec.submodule_search_locations[0], "source", "include")
+    version = include / "cutlass" / "version.h"
+    if not version.exists():
+        return f"{include} has no CUTLASS"
+    found = [int(re.search(rf"CUTLASS_{part} (\d+)", version.read_text()).group(1)) for part in ("MAJOR", "MINOR")]
+    if found < CUTLASS_AT_LEAST:
+        return f"CUTLASS {found[0]}.{found[1]} is too old, {CUTLASS_AT_LEAST[0]}.{CUTLASS_AT_LEAST[1]} is needed"
+    return include, f"{found[0]}.{found[1]}"
+
+
+def convolutions(archs, cutlass):
+    """What to compile: (symbol, source, gencode, flags) of each instance, and why some are left out, if any are."""
+    found, missing = [], []
+    if "90a" not in archs:
+        missing.append("no convolutions for sm_90a: FUSED_RESNET_CUDA_ARCHS does not name 90a")
+    elif isinstance(cutlass, str):
+        missing.append(f"no convolutions for sm_90a: {cutlass}")
+    else:
+        for (m, n, cluster, schedule), (dtype, (element, _)) in itertools.product(SM90, DTYPES.items()):
+            name = f"sm90 {m}x{n}x64 {schedule.replace('_', '-')}"
+            macros = dict(TILE_M=m, TILE_N=n, CLUSTER=cluster, SCHEDULE=schedule, ELEMENT=element, NAME=name)
+            symbol = f"kSm90_{m}x{n}_{schedule}_{dtype}"
+            found.append((symbol, "sm90_instance.cu", cuda_arch_flags(["90a"])[0], macros, f"-isystem {cutlass[0]}"))
+    others = [arch for arch in archs if int(re.match(r"\d+", arch).group()) >= 80 and arch != "90a"]
+    if not others:
+        missing.append("no convolutions for sm_80: FUSED_RESNET_CUDA_ARCHS names no such architecture")
+    for (m, n, warps_m, warps_n, stages), (dtype, (_, element)) in itertools.product(
+        SM80 if others else (), DTYPES.items()
+    ):
+        macros = dict(TILE_M=m, TILE_N=n, WARPS_M=warps_m, WARPS_N=warps_n, STAGES=stages, ELEMENT=element)
+        macros |= dict(DTYPE=dtype, NAME=f"sm80 {m}x{n}x32")
+        found.append((f"kSm80_{m}x{n}_{dtype}", "sm80_instance.cu", cuda_arch_flags(others)[0], macros, ""))
+    return found, "; ".join(missing) or None
+
+
+def macro_flags(macros):
+    quoted = {k: f"'\"{v}\"'" if k == "NAME" else v for k, v in macros.items()}
+    return " ".join(f"-DFUSED_RESNET_{k}={v}" for k, v in quoted.items())
+
+
+def report_of(text):
+    """What ptxas said of one instance: registers a thread by architecture, and warnings (spills, serialised wgmma)."""
+    compiled = re.findall(r"Compiling entry function '\S+' for '(\w+)'.*?Used (\d+) registers", text, re.DOTALL)
+    warnings = re.findall(r"^ptxas.*(?:warning|Potential Performance Loss).*$", text, re.MULTILINE)
+    return {"registers": {arch: int(count) for arch, count in compiled}, "warnings": warnings}
 
 
 def isa_flags(stem):
@@ -171,6 +249,9 @@ class BuildExt(build_ext):
             "missing": None,
             "cuda": False,
             "cuda_missing": None,
+            "cutlass": None,
+            "conv": [],
+            "conv_missing": None,
             **more,
         }
 
@@ -181,7 +262,6 @@ class BuildExt(build_ext):
         return self.facts(missing=reason, cuda_missing=reason, files=[])
 
     def compile(self, folder):
-        import ninja
         import pybind11
         import torch
 
@@ -218,39 +298,74 @@ class BuildExt(build_ext):
         else:
             nvcc, toolkit, facts["nvcc"] = cuda
             archs = os.environ.get("FUSED_RESNET_CUDA_ARCHS", "80;90a").replace(",", ";").split(";")
-            gencode, facts["archs"] = cuda_arch_flags([arch.strip() for arch in archs if arch.strip()])
-            facts.update(cuda=True, kernels=kernel_names())
+            archs = [arch.strip() for arch in archs if arch.strip()]
+            for arch in archs:
+                if not re.fullmatch(r"\d{2,3}[af]?", arch):
+                    raise CompileError(f"FUSED_RESNET_CUDA_ARCHS: expected numbers such as 80 or 90a, got {arch!r}")
+            gencode, facts["archs"] = cuda_arch_flags(archs)
+            cutlass = find_cutlass()
+            if isinstance(cutlass, str) and switch == "1" and "90a" in archs:
+                raise CompileError(f"FUSED_RESNET_CUDA=1, but {cutlass}")
+            instances, facts["conv_missing"] = convolutions(archs, cutlass)
+            facts.update(cuda=True, kernels=kernel_names(), cutlass=None if isinstance(cutlass, str) else cutlass[1])
             host = f"-ccbin {cxx} -Xcompiler {','.join(prefix_map.split())}"
             # ptxas speaks on stderr; its report stays beside the object, and is shown when the compilation fails.
             report = "> $out.ptxas.txt 2>&1 || (cat $out.ptxas.txt; exit 1)"
             n.rule(
                 "nvcc",
-                f"{nvcc} {host} -MMD -MF $out.d {NVCC_FLAGS} {gencode} $flags -c $in -o $out {report}",
+                f"{nvcc} {host} -MMD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out {report}",
                 **depfile,
             )
-            objects += [self.object(n, source, stable) for source in sorted((ROOT / "csrc").glob("*.cu"))]
+            for symbol, source, targets, macros, more in instances:
+                flags = f"{targets} {more} {macro_flags({'SYMBOL': symbol, **macros})}"
+                objects.append(self.object(n, ROOT / "csrc" / "conv" / source, flags, symbol))
+            objects += [self.object(n, s, f"{gencode} {stable} -I.") for s in sorted((ROOT / "csrc").glob("*.cu"))]
             objects.append(self.object(n, ROOT / "csrc" / "ops.cpp", f"{stable} -DFUSED_RESNET_WITH_CUDA"))
             link += f" -L{toolkit / 'lib64'} -L{toolkit / 'lib'} -lcudart_static -lrt -lpthread -ldl"
         n.build(OPS_LIBRARY, "link", objects, flags=link)
 
         folder.mkdir(parents=True, exist_ok=True)
-        literal = f'R"json({json.dumps(facts)})json"'
-        write_if_changed(folder / "build_facts.h", f"#pragma once\nconst char kBuildFacts[] = {literal};\n")
+        if facts["cuda"]:
+            listed = "".join(f" X({symbol})" for symbol, *_ in instances)
+            write_if_changed(folder / "conv_instances.h", f"#define FUSED_RESNET_INSTANCES(X){listed}\n")
         include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']} -I."
         n.build(MODULE, "link", [self.object(n, ROOT / "csrc" / "module.cpp", include)], flags="")
         write_if_changed(folder / "build.ninja", n.text())
 
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs]
-        if subprocess.run(command, stdout=sys.stderr).returncode:
-            raise CompileError("ninja failed; the compiler's words stand above")
+        self.ninja(folder, OPS_LIBRARY)
+        if facts["cuda"]:
+            facts["conv"] = self.instances(folder, [symbol for symbol, *_ in instances])
+        literal = f'R"json({json.dumps(facts)})json"'
+        write_if_changed(folder / "build_facts.h", f"#pragma once\nconst char kBuildFacts[] = {literal};\n")
+        self.ninja(folder, MODULE)
         if facts["cuda_missing"]:
             print(f"fused_resnet: no CUDA kernels: {facts['cuda_missing']}")
+        elif facts["conv_missing"]:
+            print(f"fused_resnet: {facts['conv_missing']}")
         return {**facts, "files": [folder / OPS_LIBRARY, folder / MODULE]}
 
     @staticmethod
-    def object(n, source, flags):
-        out = f"{source.relative_to(ROOT / 'csrc').as_posix().replace('/', '.')}.o"
+    def ninja(folder, target):
+        import ninja
+
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder), *jobs, target]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise CompileError("ninja failed; the compiler's words stand above")
+
+    @staticmethod
+    def instances(folder, symbols):
+        """What the library says of its convolutions, and ptxas of their registers."""
+        import torch
+
+        torch.ops.load_library(folder / OPS_LIBRARY)
+        listed = json.loads(bytes(torch.ops.fused_resnet_cuda.conv_instances().tolist()))
+        reports = [(folder / f"{symbol}.o.ptxas.txt").read_text() for symbol in symbols]
+        return [{**instance, **report_of(report)} for instance, report in zip(listed, reports, strict=True)]
+
+    @staticmethod
+    def object(n, source, flags, name=None):
+        out = f"{name or source.relative_to(ROOT / 'csrc').as_posix().replace('/', '.')}.o"
         n.build(out, "nvcc" if source.suffix == ".cu" else "cxx", [source], flags=flags)
         return out
 

@@ -24,8 +24,7 @@ using torch::stable::Tensor;
 
 // While it lives, the tensor's device is the current one.
 struct Device {
-  explicit Device(const Tensor& t) : guard(t.get_device_index()) {
-    const int index = t.get_device_index();
+  explicit Device(const Tensor& t) : index(t.get_device_index()), guard(index) {
     void* current = nullptr;
     check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
     check(aoti_torch_get_current_cuda_stream(index, &current) == 0, "no current stream on CUDA device ", index);
@@ -34,6 +33,7 @@ struct Device {
     check(error == cudaSuccess, "CUDA device ", index, ": ", cudaGetErrorString(error));
   }
 
+  int index;
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;

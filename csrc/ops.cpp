@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bn_act.h"
+#include "conv_bn_act.h"
 #include "cpu/engine/program.h"
 #include "cpu/fingerprint.h"
 
@@ -34,6 +35,18 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
       "batch_stats, "
       "bool need_x, bool need_sums, bool need_g) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("relu_bwd_sum(Tensor grad, Tensor y) -> (Tensor, Tensor)");
+  m.def("conv_instances() -> Tensor");
+  m.def("conv_plan(int instance, int[] shape, int multiprocessors) -> Tensor");
+  m.def(
+      "conv_bias_act(int instance, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, Tensor? x2, "
+      "Tensor? weight2, int stride2, int[] stride, int[] padding, int[] dilation, bool relu) -> Tensor");
+  m.def(
+      "conv_bias_act_out(int instance, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, "
+      "Tensor? x2, Tensor? weight2, int stride2, int[] stride, int[] padding, int[] dilation, bool relu, "
+      "Tensor(b!)? workspace, Tensor(a!) out) -> ()");
+  m.def(
+      "conv_bn_act(int instance, Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
+      "Tensor? var, float eps, Tensor? residual, int[] stride, int[] padding, int[] dilation, bool relu) -> Tensor");
 }
 
 #ifdef FUSED_RESNET_WITH_CUDA
@@ -42,5 +55,14 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("bn_act", TORCH_BOX(&fused_resnet::bn_act));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
   m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
+  m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
+  m.impl("conv_bias_act_out", TORCH_BOX(&fused_resnet::conv_bias_act_out));
+  m.impl("conv_bn_act", TORCH_BOX(&fused_resnet::conv_bn_act));
+}
+
+// What needs no device.
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CompositeExplicitAutograd, m) {
+  m.impl("conv_instances", TORCH_BOX(&fused_resnet::conv_instances));
+  m.impl("conv_plan", TORCH_BOX(&fused_resnet::conv_plan));
 }
 #endif

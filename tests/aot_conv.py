@@ -53,7 +53,7 @@ def launch(host, config: dict, shape, dtype: torch.dtype) -> None:
     if shape.segment:
         c2, h2, w2, stride2 = shape.segment
         segment = meta(shape.n, c2, h2, w2, dtype=dtype), meta(shape.k, c2, 1, 1, dtype=dtype), stride2
-    space = meta(host.workspace(config, shape))
+    space = meta(host.workspace(config, shape) // 4)
     conv = {"stride": shape.stride, "padding": shape.padding, "dilation": shape.dilation}
     host.launch(config, x, weight, meta(shape.k), out if shape.residual else None, segment, out, space, **conv)
 

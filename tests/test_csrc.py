@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,27 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_resnet.backends import cuda
-
-ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = Path(cuda.__file__).parent.parent / "libfused_resnet_ops.so"
-FACTS = cuda.build_facts()
-
-needs_library = pytest.mark.skipif(cuda.load() is not None, reason=str(cuda.load()))
-needs_kernels = pytest.mark.skipif(not FACTS.get("cuda"), reason=f"no CUDA kernels: {FACTS.get('cuda_missing')}")
-
-
-def tool(name):
-    """A binary tool on PATH or in Triton's wheel; skips the test without."""
-    found = shutil.which(name)
-    if found is None:
-        triton = pytest.importorskip("triton")
-        found = shutil.which(str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name))
-    return found or pytest.skip(f"{name} is not installed")
-
-
-def run(*command, **kwargs):
-    return subprocess.run(command, capture_output=True, text=True, check=True, **kwargs).stdout
-
+from tests.machine_code import (
+    FACTS,
+    LIBRARY,
+    ROOT,
+    is_convolution,
+    needs_kernels,
+    needs_library,
+    resources,
+    run,
+    sass_archs,
+    tool,
+    whole_code,
+)
 
 # What is missing is missing for a stated reason
 
@@ -110,22 +100,14 @@ def test_messages_hold_no_path_of_the_build_machine():
 # Machine code
 
 
-@functools.cache
 def machine_code(arch):
-    """{demangled kernel: its SASS} in the library for an architecture."""
-    text = run(tool("cuobjdump"), "-sass", "-arch", arch, str(LIBRARY))
-    functions = re.split(r"Function : (\S+)", text)[1:]
-    names = run(tool("c++filt"), input="\n".join(functions[::2])).split("\n")
-    return dict(zip(names, functions[1::2], strict=False))
-
-
-def sass_archs():
-    return [arch for arch in FACTS.get("archs", []) if arch.startswith("sm_")]
+    """The same without the convolutions."""
+    return {name: code for name, code in whole_code(arch).items() if not is_convolution(name)}
 
 
 @needs_kernels
 def test_every_kernel_is_there_for_every_arch():
-    assert len(FACTS["kernels"]) == 6
+    assert len(FACTS["kernels"]) == 7
     for arch in sass_archs():
         for kernel in FACTS["kernels"]:
             assert any(kernel in name for name in machine_code(arch)), (arch, kernel)
@@ -134,14 +116,13 @@ def test_every_kernel_is_there_for_every_arch():
 @needs_kernels
 @pytest.mark.parametrize("arch", sass_archs())
 def test_no_local_memory(arch):
-    usage = run(tool("cuobjdump"), "-res-usage", "-arch", arch, str(LIBRARY))
-    rows = re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-    assert len(rows) == len(machine_code(arch))
-    for name, registers, stack, shared, local in rows:
-        assert int(stack) == int(local) == 0, name
-        assert int(registers) <= 80, f"{name}: three blocks of 256 threads no longer fit a multiprocessor"
-        assert int(shared) <= 32 << 10, name
-    for name, code in machine_code(arch).items():
+    assert len(resources(arch)) == len(whole_code(arch))
+    for name, (registers, stack, shared, local) in resources(arch).items():
+        assert stack == local == 0, name
+        if not is_convolution(name):
+            assert registers <= 80, f"{name}: three blocks of 256 threads no longer fit a multiprocessor"
+            assert shared <= 32 << 10, name
+    for name, code in whole_code(arch).items():
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name} spills"
 
 

@@ -6,19 +6,13 @@ Everything that torch allocates is filled with NaN first; every input lies betwe
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from fused_resnet.backends import cuda, reference
 from fused_resnet.backends.layout import output_format
+from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error
 
-ROOT = Path(__file__).resolve().parent.parent
-HERE = ROOT / "tests" / "cuda_emulation"
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -40,28 +34,7 @@ SHAPES = [
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """machine(multiprocessors, reversed) sets the emulated machine up."""
-    if cuda.load() is not None:
-        pytest.skip(cuda.load())
-    if shutil.which("g++") is None or not (ROOT / "csrc").exists():
-        pytest.skip("needs g++ and the sources")
-    library = tmp_path_factory.mktemp("emulation") / "libemulation.so"
-    torch_dir = Path(torch.__file__).parent
-    renamed = ("create_device_guard", "get_current_cuda_stream")
-    subprocess.run(
-        [
-            *("g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-fvisibility=hidden"),
-            *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),
-            *(f"-Daoti_torch_{name}=emulated_{name}" for name in renamed),
-            *("-I", HERE / "include", "-I", ROOT / "csrc", "-isystem", torch_dir / "include"),
-            *("-x", "c++", ROOT / "csrc" / "bn_act.cu", HERE / "emulated_ops.cpp", "-o", library),
-            *("-L", torch_dir / "lib", "-Wl,--no-as-needed", "-ltorch"),
-        ],
-        check=True,
-    )
-    torch.ops.load_library(library)
-    emulate = ctypes.CDLL(str(library)).emulate
-    emulate.argtypes = [ctypes.c_int, ctypes.c_bool]
-    return emulate
+    return emulated_machine(tmp_path_factory, ROOT / "csrc" / "bn_act.cu", HERE / "emulated_ops.cpp")
 
 
 @pytest.fixture(autouse=True)
@@ -72,20 +45,6 @@ def nan_filled(machine):
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
     yield
     torch.use_deterministic_algorithms(before)
-
-
-def between_nans(t, misaligned=False):
-    """t, channels_last, in the middle of a buffer of NaNs."""
-    n, c, h, w = t.shape
-    start = 33 if misaligned else 32
-    shelf = torch.full((t.numel() + 80,), float("nan"), dtype=t.dtype)
-    room = shelf[start : start + t.numel()].view(n, h, w, c).permute(0, 3, 1, 2)
-    return room.copy_(t)
-
-
-def error(got, expected):
-    expected = expected.double()
-    return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
 def bound(dtype):

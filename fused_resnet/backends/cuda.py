@@ -7,42 +7,17 @@ work on channels_last tensors; the functions here bring arguments there and resu
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import aten
+from . import aten, cuda_conv
 from .layout import output_format
+from .library import FACTS, build_facts, chip, covers, load
 
 NAME = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OPS = ("bn_stats", "bn_act", "bn_act_bwd", "conv_bn_act_bwd")
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-_LIBRARY = _PACKAGE / "libfused_resnet_ops.so"
-_FACTS = _PACKAGE / "_build_facts.json"
-
-
-@functools.cache
-def build_facts() -> dict:
-    """What was built: versions, compilers, archs, kernels, why what is missing is missing. Empty if nothing was."""
-    return json.loads(_FACTS.read_text()) if _FACTS.exists() else {}
-
-
-@functools.cache
-def load() -> str | None:
-    """Load the compiled ops; the reason if that fails, else None."""
-    if hasattr(torch.ops.fused_resnet_cpu, "fingerprint"):
-        return None  # loaded from elsewhere: a second copy could not register the same ops
-    if not _LIBRARY.exists():
-        return build_facts().get("missing") or f"{_LIBRARY.name} was not built; `pip install` builds it"
-    try:
-        torch.ops.load_library(_LIBRARY)
-    except OSError as error:
-        return f"{_LIBRARY.name} does not load: {error}"
-    return None
+OPS = ("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "conv_bn_act_bwd")
 
 
 def fingerprint(tensors: list[Tensor]) -> Tensor | None:
@@ -68,24 +43,8 @@ def unavailable() -> str | None:
     if reason := load():
         return reason
     if not build_facts().get("cuda"):
-        return build_facts().get("cuda_missing") or f"{_FACTS.name} is missing, so nothing tells of CUDA kernels"
+        return build_facts().get("cuda_missing") or f"{FACTS.name} is missing, so nothing tells of CUDA kernels"
     return None if torch.cuda.is_available() else "needs a CUDA device"
-
-
-def covers(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for these architectures runs on a device: SASS within its major version, PTX on what is newer."""
-    for arch in archs:
-        kind, _, number = arch.partition("_")
-        major, minor = divmod(int(number.rstrip("af")), 10)
-        if number[-1].isalpha():
-            fits = capability == (major, minor)
-        elif kind == "sm":
-            fits = capability[0] == major and capability[1] >= minor
-        else:
-            fits = capability >= (major, minor)
-        if fits:
-            return True
-    return False
 
 
 @functools.cache
@@ -108,7 +67,32 @@ def declines(op: str, x: Tensor, *args) -> str | None:
         return "needs a non-empty batch"
     if op == "conv_bn_act_bwd" and not args[-2]:
         return "has conv_bn_act_bwd for a ReLU only"
-    return _lacks_code_for(x.device.index)
+    if reason := _lacks_code_for(x.device.index):
+        return reason
+    return _declines_conv(x, *args) if op == "conv_bn_act" else None
+
+
+def _declines_conv(x: Tensor, weight: Tensor, *args) -> str | None:
+    stride, padding, dilation, groups, _ = args[6:]
+    if groups != 1:
+        return f"has conv_bn_act for groups == 1, got {groups}"
+    for name, t in (("x", x), ("weight", weight), ("residual", args[5])):
+        if t is not None and t.dtype is not x.dtype:
+            return f"needs {name} in {x.dtype}, got {t.dtype}"
+        if t is not None and t.data_ptr() % 16:
+            return f"needs {name} at a multiple of 16 bytes"
+    shape = cuda_conv.shape_of(x.shape, weight.shape, stride, padding, dilation)
+    return cuda_conv.declines(shape, x.dtype, *chip(x.device))
+
+
+def variant(op: str, x: Tensor, *args) -> str | None:
+    """The compiled convolution that a call takes."""
+    return _instance(x, *args).name if op == "conv_bn_act" else None
+
+
+def _instance(x: Tensor, weight: Tensor, *args) -> cuda_conv.Instance:
+    shape = cuda_conv.shape_of(x.shape, weight.shape, *args[6:9])
+    return cuda_conv.candidates(shape, x.dtype, *chip(x.device))[0]
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -126,6 +110,17 @@ def _laid_out(t: Tensor, format: torch.memory_format) -> Tensor:
 
 def _vectors(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.to(torch.float32).contiguous() for t in tensors]
+
+
+def conv_bn_act(x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *options):
+    """One kernel, and before it a small one for scale and shift of a BN."""
+    stride, padding, dilation, _, relu = options
+    instance = _instance(x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *options)
+    vectors = _vectors(bn_weight, bn_bias, running_mean, running_var)
+    y = torch.ops.fused_resnet_cuda.conv_bn_act(
+        instance.index, _rows(x), _rows(weight), *vectors, eps, _rows(residual), stride, padding, dilation, relu
+    )
+    return _laid_out(y, output_format(x, weight))
 
 
 def bn_stats(x):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..kernels import tiles
 from .aten import nearest_power_of_2
 from .layout import conv_output_size, output_format
+from .library import chip
 from .verify import tf32_allowed
 
 try:
@@ -56,15 +57,8 @@ def unavailable() -> str | None:
     return None
 
 
-@functools.cache
-def _gpu(index: int) -> tuple[int, int]:
-    """(architecture as in sm_<n>, number of SMs) of a CUDA device."""
-    p = torch.cuda.get_device_properties(index)
-    return p.major * 10 + p.minor, p.multi_processor_count
-
-
 def _chip(x: Tensor) -> tuple[int, int]:
-    return _gpu(x.device.index) if x.is_cuda else (80, 1)
+    return chip(x.device) if x.is_cuda else (80, 1)
 
 
 def declines(op: str, *args) -> str | None:

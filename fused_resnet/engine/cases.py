@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -12,26 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import cudnn
+from ..backends import library as compiled
 from ..backends.triton import unavailable as triton_unavailable
-from . import reference, triton_conv, triton_stem
+from . import compiled_conv, reference, triton_conv, triton_stem
 from .problem import TOLERANCE, Candidate, Case, Problem
 
 CUDNN = Candidate("cudnn", "PyTorch's convolution, and kernels of their own for what follows")
 FUSED = Candidate("cudnn", "cuDNN's convolution with add and ReLU", {"fused": True})
+OWN = ("triton", "cuda")  # backends whose kernels are ours: they write into memory that is given to them
 TF32_TOLERANCE = 2e-3  # 10 bits of mantissa in the operands
 
 
 def chip(device: torch.device) -> tuple[int, int]:
     """(compute capability times ten, SMs) of a GPU; elsewhere, in Triton's interpreter, of an imagined one."""
-    if device.type != "cuda":
-        return 80, 4
-    return _chip(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _chip(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+    return compiled.chip(device) if device.type == "cuda" else (80, 4)
 
 
 def label(config: dict) -> str:
@@ -172,8 +165,12 @@ class ConvCase(EngineCase):
     def triton(self) -> list[dict]:
         return triton_conv.configs(self.args.shape, self.dtype, self.arch, self.sms, tf32=self.tf32)
 
+    def compiled(self) -> list[Candidate]:
+        configs = compiled_conv.configs(self.args.shape, self.dtype, self.arch, self.sms)
+        return [Candidate("cuda", compiled_conv.label(c), c) for c in configs] if self.device.type == "cuda" else []
+
     def candidates(self) -> list[Candidate]:
-        found = super().candidates()
+        found = super().candidates() + self.compiled()
         if self.args.residual and self.args.relu and _fuses(self.device, self.dtype):
             found.insert(1, FUSED)
         return found
@@ -196,11 +193,11 @@ class ConvCase(EngineCase):
         return {"y": reference.conv_bias_act(*_conv_tensors(inputs), segment=self._segment(inputs), **self.options)}
 
     def pack(self, candidate, inputs):
-        if candidate.backend != "triton":
+        if candidate.backend not in OWN:
             return inputs
         packed = inputs | {k: triton_conv.pack(inputs[k], tf32=self.tf32) for k in ("weight", "weight2") if k in inputs}
-        size = triton_conv.workspace(candidate.config, self.args.shape)
-        packed["workspace"] = torch.empty(size, device=inputs["x"].device) if size else None
+        size = conv_workspace(candidate, self.args.shape, self.dtype, self.sms)
+        packed["workspace"] = torch.empty(size, dtype=torch.uint8, device=inputs["x"].device) if size else None
         return packed
 
     def _segment(self, inputs):
@@ -209,21 +206,32 @@ class ConvCase(EngineCase):
     def run(self, candidate, inputs, outputs):
         x, weight, bias, residual = _conv_tensors(inputs)
         segment = self._segment(inputs)
-        if candidate.backend == "triton":
-            space = inputs.get("workspace")
-            triton_conv.launch(
-                candidate.config, x, weight, bias, residual, segment, outputs["y"], space, **self.options
-            )
+        if candidate.backend in OWN:
+            tensors = (x, weight, bias, residual, segment, outputs["y"], inputs.get("workspace"))
+            launch_conv(candidate, *tensors, **self.options)
         else:
             outputs["y"].copy_(self.timed(candidate, inputs, outputs))
 
     def timed(self, candidate, inputs, outputs):
-        if candidate.backend == "triton":
+        if candidate.backend in OWN:
             return self.run(candidate, inputs, outputs)
         x, weight, bias, residual = _conv_tensors(inputs)
         fused = candidate.config.get("fused", False)
         with library():  # in the network its result is taken as it comes
             return pytorch_conv(x, weight, bias, residual, self._segment(inputs), **self.options, fused=fused)
+
+
+def launch_conv(candidate: Candidate, *tensors, **options) -> None:
+    """triton_conv.launch, or its like, with the candidate's config."""
+    kernels = compiled_conv if candidate.backend == "cuda" else triton_conv
+    kernels.launch(candidate.config, *tensors, **options)
+
+
+def conv_workspace(candidate: Candidate, shape: triton_conv.Conv, dtype: torch.dtype, sms: int) -> int:
+    """Bytes of workspace that launch_conv needs."""
+    if candidate.backend == "cuda":
+        return compiled_conv.workspace(candidate.config, shape, dtype, sms)
+    return triton_conv.workspace(candidate.config, shape)
 
 
 def _conv_tensors(inputs):

@@ -15,7 +15,7 @@ from ..backends.verify import tf32_allowed
 from . import path, triton_chain, triton_conv, triton_stem
 from .arena import Life, assign
 from .captured import Captured, Ordered, Turns, race
-from .cases import CUDNN, StemArgs, chip, pytorch_conv
+from .cases import CUDNN, OWN, StemArgs, chip, conv_workspace, launch_conv, pytorch_conv
 from .chain_cases import ChainArgs
 from .eager import Eager, EagerExecutor, named, output_of
 from .graph import may_alias
@@ -211,7 +211,7 @@ class Program:
     ):
         self.network, self.pieces, self.results, self.eager, self.device = network, pieces, results, eager, device
         self.weights, self.dtype = weights, eager.dtype
-        self.is_ours = any(self.chosen(p).backend == "triton" for p in pieces)
+        self.is_ours = any(self.chosen(p).backend in OWN for p in pieces)
         self.releases = network.releases([p.steps for p in pieces])
         self.shapes = {n.name: s for n in network.graph.nodes if (s := network.graph.shape(n)) is not None}
         self.quartered = {p.y for p in pieces if p.quarter}
@@ -227,7 +227,7 @@ class Program:
 
     def written(self, piece: Piece) -> list[str]:
         """Values that the piece writes into memory of ours."""
-        if piece.args is None or self.chosen(piece).backend != "triton":
+        if piece.args is None or self.chosen(piece).backend not in OWN:
             return []
         return [name for name in (piece.y, piece.z) if name is not None]
 
@@ -291,7 +291,7 @@ class Program:
             if piece.args is None and alone.op in ("conv", "stem"):
                 groups = alone.conv.groups
                 why = f"{groups} groups: no kernel here has them" if groups > 1 else "no kernel here is right for it"
-            config = self.chosen(piece).label if result is not None and backend == "triton" else ""
+            config = self.chosen(piece).label if result is not None and backend in OWN else ""
             found.append(Group(piece.steps, piece.rung, backend, config, seconds, why))
         return found
 
@@ -301,13 +301,13 @@ class Program:
         if piece.args is None:
             return self._alone(piece), 0
         candidate = self.chosen(piece)
-        if candidate.backend != "triton":
+        if candidate.backend not in OWN:
             return self._pytorch(piece), 0
         if isinstance(piece.args, StemArgs):
             return self._stem(piece, candidate.config), 0
         if isinstance(piece.args, ChainArgs):
             return self._chain(piece, candidate.config)
-        return self._conv(piece, candidate.config)
+        return self._conv(piece, candidate)
 
     def _value(self, values: dict, name: str) -> Tensor:
         """As a kernel reads it: dense channels_last, in the network's dtype."""
@@ -365,7 +365,7 @@ class Program:
         format = torch.channels_last if piece.args.channels_last else torch.contiguous_format
         return lambda values: triton_stem.launch(config, values[x].contiguous(memory_format=format), weight, bias, y)
 
-    def _conv(self, piece: Piece, config: dict) -> tuple[Callable[[dict], None], int]:
+    def _conv(self, piece: Piece, candidate: Candidate) -> tuple[Callable[[dict], None], int]:
         (step,) = piece.steps
         tf32 = piece.args.tf32
         pack = lambda w: triton_conv.pack(w, tf32=tf32)  # noqa: E731
@@ -374,14 +374,14 @@ class Program:
             stride=piece.args.stride, padding=piece.args.padding, dilation=piece.args.dilation, relu=step.relu
         )
         stride2 = piece.args.segment and piece.args.segment[3]
-        size = 4 * triton_conv.workspace(config, piece.args.shape)
+        size = conv_workspace(candidate, piece.args.shape, self.dtype, chip(self.device)[1])
 
         def run(values: dict) -> None:
             segment = (self._value(values, step.segment[0]), weights[1], stride2) if step.segment else None
             residual = None if step.residual is None else self._value(values, step.residual)
-            space = self.workspace[:size].view(torch.float32) if size else None
+            space = self.workspace[:size] if size else None
             x, y = self._value(values, step.x), self.values[step.output]
-            triton_conv.launch(config, x, weights[0], bias, residual, segment, y, space, **options)
+            launch_conv(candidate, x, weights[0], bias, residual, segment, y, space, **options)
 
         return run, size
 

@@ -281,8 +281,8 @@ def _round_tf32(t: Tensor) -> Tensor:
 
 
 def workspace(config: dict, shape: Conv) -> int:
-    """float32 elements of workspace that a launch needs."""
-    return config["splits"] * shape.m * shape.k if config["splits"] > 1 else 0
+    """Bytes of workspace that a launch needs, for float32."""
+    return 4 * config["splits"] * shape.m * shape.k if config["splits"] > 1 else 0
 
 
 def launch(
@@ -293,7 +293,7 @@ def launch(
     residual: Tensor | None,  # [N, K, P, Q]
     segment: tuple[Tensor, Tensor, int] | None,  # x2: [N, C2, H2, W2], weight2: [K, C2, 1, 1], packed, stride2
     out: Tensor,  # [N, K, P, Q]
-    workspace: Tensor | None,  # float32
+    workspace: Tensor | None,  # bytes
     *,
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
@@ -304,6 +304,7 @@ def launch(
     current device. Activations are dense channels_last. Allocates nothing."""
     shape = shape_of(x, weight, residual, segment, stride, padding, dilation)
     launcher = _launch_tma if config["kernel"] == "tma" else _launch_pointers
+    workspace = None if workspace is None else workspace.view(torch.float32)
     launcher(config, shape, x, weight, bias, residual, segment, out, workspace, relu)
 
 

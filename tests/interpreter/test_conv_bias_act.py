@@ -57,7 +57,7 @@ def run(config, shape, x, weight, bias, residual, segment, relu=True):
     nan = float("nan")
     out = torch.full((shape.n, shape.k, shape.p, shape.q), nan, dtype=x.dtype).contiguous(memory_format=CL)
     size = triton_conv.workspace(config, shape)
-    space = torch.full((size,), nan) if size else None
+    space = torch.full((size // 4,), nan) if size else None
     if segment is not None:
         segment = segment[0], triton_conv.pack(segment[1], tf32=False), segment[2]
     weight = triton_conv.pack(weight, tf32=False)

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <functional>
 #include <mutex>
 #include <tuple>
@@ -31,7 +33,19 @@ struct dim3 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error ? "invalid configuration argument" : "no error";
@@ -52,11 +66,14 @@ namespace emulation {
 inline int multiprocessors = 4;
 inline bool reversed = false;
 
+struct Copy;
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(256 << 10);
   dim3 index;
   bool done = true;
+  std::deque<std::vector<struct Copy>> copies;  // groups under way, and the one that is not committed
 };
 
 struct Barrier {
@@ -67,7 +84,19 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   float slot[2][32];  // two, so that one barrier a shuffle is enough
+  uint32_t words[2][32][6];
 };
+
+// An asynchronous copy to shared memory, of 16 bytes or of as many zeros.
+struct Copy {
+  uint32_t to;
+  const void* from;
+  bool exists;
+};
+
+constexpr size_t kSharedBytes = 163 << 10;
+alignas(128) inline unsigned char shared[kSharedBytes];
+inline size_t shared_in_use = 0;
 
 struct Machine {
   std::vector<Fiber> fibers;
@@ -107,9 +136,11 @@ inline void enter() {
 inline void run_block(int threads) {
   machine.warps.assign(threads / 32, Warp{});
   machine.block = Barrier{};
+  std::memset(shared, 0xff, sizeof shared);  // NaN in every format
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = machine.fibers[i];
     fiber.done = false;
+    fiber.copies.assign(1, {});
     fiber.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -134,9 +165,16 @@ inline void run_block(int threads) {
 
 }  // namespace emulation
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? emulation::multiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 8
+                                                            : 0;
   return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= static_cast<int>(emulation::kSharedBytes) ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
@@ -168,6 +206,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (threads % 32) emulation::fail("whole warps only");
+  if (config->dynamicSmemBytes > emulation::kSharedBytes) return cudaErrorInvalidConfiguration;
+  emulation::shared_in_use = config->dynamicSmemBytes;
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
   emulation::machine.body = [&] { std::apply(kernel, values); };
   if (emulation::machine.fibers.size() < threads) emulation::machine.fibers.resize(threads);

@@ -1,0 +1,42 @@
+// What every compiled convolution offers, one a translation unit; registry.cpp lists them.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "geometry.h"
+
+namespace fused_resnet::conv {
+
+enum class Dtype { half = 0, bfloat16 = 1 };
+
+// y = act((conv(x, weight) + conv1x1(x2, weight2)) * scale + bias + residual). Null: scale (1), residual and x2 (none).
+struct Problem {
+  Shape shape;
+  const void *x, *weight, *x2, *weight2, *residual;
+  const float *scale, *bias;
+  void* y;
+  bool relu;
+};
+
+struct Instance {
+  const char* name;  // of the tile, without the dtype
+  int arch;          // 80: any chip that the code was compiled for from 80 on; 90: 9.0 only
+  Dtype dtype;
+  int tile_m, tile_n, tile_k;
+  int cluster_m;
+  int stages;
+  int threads;
+  int shared_bytes;
+  int splits;  // 1: divides the reduction where the tiles do not fill the chip
+
+  const char* (*refuses)(const Shape&);  // null: runs it
+  size_t (*workspace)(const Shape&, int multiprocessors);
+  // Launches on the current device; the error is the launch's own.
+  cudaError_t (*run)(const Problem&, int multiprocessors, void* workspace, cudaStream_t);
+};
+
+}  // namespace fused_resnet::conv

@@ -1,0 +1,144 @@
+"""Host side of the compiled convolutions (csrc/conv): which instances there are, what each can run, which one to take.
+
+A shape is what `csrc/conv_bn_act.h` has under conv_plan: N, H, W, C, K, R, S, stride, padding, dilation (height and
+width each), H2, W2, C2, stride2; the last four are 0, 0, 0, 1 without a second segment. The library itself says why an
+instance cannot run a shape, and needs no GPU for that.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.tiles import ceil_div
+from . import library
+
+Shape = tuple[int, ...]
+DTYPES = (torch.float16, torch.bfloat16)
+
+# Share of the tensor cores' speed that a tile reaches, larger ones loading less for a multiplication. A guess until it
+# is measured; the tuner measures.
+_SHARES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.75, (64, 64): 0.55}
+_SPLIT_SHARE = 0.85  # of a stream-K kernel, which adds up parts of tiles
+
+
+class Instance(NamedTuple):
+    """A compiled convolution. index: its number in the library; arch: 90 runs on 9.0 only, 80 on what is newer."""
+
+    index: int
+    name: str
+    arch: int
+    dtype: torch.dtype
+    tile: tuple[int, int, int]
+    cluster: int
+    stages: int
+    threads: int
+    shared_bytes: int
+    splits: bool
+
+
+@functools.cache
+def instances() -> tuple[Instance, ...]:
+    """All that the library has; none where it is absent or was built without CUDA."""
+    if library.load() is not None or not hasattr(torch.ops.fused_resnet_cuda, "conv_instances"):
+        return ()  # or a library of an older build
+    if not library.build_facts().get("cuda"):
+        return ()
+    listed = json.loads(bytes(torch.ops.fused_resnet_cuda.conv_instances().tolist()))
+    return tuple(
+        Instance(i, **d | {"dtype": getattr(torch, d["dtype"]), "tile": tuple(d["tile"])}) for i, d in enumerate(listed)
+    )
+
+
+@functools.cache
+def runs_on(arch: int) -> tuple[Instance, ...]:
+    """The instances with code for sm_<arch>: Hopper's own on Hopper, where there are any."""
+    if arch == 90 and (own := tuple(i for i in instances() if i.arch == 90)):
+        return own
+    archs = [a for a in library.build_facts().get("archs", []) if a != "sm_90a"]
+    return tuple(i for i in instances() if i.arch == 80 <= arch and library.covers(archs, divmod(arch, 10)))
+
+
+def shape_of(x_size, weight_size, stride, padding, dilation, segment: tuple[int, int, int, int] | None = None) -> Shape:
+    """x_size: (N, C, H, W); weight_size: (K, C, R, S); segment: channels, height, width of x2, and its stride."""
+    n, c, h, w = x_size
+    k, _, r, s = weight_size
+    c2, h2, w2, stride2 = segment or (0, 0, 0, 1)
+    return (n, h, w, c, k, r, s, *stride, *padding, *dilation, h2, w2, c2, stride2)
+
+
+@functools.lru_cache(4096)
+def plan(index: int, shape: Shape, sms: int) -> int | str:
+    """Bytes of workspace that an instance needs for a shape on a GPU of `sms` multiprocessors; the reason, a str, why
+    it cannot run it."""
+    try:
+        return int(torch.ops.fused_resnet_cuda.conv_plan(index, list(shape), sms))
+    except RuntimeError as error:
+        return str(error).splitlines()[0].removeprefix("conv_plan: ")
+
+
+def candidates(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> list[Instance]:
+    """The instances that can run a shape, the most promising first."""
+    able = [i for i in runs_on(arch) if i.dtype is dtype and isinstance(plan(i.index, shape, sms), int)]
+    return sorted(able, key=lambda i: _cost(i, shape, sms))
+
+
+def declines(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> str | None:
+    """Why no instance can run this, as the rest of a sentence; None where one can."""
+    if dtype not in DTYPES:
+        return f"needs float16 or bfloat16, got {dtype}"
+    found = [i for i in runs_on(arch) if i.dtype is dtype]
+    if not found:
+        return library.build_facts().get("conv_missing") or f"has no convolution for sm_{arch}"
+    reasons = [plan(i.index, shape, sms) for i in found]
+    return None if any(isinstance(r, int) for r in reasons) else reasons[0]
+
+
+def _cost(instance: Instance, shape: Shape, sms: int) -> float:
+    """Waves over the multiprocessors, in whole tiles (stream-K: in parts of them), by what a tile costs."""
+    tile_m, tile_n, _ = instance.tile
+    m = positions(shape)
+    waves = ceil_div(m, tile_m) * ceil_div(shape[4], tile_n) / sms
+    share = _SHARES.get((tile_m, tile_n), 0.5)
+    if instance.splits:
+        return max(waves, 0.25) * tile_m * tile_n / (share * _SPLIT_SHARE)
+    return -(-waves // 1) * tile_m * tile_n / share
+
+
+def positions(shape: Shape) -> int:
+    """Rows of the implicit GEMM."""
+    n, h, w, _, _, r, s, *conv = shape
+    stride, padding, dilation = conv[:2], conv[2:4], conv[4:6]
+    p, q = (
+        (size + 2 * pad - d * (k - 1) - 1) // step + 1
+        for size, k, step, pad, d in zip((h, w), (r, s), stride, padding, dilation, strict=True)
+    )
+    return n * p * q
+
+
+def conv_bias_act_out(
+    instance: Instance,
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [K, C, R, S]
+    bias: Tensor | None,  # [K] float32
+    residual: Tensor | None,  # [N, K, P, Q]
+    segment: tuple[Tensor, Tensor, int] | None,  # x2: [N, C2, H2, W2], weight2: [K, C2, 1, 1], stride2
+    out: Tensor,  # [N, K, P, Q]
+    workspace: Tensor | None,  # bytes
+    *,
+    stride,
+    padding,
+    dilation,
+    relu: bool,
+) -> None:
+    """out = act(conv(x, weight) + bias + residual + conv1x1(x2, weight2)) on the current stream of x's device. Maps and
+    filters are dense channels_last, in the instance's dtype. Allocates nothing if it gets the workspace it needs."""
+    x2, weight2, stride2 = segment or (None, None, 1)
+    torch.ops.fused_resnet_cuda.conv_bias_act_out(
+        instance.index, x, weight, bias, None, residual, x2, weight2, stride2, stride, padding, dilation, relu,
+        workspace, out,
+    )  # fmt: skip

@@ -1,0 +1,5 @@
+// In the place of the file that setup.py writes: the convolutions that are emulated, in the order of the tests.
+
+#pragma once
+
+#define FUSED_RESNET_INSTANCES(X) X(kHalf64x64) X(kBfloat64x64) X(kHalf128x64) X(kHalf128x128) X(kHalf256x128)

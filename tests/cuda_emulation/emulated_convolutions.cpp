@@ -1,0 +1,48 @@
+// Registers the launchers of csrc/conv_bn_act.cu, compiled against the stand-in runtime beside this file, for CPU
+// tensors; with a few of setup.py's convolutions for sm_80.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include "conv/sm80.cuh"
+#include "conv_bn_act.h"
+
+namespace fused_resnet::conv {
+
+#define FUSED_RESNET_EMULATED_INSTANCE(symbol, element, dtype, ...) \
+  extern const Instance symbol;                                     \
+  const Instance symbol = Sm80<element, __VA_ARGS__>::instance(#symbol, Dtype::dtype);
+
+FUSED_RESNET_EMULATED_INSTANCE(kHalf64x64, __half, half, 64, 64, 2, 2, 4)
+FUSED_RESNET_EMULATED_INSTANCE(kBfloat64x64, __nv_bfloat16, bfloat16, 64, 64, 2, 2, 4)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf128x64, __half, half, 128, 64, 2, 2, 4)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf128x128, __half, half, 128, 128, 2, 2, 4)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf256x128, __half, half, 256, 128, 4, 2, 3)
+
+}  // namespace fused_resnet::conv
+
+extern "C" {
+
+// The compiler renames the shim's functions to these.
+AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return 0;
+}
+
+AOTITorchError emulated_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+__attribute__((visibility("default"))) void emulate(int multiprocessors, bool reversed) {
+  emulation::multiprocessors = multiprocessors;
+  emulation::reversed = reversed;
+}
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
+  m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
+  m.impl("conv_bias_act_out", TORCH_BOX(&fused_resnet::conv_bias_act_out));
+  m.impl("conv_bn_act", TORCH_BOX(&fused_resnet::conv_bn_act));
+}

@@ -1,0 +1,105 @@
+"""The compiled convolutions without a GPU: what makes them fast is in their machine code, and nothing that makes them
+slow."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.machine_code import FACTS, needs_kernels, sass_archs, whole_code
+
+CONVOLUTIONS = FACTS.get("conv", [])
+each_convolution = pytest.mark.parametrize(
+    "instance", CONVOLUTIONS, ids=[f"{i['name']} {i['dtype']}".replace(" ", "-") for i in CONVOLUTIONS]
+)
+
+
+def convolution_code(instance):
+    """{architecture: SASS} of an instance, from the one kernel that has its name."""
+    m, n, k = instance["tile"]
+    element = {"float16": ("cutlass::half_t", "__half"), "bfloat16": ("cutlass::bfloat16_t", "__nv_bfloat16")}
+    cutlass, cuda_type = element[instance["dtype"]]
+    if instance["arch"] == 90:
+        sizes = ", ".join(rf"cute::C<(?:\(int\))?{size}> ?" for size in (m, n, k))
+        schedule = "Pingpong" if "pingpong" in instance["name"] else "Cooperative"
+        tile = rf"Sm90Mainloop<(?:\(int\))?{instance['stages']}, {cutlass}, cute::tuple<{sizes}>.*{schedule}"
+    else:
+        tile = rf"conv_sm80_kernel<{cuda_type}, (?:\(int\))?{m}, (?:\(int\))?{n},"
+    found = {}
+    for arch in instance["registers"]:
+        kernels = {name: code for name, code in whole_code(arch).items() if re.search(tile, name)}
+        if instance["arch"] == 90:
+            kernels = {name: code for name, code in kernels.items() if ("StreamK" in name) == instance["splits"]}
+        assert len(kernels) == 1, (instance, arch, len(kernels))
+        (found[arch],) = kernels.values()
+    return found
+
+
+def count(pattern, code):
+    return len(re.findall(pattern, code))
+
+
+@needs_kernels
+def test_convolutions_are_there_for_what_was_asked():
+    asked = {"sm_90a": 90} | {arch: 80 for arch in sass_archs() if arch != "sm_90a"}
+    if FACTS["conv_missing"] is None:
+        assert {i["arch"] for i in CONVOLUTIONS} == {asked[arch] for arch in sass_archs()} or "sm_90a" not in asked
+    else:
+        assert len(FACTS["conv_missing"]) > 20
+    for dtype in ("float16", "bfloat16"):
+        tiles = [tuple(i["tile"]) for i in CONVOLUTIONS if i["dtype"] == dtype and i["arch"] == 80]
+        assert len(tiles) == len(set(tiles))
+
+
+@each_convolution
+def test_the_compiler_had_nothing_to_say(instance):
+    """No spill, no C7510 or its like: wgmma instructions that wait for one another."""
+    assert instance["warnings"] == []
+    assert instance["registers"]
+
+
+@each_convolution
+def test_convolutions_fit_the_chip(instance):
+    for registers in instance["registers"].values():
+        assert registers <= 255
+        assert registers * instance["threads"] <= 65536
+    if instance["arch"] == 90:
+        assert instance["threads"] == 3 * 128 and instance["shared_bytes"] <= 227 << 10
+        assert instance["stages"] >= 4, "fewer do not hide the latency of memory"
+    else:
+        assert instance["shared_bytes"] <= 99 << 10, "sm_86 and sm_89 have no more"
+        if instance["threads"] == 128:  # two blocks a multiprocessor of sm_80: one computes while the other stores
+            assert 2 * (instance["shared_bytes"] + 1024) <= 164 << 10
+            assert max(instance["registers"].values()) * 128 * 2 <= 65536
+
+
+@each_convolution
+def test_machine_code_of_convolutions(instance):
+    m, n, k = instance["tile"]
+    kind = r"F32\.BF16\b" if instance["dtype"] == "bfloat16" else r"F32(?!\.)"
+    for code in convolution_code(instance).values():
+        assert not re.search(r"\b(LDL|STL)\b", code)
+        assert not re.search(r"\b(RED|ATOMS)\b.*F32", code), "sums have one order"
+        assert count(r"FMNMX\.NAN", code) > 0, "a NaN goes through the ReLU"
+        if instance["arch"] == 90:
+            groups = 1 if "pingpong" in instance["name"] else 2
+            # The first step and the loop's, four sixteenths each; a warp group has M / groups rows, 64 at a time.
+            wanted = 2 * (k // 16) * (m // groups // 64)
+            assert count(rf"HGMMA\.64x{n}x16\.{kind}", code) == wanted
+            assert count(r"\bHGMMA", code) == wanted
+            assert count(r"UTMALDG\.4D\.IM2COL", code) == 1
+            assert count(r"UTMALDG\.3D\.MULTICAST", code) == (1 if instance["cluster"] > 1 else 0)
+            assert count(r"UTMASTG", code) > 0, "y leaves through the tensor memory accelerator"
+            assert count(r"USETMAXREG", code) == 2, "registers go from the producer to the consumers"
+            assert count(r"\b(LDGSTS|STG)\b", code) == 0 or instance["splits"]
+        else:
+            warps = instance["threads"] // 32
+            instructions = m * n * k // (16 * 8 * 16) // warps  # of a warp and a step; the loop is not unrolled
+            assert count(rf"HMMA\.16816\.{kind}", code) == instructions
+            assert count(r"\bHMMA", code) == instructions
+            copies = (m + n) * k // 8 // instance["threads"]
+            assert count(r"LDGSTS\.E\.BYPASS\S*\.128", code) >= copies * instance["stages"]
+            # Each matrix instruction's operands by wide loads: a sixteenth is (M / 16 + N / 16) / warps along an edge.
+            assert count(r"LDSM\.16\.M88\.4", code) > 0 and count(r"LDSM\.16\.M88(?!\.4)", code) == 0
+            assert count(r"STG\.E\.128", code) > 0 and count(r"STG\.E(?!\.128)", code) == 0

@@ -1,0 +1,241 @@
+"""The convolution of csrc/conv for sm_80, kernel and launcher, executed on the CPU: tests/cuda_emulation has its
+instructions (cp.async, ldmatrix, mma.sync) by the letter of the manual. Against PyTorch's convolution in float64.
+
+Shared memory and everything that torch allocates is filled with NaN first; every input lies between NaNs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_resnet.backends import reference
+from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error
+
+HALF, BFLOAT, HALF_128x64, HALF_128x128, HALF_256x128 = range(5)  # conv_instances.h
+ONE, TWO, ZERO = (1, 1), (2, 2), (0, 0)
+ops = torch.ops.fused_resnet_cuda
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """machine(multiprocessors, reversed) sets the emulated machine up."""
+    return emulated_machine(tmp_path_factory, ROOT / "csrc" / "conv_bn_act.cu", HERE / "emulated_convolutions.cpp")
+
+
+@pytest.fixture(autouse=True)
+def nan_filled(machine):
+    machine(4, False)
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def dtype_of(instance):
+    return torch.bfloat16 if instance == BFLOAT else torch.float16
+
+
+class Call:
+    """A convolution's tensors, between NaNs, and what has to come out, in float64."""
+
+    def __init__(
+        self, instance, n, c, h, w, k, kernel, stride, padding, dilation, segment, *, residual, scale, relu, bias=True
+    ):
+        dtype = dtype_of(instance)
+
+        def filter(*size):
+            return between_nans((torch.randn(size) / (size[1] * size[2] * size[3]) ** 0.5).to(dtype))
+
+        self.instance, self.conv, self.relu, self.stride2 = instance, (stride, padding, dilation), relu, 1
+        self.x, self.weight = between_nans(torch.randn(n, c, h, w).to(dtype)), filter(k, c, *kernel)
+        self.bias = torch.randn(k) if bias else None
+        self.scale = torch.rand(k) + 0.5 if scale else None
+        self.residual = self.x2 = self.weight2 = None
+        y = F.conv2d(self.x.double(), self.weight.double(), None, *self.conv)
+        if segment:
+            c2, h2, w2, self.stride2 = segment
+            self.x2, self.weight2 = between_nans(torch.randn(n, c2, h2, w2).to(dtype)), filter(k, c2, 1, 1)
+            y = y + F.conv2d(self.x2.double(), self.weight2.double(), None, self.stride2)
+        if scale:
+            y = y * self.scale.double().view(-1, 1, 1)
+        if bias:
+            y = y + self.bias.double().view(-1, 1, 1)
+        if residual:
+            self.residual = between_nans(torch.randn(y.shape).to(dtype))
+            y = y + self.residual.double()
+        self.expected = y.relu() if relu else y
+
+    @property
+    def arguments(self):
+        tensors = (self.x, self.weight, self.bias, self.scale, self.residual, self.x2, self.weight2)
+        return (self.instance, *tensors, self.stride2, *map(list, self.conv), self.relu)
+
+    def run(self):
+        y = ops.conv_bias_act(*self.arguments)
+        assert y.dtype is self.x.dtype and not y.isnan().any()
+        assert y.stride() == torch.empty(y.shape, memory_format=torch.channels_last).stride()
+        return y
+
+    def check(self):
+        y = self.run()
+        assert error(y, self.expected) < torch.finfo(y.dtype).eps / 2  # a rounding to nearest of each value, no more
+        return y
+
+
+SHAPES = {
+    "3x3": (1, 8, 7, 9, 8, (3, 3), ONE, ONE, ONE, None),
+    "3x3-stride2": (5, 24, 9, 7, 40, (3, 3), TWO, ONE, ONE, None),
+    "3x3-images-in-a-tile": (9, 40, 3, 3, 72, (3, 3), ONE, ONE, ONE, None),
+    "3x3-dilated": (2, 40, 7, 9, 72, (3, 3), ONE, TWO, TWO, None),
+    "1x1": (2, 40, 7, 9, 72, (1, 1), ONE, ZERO, ONE, None),
+    "1x1-stride2": (2, 40, 7, 9, 72, (1, 1), TWO, ZERO, ONE, None),
+    "1x1-one-step": (1, 8, 3, 3, 8, (1, 1), ONE, ZERO, ONE, None),
+    "5x3-uneven": (2, 16, 14, 13, 24, (5, 3), (1, 2), (2, 0), (2, 1), None),
+    "1x1-segment": (2, 40, 9, 11, 72, (1, 1), ONE, ZERO, ONE, (24, 9, 11, 1)),
+    "1x1-segment-stride2": (2, 40, 9, 11, 72, (1, 1), ONE, ZERO, ONE, (72, 17, 21, 2)),
+    "3x3-segment-stride2": (1, 40, 5, 6, 72, (3, 3), ONE, ONE, ONE, (24, 10, 12, 2)),
+}
+EPILOGUES = {
+    "bias-relu": dict(residual=False, scale=False, relu=True),
+    "bias": dict(residual=False, scale=False, relu=False),
+    "scale-residual-relu": dict(residual=True, scale=True, relu=True),
+    "residual": dict(residual=True, scale=False, relu=False, bias=False),
+}
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["late", "early-backwards"])
+@pytest.mark.parametrize("epilogue", EPILOGUES.values(), ids=EPILOGUES)
+@pytest.mark.parametrize("instance", [HALF, BFLOAT], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_conv_bias_act(machine, shape, instance, epilogue, backwards):
+    machine(4, backwards)
+    Call(instance, *shape, **epilogue).check()
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["late", "early-backwards"])
+@pytest.mark.parametrize("instance", [HALF_128x64, HALF_128x128, HALF_256x128], ids=["128x64", "128x128", "256x128"])
+def test_larger_tiles(machine, instance, backwards):
+    """More than a tile along M and N, neither of them whole."""
+    machine(4, backwards)
+    shape = (2, 24, 12, 14, 136, (3, 3), ONE, ONE, ONE, (40, 24, 28, 2))
+    Call(instance, *shape, residual=False, scale=True, relu=True).check()
+    shape = (3, 72, 11, 9, 72, (1, 1), ONE, ZERO, ONE, None)
+    Call(instance, *shape, residual=True, scale=False, relu=True).check()
+
+
+@pytest.mark.parametrize("instance", [HALF, HALF_128x128])
+def test_the_order_of_threads_and_copies_changes_no_bit(machine, instance):
+    """No barrier and no wait is missing: copies happen at the last moment, then at once, threads in both orders."""
+    call = Call(
+        instance, 2, 72, 9, 11, 72, (3, 3), ONE, ONE, ONE, (40, 9, 11, 1), residual=False, scale=True, relu=True
+    )
+    results = []
+    for backwards in (False, True):
+        machine(4, backwards)
+        results.append(call.run())
+    assert torch.equal(*results)
+
+
+def test_out_leaves_what_lies_around_it_alone():
+    call = Call(HALF, 2, 16, 5, 7, 24, (3, 3), ONE, ONE, ONE, None, residual=True, scale=False, relu=True)
+    shelf = torch.full((call.expected.numel() + 64,), 7.0, dtype=torch.float16)
+    n, k, p, q = call.expected.shape
+    out = shelf[32:-32].view(n, p, q, k).permute(0, 3, 1, 2).fill_(float("nan"))
+    ops.conv_bias_act_out(*call.arguments, None, out)
+    assert torch.equal(out, call.run()) and (shelf[:32] == 7).all() and (shelf[-32:] == 7).all()
+
+
+def test_the_residual_may_be_overwritten_by_the_output():
+    call = Call(HALF, 2, 16, 5, 7, 24, (3, 3), ONE, ONE, ONE, None, residual=True, scale=False, relu=True)
+    expected = call.run()
+    ops.conv_bias_act_out(*call.arguments, None, call.residual)
+    assert torch.equal(call.residual, expected)
+
+
+@pytest.mark.parametrize("instance", [HALF, BFLOAT], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("bn", [False, True], ids=["plain", "bn"])
+@pytest.mark.parametrize("add", [False, True], ids=["", "add"])
+def test_conv_bn_act(instance, bn, affine, add):
+    n, c, k = 3, 24, 136
+    call = Call(instance, n, c, 6, 5, k, (3, 3), ONE, ONE, ONE, None, residual=add, scale=False, relu=True, bias=False)
+    mean, var = (torch.randn(k), torch.rand(k) + 0.1) if bn else (None, None)
+    # Four bytes behind a multiple of 16, and that may be: they are read one by one.
+    gamma, beta = (torch.randn(k + 1)[1:] for _ in range(2)) if bn and affine else (None, None)
+    conv = tuple(map(list, call.conv))
+    y = ops.conv_bn_act(instance, call.x, call.weight, gamma, beta, mean, var, 1e-3, call.residual, *conv, True)
+    wide = (t if t is None else t.double() for t in (call.x, call.weight, gamma, beta, mean, var))
+    residual = None if call.residual is None else call.residual.double()
+    expected = reference.conv_bn_act(*wide, 1e-3, residual, *conv, 1, True)
+    assert error(y, expected) < torch.finfo(y.dtype).eps / 2
+
+
+def test_nan_and_infinity():
+    call = Call(HALF, 1, 8, 4, 4, 8, (1, 1), ONE, ZERO, ONE, None, residual=True, scale=False, relu=True, bias=False)
+    call.weight.copy_(torch.eye(8).view(8, 8, 1, 1))
+    call.residual.zero_()
+    call.x[0, 0, 0, 0], call.x[0, 0, 1, 0], call.x[0, 0, 2, 0] = float("nan"), float("inf"), -float("inf")
+    call.residual[0, 1, 3, 3] = float("nan")
+    y = ops.conv_bias_act(*call.arguments)
+    expected = F.conv2d(call.x.float(), call.weight.float()).add(call.residual).relu()
+    assert torch.equal(y.isnan(), expected.isnan()) and y.isnan().sum() == 8 + 7 + 7 + 1
+    assert torch.equal(y.nan_to_num(9.0), expected.half().nan_to_num(9.0))
+
+
+def replaced(name, change):
+    names = ["instance", "x", "weight", "bias", "scale", "residual", "x2", "weight2", "stride2", "stride", "padding"]
+    return [*names, "dilation", "relu"].index(name), change
+
+
+@pytest.mark.parametrize(
+    "name, change, sentence",
+    [
+        ("instance", lambda _: 99, "instance must be below 5, got 99"),
+        ("instance", lambda _: BFLOAT, "kBfloat64x64 needs x in BFloat16, got Half"),
+        ("x", lambda t: t.contiguous(), "x must be dense and channels_last"),
+        ("x", lambda t: t[:0], "x must not be empty"),
+        ("x", lambda t: t.new_zeros(t.numel() + 1)[1:].as_strided(t.shape, t.stride()), "x must begin at a multiple"),
+        ("weight", lambda t: t.contiguous(), "weight must be dense and channels_last"),
+        ("weight", lambda t: t.bfloat16(), "weight must have the dtype of x"),
+        ("weight", lambda t: t[0], r"weight must be \[K, C, R, S\], it has 3 dimensions"),
+        ("weight", lambda t: t[:, :8].contiguous(memory_format=torch.channels_last), "weight must be of 16 channels"),
+        ("bias", lambda t: t.half(), "bias must be float32"),
+        ("bias", lambda t: t[:8], r"bias must be \[C\] = \[24\]"),
+        ("bias", lambda t: torch.zeros(25)[1:], "bias must begin at a multiple of 16 bytes"),
+        ("residual", lambda t: t[:1], r"residual must be \[2, 24, 5, 7\]"),
+        ("weight2", lambda t: None, "x2 and weight2 go together"),
+        ("weight2", lambda t: t[:16], r"weight2 must be \[24, C2, 1, 1\]"),
+        ("x2", lambda t: t[:1], "x2 must have the images of x, 2, got 1"),
+        ("stride2", lambda _: 2, "x2 must have 5x7 positions, got 3x4"),
+        ("stride2", lambda _: 0, "stride2 must be from 1"),
+        ("stride", lambda _: [1], "stride must be two numbers, got 1"),
+        ("stride", lambda _: [0, 1], "stride must be from 1"),
+        ("padding", lambda _: [-1, 1], "padding must be from 0"),
+        ("dilation", lambda _: [9, 9], "needs a non-empty output, got 0x0"),
+    ],
+)
+def test_launchers_refuse_with_a_sentence(name, change, sentence):
+    segment = (8, 5, 7, 1)
+    call = Call(HALF, 2, 16, 5, 7, 24, (3, 3), ONE, ONE, ONE, segment, residual=True, scale=False, relu=True)
+    arguments, (at, change) = list(call.arguments), replaced(name, change)
+    arguments[at] = change(arguments[at])
+    with pytest.raises(RuntimeError, match=f"conv_bias_act: .*{sentence}"):
+        ops.conv_bias_act(*arguments)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(var=None), "mean and var go together"),
+        (dict(mean=None, var=None), "bn_weight and bn_bias need mean and var"),
+        (dict(mean=torch.zeros(8)), r"mean must be \[C\] = \[24\]"),
+    ],
+)
+def test_conv_bn_act_refuses_with_a_sentence(change, sentence):
+    call = Call(HALF, 2, 16, 5, 7, 24, (3, 3), ONE, ONE, ONE, None, residual=False, scale=False, relu=True)
+    bn = dict(bn_weight=torch.ones(24), bn_bias=torch.ones(24), mean=torch.zeros(24), var=torch.ones(24)) | change
+    with pytest.raises(RuntimeError, match=f"conv_bn_act: {sentence}"):
+        ops.conv_bn_act(HALF, call.x, call.weight, *bn.values(), 1e-5, None, *map(list, call.conv), True)
