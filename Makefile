@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -type f)
 STAGES := lint test-interpreter test-aot test-cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-slow test-aot test-aot-slow test-interpreter lint format bench results peers wheel gpu-check clean distclean
+.PHONY: help setup demo test test-cpu test-slow test-aot test-aot-slow test-interpreter lint format bench results peers wheel sdist gpu-check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -22,6 +22,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.x")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch torchvision setuptools wheel ninja pybind11
+	$(PIP) install -q -c constraints.txt --no-deps nvidia-cutlass
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,demo]'
 	@touch $@
 
@@ -78,6 +79,9 @@ peers: setup  ## whole models beside other systems, and a picture of it; ARGS="-
 
 wheel: setup  ## dist/*.whl
 	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
+
+sdist: setup  ## dist/*.tar.gz, which pip can build
+	$(PY) setup.py -q sdist
 
 # No virtual environment: python3 is the one that has torch, and the package is used from the checkout.
 gpu-check:  ## PART=smoke|test|sanitize|bench|tune OUT=folder: on a machine with a GPU, network not needed

@@ -63,6 +63,7 @@ SM80 = (  # tile M, N, warps along M, N, stages
     (128, 64, 2, 2, 4),
     (64, 64, 2, 2, 4),
 )
+CHAINS = ((64, False), (128, False), (64, True))  # channels of the next convolution, projection segment; for sm_90a
 DTYPES = {"half": ("half_t", "__half"), "bfloat16": ("bfloat16_t", "__nv_bfloat16")}
 
 
@@ -152,6 +153,17 @@ def convolutions(archs, cutlass):
         macros |= dict(DTYPE=dtype, NAME=f"sm80 {m}x{n}x32")
         found.append((f"kSm80_{m}x{n}_{dtype}", "sm80_instance.cu", cuda_arch_flags(others)[0], macros, ""))
     return found, "; ".join(missing) or None
+
+
+def chains(archs):
+    """The chained bottlenecks, as convolutions() has them."""
+    found = []
+    for (following, segment), (dtype, (_, element)) in itertools.product(CHAINS, DTYPES.items()):
+        name = f"sm90 chain 64 -> 256 -> {following}{' + projection' if segment else ''}"
+        macros = dict(FOLLOWING=following // 64, SEGMENT=str(segment).lower(), ELEMENT=element, NAME=name)
+        symbol = f"kChain_{following}{'_segment' if segment else ''}_{dtype}"
+        found.append((symbol, "chain_instance.cu", cuda_arch_flags(["90a"])[0], macros, ""))
+    return found if "90a" in archs else []
 
 
 def macro_flags(macros):
@@ -251,6 +263,7 @@ class BuildExt(build_ext):
             "cuda_missing": None,
             "cutlass": None,
             "conv": [],
+            "chain": [],
             "conv_missing": None,
             **more,
         }
@@ -307,6 +320,7 @@ class BuildExt(build_ext):
             if isinstance(cutlass, str) and switch == "1" and "90a" in archs:
                 raise CompileError(f"FUSED_RESNET_CUDA=1, but {cutlass}")
             instances, facts["conv_missing"] = convolutions(archs, cutlass)
+            chained = chains(archs)
             facts.update(cuda=True, kernels=kernel_names(), cutlass=None if isinstance(cutlass, str) else cutlass[1])
             host = f"-ccbin {cxx} -Xcompiler {','.join(prefix_map.split())}"
             # ptxas speaks on stderr; its report stays beside the object, and is shown when the compilation fails.
@@ -316,7 +330,7 @@ class BuildExt(build_ext):
                 f"{nvcc} {host} -MMD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out {report}",
                 **depfile,
             )
-            for symbol, source, targets, macros, more in instances:
+            for symbol, source, targets, macros, more in instances + chained:
                 flags = f"{targets} {more} {macro_flags({'SYMBOL': symbol, **macros})}"
                 objects.append(self.object(n, ROOT / "csrc" / "conv" / source, flags, symbol))
             objects += [self.object(n, s, f"{gencode} {stable} -I.") for s in sorted((ROOT / "csrc").glob("*.cu"))]
@@ -326,15 +340,19 @@ class BuildExt(build_ext):
 
         folder.mkdir(parents=True, exist_ok=True)
         if facts["cuda"]:
-            listed = "".join(f" X({symbol})" for symbol, *_ in instances)
-            write_if_changed(folder / "conv_instances.h", f"#define FUSED_RESNET_INSTANCES(X){listed}\n")
+            lines = [
+                f"#define FUSED_RESNET_{name}(X)" + "".join(f" X({symbol})" for symbol, *_ in listed)
+                for name, listed in (("INSTANCES", instances), ("CHAINS", chained))
+            ]
+            write_if_changed(folder / "conv_instances.h", "\n".join(lines) + "\n")
         include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']} -I."
         n.build(MODULE, "link", [self.object(n, ROOT / "csrc" / "module.cpp", include)], flags="")
         write_if_changed(folder / "build.ninja", n.text())
 
         self.ninja(folder, OPS_LIBRARY)
         if facts["cuda"]:
-            facts["conv"] = self.instances(folder, [symbol for symbol, *_ in instances])
+            for key, listed in (("conv", instances), ("chain", chained)):
+                facts[key] = self.instances(folder, key, [symbol for symbol, *_ in listed])
         literal = f'R"json({json.dumps(facts)})json"'
         write_if_changed(folder / "build_facts.h", f"#pragma once\nconst char kBuildFacts[] = {literal};\n")
         self.ninja(folder, MODULE)
@@ -354,12 +372,12 @@ class BuildExt(build_ext):
             raise CompileError("ninja failed; the compiler's words stand above")
 
     @staticmethod
-    def instances(folder, symbols):
-        """What the library says of its convolutions, and ptxas of their registers."""
+    def instances(folder, key, symbols):
+        """What the library says of its convolutions or chains, and ptxas of their registers."""
         import torch
 
         torch.ops.load_library(folder / OPS_LIBRARY)
-        listed = json.loads(bytes(torch.ops.fused_resnet_cuda.conv_instances().tolist()))
+        listed = json.loads(bytes(getattr(torch.ops.fused_resnet_cuda, f"{key}_instances")().tolist()))
         reports = [(folder / f"{symbol}.o.ptxas.txt").read_text() for symbol in symbols]
         return [{**instance, **report_of(report)} for instance, report in zip(listed, reports, strict=True)]
 

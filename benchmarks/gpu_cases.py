@@ -13,16 +13,15 @@ import copy
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
-import torchvision
 from torch import Tensor
 
 import fused_resnet
-from benchmarks import gpu_engine
+from benchmarks import gpu_conv, gpu_engine
 from benchmarks.caselog import Log, poisoned
+from benchmarks.resnet_shapes import resnet_shapes
 from fused_resnet import backends, doctor, measure
 from fused_resnet.backends import reference, verify
 
@@ -115,6 +114,7 @@ def smoke_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]
     """(name, case), the most telling first: every op once on every backend, whole models, then all the rest."""
     yield "choices", lambda: {"choices": doctor.report()["choices"], "backends": doctor.unavailable()}
     yield from gpu_engine.smoke_cases(device)
+    yield from gpu_conv.odd_cases(device)
     on_gpu = device.type == "cuda"
     names = [b.NAME for b in backends.ORDER[device.type]] + ([] if on_gpu else ["triton"])
     convolutions = CONVOLUTIONS | (CONVOLUTIONS_OF_A_RESNET if on_gpu else {})
@@ -240,24 +240,6 @@ def _autocast(device) -> dict:
 # --- tune -------------------------------------------------------------------------------------------------------------
 
 
-def resnet_shapes(models=("resnet50", "resnet18")) -> list[tuple[tuple, int]]:
-    """((C, K, kernel, stride, padding, maps), how often it occurs) of every different convolution at 224x224."""
-    found: Counter = Counter()
-
-    def note(conv, inputs, output):
-        key = (conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.padding[0])
-        found[(*key, inputs[0].shape[2])] += 1
-
-    for name in models:
-        with torch.device("meta"):
-            model, x = torchvision.models.get_model(name).eval(), torch.empty(1, 3, 224, 224)
-        for m in model.modules():
-            if isinstance(m, torch.nn.Conv2d):
-                m.register_forward_hook(note)
-        model(x)
-    return found.most_common()
-
-
 def tune_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
     """(name, case): a ResNet's convolution, or its batch norms, timed on every backend that can run it."""
     yield from gpu_engine.tune_cases(device)
@@ -300,7 +282,7 @@ def _timed(op: str, spec, dtype: str, names: list[str], count: int, device: torc
             return prepared(*args)
 
         try:
-            steps[name] = _captured(call, device)
+            steps[name] = gpu_conv.capture(call, device)
         except RuntimeError as error:  # what cannot be captured is timed with its launches, and says so
             found["not_captured"][name] = str(error).splitlines()[0]
             steps[name] = call, 1
@@ -313,29 +295,29 @@ def _timed(op: str, spec, dtype: str, names: list[str], count: int, device: torc
     return found
 
 
-def _captured(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
-    """(what to time, how many calls it makes): ten calls in a CUDA graph, so that launches on the CPU do not count."""
-    if device.type != "cuda":
-        return call, 1
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(10):
-            call()
-    graph.replay()
-    return graph.replay, 10
+# --- test, bench ------------------------------------------------------------------------------------------------------
+
+
+def test_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
+    yield from gpu_conv.test_cases(device)
+    yield from gpu_engine.test_cases(device)
+
+
+def bench_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The networks that matter most, then the convolutions, then all the rest."""
+    networks = gpu_engine.bench_cases(device)
+    for _, case in zip(range(2), networks, strict=False):
+        yield case
+    yield from gpu_conv.bench_cases(device)
+    yield from networks
 
 
 # --- the process that runs them ---------------------------------------------------------------------------------------
 
 PARTS = {
     "smoke": smoke_cases,
-    "test": gpu_engine.test_cases,
-    "bench": gpu_engine.bench_cases,
+    "test": test_cases,
+    "bench": bench_cases,
     "tune": tune_cases,
 }
 

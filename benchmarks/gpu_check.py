@@ -46,9 +46,10 @@ SANITIZED = [
         ("conv_bn_act", "1x1-stride2"),
     )
     for backend in ("cuda", "triton")
-    if not (backend == "cuda" and op == "conv_bn_act")
 ]
-SANITIZED[4:4] = [
+SANITIZED[0:0] = [f"conv/{name}/float16" for name in ("3x3", "3x3-residual", "1x1-segment", "3x3-many-tiles")]
+SANITIZED[0:0] = [f"chain/{name}/float16" for name in ("next-64", "next-128-quarter", "segment-stride2")]
+SANITIZED[11:11] = [
     f"engine-op/{op}/float16"
     for op in ("conv-3x3", "chain-next-quarter", "stem-nchw", "conv-1x1-segment", "chain-segment-stride2", "chain-pool")
 ]
@@ -162,7 +163,7 @@ class Part:
     def engine(self) -> bool:
         """The engine's cases, in half of the time; whether they are all that was asked for."""
         only = self.arguments.only or []
-        if only and only[0].startswith("engine"):
+        if only and only[0].startswith(("engine", "conv/", "chain/")):
             self.cases("--only", *only)
             return True
         if not only and not self.arguments.dry_run:

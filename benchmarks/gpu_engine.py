@@ -78,7 +78,7 @@ def _op(args, device: torch.device) -> dict:
     case, found = args.problem().build(), {}
     with torch.no_grad():
         verifier = Verifier(case, device, 0)
-        ours = [c for c in distinct(case) if c.backend == "triton"]
+        ours = [c for c in distinct(case) if c.backend in cases.OWN]
         assert ours, "no kernel of ours is offered"
         for candidate in ours:
             case.prepare(candidate)
@@ -101,14 +101,15 @@ def _input(shape, seed, device, dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def forced(long: bool):
-    """Kernels of ours wherever there are some, unmeasured; long: several steps in one where that can be."""
+def forced(long: bool, backend: str = "triton"):
+    """Kernels of ours wherever there are some, unmeasured, this backend's first; long: several steps in one where that
+    can be."""
 
     def tune(problems, mode, device=None):
         results = tuning.Results()
         for problem in problems:
             case = problem.build()
-            ours = [c for c in case.candidates() if c.backend == "triton"] or case.candidates()
+            ours = sorted(case.candidates(), key=lambda c: (c.backend != backend, c.backend not in cases.OWN))
             chain = isinstance(case, chain_cases.ChainCase)
             seconds = ((1e-6 if long else 1.0) if chain else 1e-3,) * 3
             trial = tuning.Trial(ours[0], seconds)
@@ -145,7 +146,8 @@ def _parity(model, fast, x: Tensor, dtype) -> dict:
 
 def smoke_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
     on_gpu = device.type == "cuda"
-    plan = [("resnet18", "forced"), ("resnet50", "forced"), ("resnet50", "full"), ("resnet50", "off")]
+    plan = [("resnet18", "forced"), ("resnet50", "compiled"), ("resnet50", "forced"), ("resnet50", "full")]
+    plan += [("resnet18", "compiled"), ("resnet50", "off")]
     plan += [("resnet18", "full"), ("resnet18", "off")]
     for name, how in plan if on_gpu else [("resnet18", "off")]:
         dtype = "float16" if on_gpu else "float32"
@@ -156,10 +158,11 @@ def smoke_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]
 def _smoke(name: str, dtype: str, how: str, device) -> dict:
     model, dtype = _model(name, device), DTYPES[dtype]
     x = _input((2, 3, *(2 * (224 if device.type == "cuda" else 40,))), 0, device, dtype)
-    with forced(True) if how == "forced" else within(SMOKE_TUNE_S):
+    unmeasured = {"forced": forced(True), "compiled": forced(False, "cuda")}.get(how)
+    with unmeasured or within(SMOKE_TUNE_S):
         start = time.time()
         fast = fused_resnet.optimize_for_inference(
-            copy.deepcopy(model).to(dtype), x, tune="cached" if how == "forced" else how
+            copy.deepcopy(model).to(dtype), x, tune="cached" if unmeasured else how
         )
         ready = time.time() - start
         return _parity(model.to(dtype), fast, x, dtype) | _told(fast) | {"ready_s": ready}
@@ -179,14 +182,16 @@ def test_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]
 def _networks(name: str, dtype: str, sizes, device) -> dict:
     dtype = DTYPES[dtype]
     model, found = _model(name, device).to(dtype), {}
-    for long in (True, False):
-        with forced(long):
+    for way in ((True, "triton"), (False, "triton"), (False, "cuda")):
+        with forced(*way):
             fast = None
             for batch, size in sizes:
                 shape = (batch, 3, *(size if isinstance(size, tuple) else (size, size)))
                 x, other = (_input(shape, seed, device, dtype) for seed in (0, 1))
                 fast = fast or fused_resnet.optimize_for_inference(model, x, tune="cached")
-                found[f"{list(shape)} {'long' if long else 'short'}"] = _parity(model, fast, x, dtype)["error"]
+                found[f"{list(shape)} {'long' if way[0] else 'short'} {way[1]}"] = _parity(model, fast, x, dtype)[
+                    "error"
+                ]
                 y, kept = fast(x), None
                 kept = y.clone()
                 _parity(model, fast, other, dtype)  # a replay with other numbers

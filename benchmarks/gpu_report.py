@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.caselog import Log
+from benchmarks.conv_table import table
 
 PARTS = ("smoke", "test", "sanitize", "bench", "tune")
 
@@ -28,6 +29,7 @@ def summary(out: Path) -> str:
             refused = {r for line in done.values() for r in line.get("refused", [])}
             lines += [f"  refused at first use: {r}" for r in sorted(refused)]
         lines += _engine_lines(done)
+        lines += table(done)
         if part == "bench" and any("measured" in line for line in done.values()):
             lines += _bench_lines(done)
         if part == "tune":

@@ -3,14 +3,13 @@
 #include "conv_bn_act.h"
 
 #include <array>
-#include <limits>
 #include <sstream>
 #include <string>
 
 #include "conv/instance.h"
+#include "conv_checks.h"
 #include "conv_instances.h"  // FUSED_RESNET_INSTANCES, from setup.py: a macro of a macro, over what was compiled
 #include "kernels/conv_bn_act.cuh"
-#include "launch.h"
 
 namespace fused_resnet {
 namespace conv {
@@ -35,21 +34,6 @@ const Instance& instance_of(const char* op, int64_t index) {
   return *instances()[index];
 }
 
-int size_of(const char* op, const char* name, int64_t value, int64_t least) {
-  check(value >= least && value <= std::numeric_limits<int32_t>::max() / 2, op, ": ", name, " must be from ", least,
-        " to 2^30, got ", value);
-  return static_cast<int>(value);
-}
-
-struct Pair {
-  int h, w;
-};
-
-Pair pair_of(const char* op, const char* name, const std::vector<int64_t>& values, int64_t least) {
-  check(values.size() == 2, op, ": ", name, " must be two numbers, got ", values.size());
-  return {size_of(op, name, values[0], least), size_of(op, name, values[1], least)};
-}
-
 // Raises the reason if the instance cannot run the shape.
 void check_shape(const char* op, const Instance& instance, const Shape& s) {
   const std::pair<const char*, int> channels[] = {{"C", s.c}, {"K", s.k}, {"C2", s.c2}};
@@ -66,30 +50,6 @@ void check_shape(const char* op, const Instance& instance, const Shape& s) {
   }
   const char* reason = instance.refuses(s);
   check(reason == nullptr, op, ": ", instance.name, " cannot run ", reason ? reason : "");
-}
-
-void check_dtype(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  check(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the dtype of x");
-  check(same_device(t, x), op, ": ", name, " must be on the device of x");
-}
-
-void check_aligned(const char* op, const char* name, const void* p) {
-  check(reinterpret_cast<uintptr_t>(p) % 16 == 0, op, ": ", name, " must begin at a multiple of 16 bytes");
-}
-
-// [K, C, R, S], dense in channels_last order.
-void check_filter(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  check(t.dim() == 4, op, ": ", name, " must be [K, C, R, S], it has ", t.dim(), " dimensions");
-  check_map(op, name, t);
-  check_dtype(op, name, t, x);
-  check(t.size(1) == x.size(1), op, ": ", name, " must be of ", x.size(1), " channels, got ", t.size(1));
-  check_aligned(op, name, t.const_data_ptr());
-}
-
-void check_vector(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& y, bool aligned) {
-  if (!t.has_value()) return;
-  check_channels(op, name, *t, y);
-  if (aligned) check_aligned(op, name, t->const_data_ptr());
 }
 
 struct Call {
@@ -150,31 +110,16 @@ struct Call {
   }
 
   void output(const Tensor& y, const std::optional<Tensor>& residual, bool relu, const Tensor& x) {
-    for (const auto* t : {&y, residual.has_value() ? &*residual : nullptr}) {
-      if (t == nullptr) continue;
-      const char* name = t == &y ? "out" : "residual";
-      check_map(op, name, *t);
-      check_dtype(op, name, *t, x);
-      check_aligned(op, name, t->const_data_ptr());
-      for (int d = 0; d < 4; ++d)
-        check(t->size(d) == sizes()[d], op, ": ", name, " must be [", sizes()[0], ", ", sizes()[1], ", ", sizes()[2],
-              ", ", sizes()[3], "]");
-    }
+    check_sized_map(op, "out", y, sizes(), x);
+    if (residual.has_value()) check_sized_map(op, "residual", *residual, sizes(), x);
     problem.relu = relu;
     problem.y = y.mutable_data_ptr();
     problem.residual = residual.has_value() ? residual->const_data_ptr() : nullptr;
   }
 
   void run(const Device& device, void* workspace) const {
-    int major = 0, minor = 0;
-    for (const auto& [value, attribute] : {std::pair(&major, cudaDevAttrComputeCapabilityMajor),
-                                           std::pair(&minor, cudaDevAttrComputeCapabilityMinor)})
-      check(cudaDeviceGetAttribute(value, attribute, device.index) == cudaSuccess, op, ": no such CUDA device");
-    const int arch = 10 * major + minor;
-    check(instance.arch == 90 ? arch == 90 : arch >= instance.arch, op, ": ", instance.name, " cannot run on sm_", arch);
-    const cudaError_t error = instance.run(problem, device.multiprocessors, workspace, device.stream);
-    if (error != cudaSuccess) cudaGetLastError();  // or the next call that asks would report this error as its own
-    check(error == cudaSuccess, op, ": the launch of ", instance.name, " failed: ", cudaGetErrorString(error));
+    check_arch(op, instance.name, instance.arch, device);
+    check_launch(op, instance.name, instance.run(problem, device.multiprocessors, workspace, device.stream));
   }
 };
 
@@ -182,10 +127,6 @@ std::optional<Tensor> new_workspace(const Call& call, const Device& device, cons
   const size_t size = call.instance.workspace(call.problem.shape, device.multiprocessors);
   if (size == 0) return std::nullopt;
   return torch::stable::new_empty(x, {static_cast<int64_t>(size)}, ScalarType::Byte);
-}
-
-Tensor new_on_cpu(int64_t size, ScalarType dtype) {
-  return torch::stable::empty({size}, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
 void* address(const std::optional<Tensor>& t) { return t.has_value() ? t->mutable_data_ptr() : nullptr; }
@@ -240,6 +181,11 @@ void conv_bias_act_out(int64_t instance, const Tensor& x, const Tensor& weight, 
   check_vector(call.op, "scale", scale, out, true);
   call.problem.bias = data<float>(bias);
   call.problem.scale = data<float>(scale);
+  const std::pair<const char*, std::optional<Tensor>> read[] = {
+      {"x", x}, {"weight", weight}, {"bias", bias}, {"scale", scale}, {"x2", x2}, {"weight2", weight2},
+      {"workspace", workspace}};
+  for (const auto& [name, t] : read) check_apart(call.op, "out", out, name, t);
+  if (call.problem.residual != call.problem.y) check_apart(call.op, "out", out, "residual, if it is not that", residual);
   const Device device(x);
   const int64_t needed =
       static_cast<int64_t>(call.instance.workspace(call.problem.shape, device.multiprocessors));

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bn_act.h"
+#include "chain.h"
 #include "conv_bn_act.h"
 #include "cpu/engine/program.h"
 #include "cpu/fingerprint.h"
@@ -35,6 +36,11 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
       "batch_stats, "
       "bool need_x, bool need_sums, bool need_g) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("relu_bwd_sum(Tensor grad, Tensor y) -> (Tensor, Tensor)");
+  m.def("chain_instances() -> Tensor");
+  m.def(
+      "chain_out(int instance, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? residual, "
+      "Tensor? x2, Tensor? projection, int stride2, Tensor? weight3, Tensor? bias3, bool relu, bool quarter, "
+      "Tensor(a!) y, Tensor(b!)? z) -> ()");
   m.def("conv_instances() -> Tensor");
   m.def("conv_plan(int instance, int[] shape, int multiprocessors) -> Tensor");
   m.def(
@@ -55,6 +61,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("bn_act", TORCH_BOX(&fused_resnet::bn_act));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
   m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
+  m.impl("chain_out", TORCH_BOX(&fused_resnet::chain_out));
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
   m.impl("conv_bias_act_out", TORCH_BOX(&fused_resnet::conv_bias_act_out));
   m.impl("conv_bn_act", TORCH_BOX(&fused_resnet::conv_bn_act));
@@ -62,6 +69,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
 
 // What needs no device.
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CompositeExplicitAutograd, m) {
+  m.impl("chain_instances", TORCH_BOX(&fused_resnet::chain_instances));
   m.impl("conv_instances", TORCH_BOX(&fused_resnet::conv_instances));
   m.impl("conv_plan", TORCH_BOX(&fused_resnet::conv_plan));
 }

@@ -21,6 +21,7 @@ VARIABLES = {
     "FUSED_RESNET_BACKEND": "forces a backend: cuda, triton, cudnn, cpu or reference",
     "FUSED_RESNET_CUDA": "read when the package is built: auto, 0 (no CUDA kernels) or 1 (fail without them)",
     "FUSED_RESNET_CUDA_ARCHS": "read when the package is built: the GPU architectures, by default 80;90a",
+    "FUSED_RESNET_CUTLASS": "read when the package is built: where CUTLASS's include/ is, if not in nvidia-cutlass",
     "TRITON_INTERPRET": "1 runs Triton's kernels in its interpreter, on a CPU",
     "CUDA_VISIBLE_DEVICES": "which GPUs PyTorch sees",
     "OMP_NUM_THREADS": "threads of PyTorch's CPU kernels",

@@ -180,6 +180,26 @@ def test_workspace_is_for_stream_k_alone():
 
 
 @needs_instances
+def test_what_went_wrong_for_another_reason_is_not_remembered():
+    from torch._subclasses import FakeTensorMode
+
+    shape, instance = convolution(x_size=(3, 64, 15, 15)), cuda_conv.instances()[0]
+    with FakeTensorMode(), pytest.raises(Exception, match="."):
+        cuda_conv.plan(instance.index, shape, 132)
+    assert isinstance(cuda_conv.plan(instance.index, shape, 132), int)
+
+
+@needs_instances
+def test_stream_k_is_not_charged_for_parts_of_tiles_where_it_does_not_divide_them():
+    of(90)
+    for n, c, k, kernel, size in ((8, 512, 2048, 1, 7), (1, 512, 512, 3, 7), (32, 256, 1024, 1, 14)):
+        weight = (k, c, kernel, kernel)
+        shape = convolution(x_size=(n, c, size, size), weight_size=weight, padding=(kernel // 2,) * 2)
+        first, *_ = cuda_conv.candidates(shape, torch.float16, 90, 132)
+        assert not first.splits or cuda_conv.plan(first.index, shape, 132) > 0
+
+
+@needs_instances
 def test_what_has_no_instance_says_so():
     assert cuda_conv.declines(convolution(), torch.float32, 90, 132) == "needs float16 or bfloat16, got torch.float32"
     assert cuda_conv.declines(convolution(), torch.float16, 75, 40) is not None

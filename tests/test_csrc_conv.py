@@ -17,22 +17,17 @@ each_convolution = pytest.mark.parametrize(
 
 def convolution_code(instance):
     """{architecture: SASS} of an instance, from the one kernel that has its name."""
-    m, n, k = instance["tile"]
+    m, n, _ = instance["tile"]
     element = {"float16": ("cutlass::half_t", "__half"), "bfloat16": ("cutlass::bfloat16_t", "__nv_bfloat16")}
     cutlass, cuda_type = element[instance["dtype"]]
     if instance["arch"] == 90:
-        sizes = ", ".join(rf"cute::C<(?:\(int\))?{size}> ?" for size in (m, n, k))
-        schedule = "Pingpong" if "pingpong" in instance["name"] else "Cooperative"
-        tile = rf"Sm90Mainloop<(?:\(int\))?{instance['stages']}, {cutlass}, cute::tuple<{sizes}>.*{schedule}"
+        schedule = ["pingpong", "cooperative", "stream-k"].index(instance["name"].split()[-1])
+        tile = rf"conv::Sm90<{cutlass}, {m}, {n}, {instance['cluster']}, \(fused_resnet::conv::Schedule\){schedule}>"
     else:
         tile = rf"conv_sm80_kernel<{cuda_type}, (?:\(int\))?{m}, (?:\(int\))?{n},"
     found = {}
     for arch in instance["registers"]:
-        kernels = {name: code for name, code in whole_code(arch).items() if re.search(tile, name)}
-        if instance["arch"] == 90:
-            kernels = {name: code for name, code in kernels.items() if ("StreamK" in name) == instance["splits"]}
-        assert len(kernels) == 1, (instance, arch, len(kernels))
-        (found[arch],) = kernels.values()
+        (found[arch],) = (code for name, code in whole_code(arch).items() if re.search(tile, name))
     return found
 
 
@@ -103,3 +98,36 @@ def test_machine_code_of_convolutions(instance):
             # Each matrix instruction's operands by wide loads: a sixteenth is (M / 16 + N / 16) / warps along an edge.
             assert count(r"LDSM\.16\.M88\.4", code) > 0 and count(r"LDSM\.16\.M88(?!\.4)", code) == 0
             assert count(r"STG\.E\.128", code) > 0 and count(r"STG\.E(?!\.128)", code) == 0
+
+
+# Chains
+
+
+CHAINS = FACTS.get("chain", [])
+each_chain = pytest.mark.parametrize(
+    "chain", CHAINS, ids=[f"{c['name']} {c['dtype']}".replace(" ", "-") for c in CHAINS]
+)
+
+
+@needs_kernels
+def test_chains_are_there_for_hopper():
+    kinds = {(c["dtype"], c["following"], c["segment"]) for c in CHAINS}
+    assert len(kinds) == len(CHAINS) == (6 if "sm_90a" in sass_archs() else 0)
+
+
+@each_chain
+def test_machine_code_of_chains(chain):
+    assert chain["warnings"] == [] and chain["registers"] == {"sm_90a": 168}
+    assert chain["threads"] == 3 * 128 and chain["shared_bytes"] <= 227 << 10
+    element = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[chain["dtype"]]
+    following, segment = chain["following"] // 64, chain["segment"]
+    kind = rf"chain_sm90_kernel<{element}, (?:\(int\))?{following}, (?:\(bool\))?{'1|true' if segment else '0|false'}"
+    (code,) = (code for name, code in whole_code("sm_90a").items() if re.search(kind, name))
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    # Four sixteenths each: the 3x3's first tap and its others, the expand, the projection, the next reduce.
+    assert count(r"\bHGMMA\.64x64x16\.F32", code) == count(r"\bHGMMA", code)
+    assert count(r"\bHGMMA", code) % 4 == 0 and count(r"\bHGMMA", code) >= 4 * (2 + segment + following)
+    assert count(r"UTMALDG\.4D\.IM2COL", code) > 0 and count(r"UTMALDG\.3D", code) > 0
+    assert count(r"USETMAXREG", code) == 2
+    assert count(r"STG\.E\.128", code) == count(r"\bSTG", code) > 0
+    assert count(r"\bLDGSTS\b", code) == 0

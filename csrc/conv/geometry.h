@@ -74,11 +74,12 @@ struct Pixel {
 struct Window {
   int p, q, stride_h, stride_w, pad_h, pad_w;
 
+  // row: below 2^31, and as far beyond the last as a tile reaches. Divisions of 64 bits would cost a hundred instructions.
   FUSED_RESNET_HD constexpr Pixel at(int64_t row) const {
-    const int64_t map = int64_t{p} * q;
-    const int n = static_cast<int>(row / map);
-    const int rest = static_cast<int>(row - n * map);
-    return {n, rest / q * stride_h - pad_h, rest % q * stride_w - pad_w};
+    const uint32_t m = static_cast<uint32_t>(row), map = static_cast<uint32_t>(p) * static_cast<uint32_t>(q);
+    const uint32_t n = m / map, rest = m - n * map, line = rest / static_cast<uint32_t>(q);
+    const int column = static_cast<int>(rest - line * static_cast<uint32_t>(q));
+    return {static_cast<int>(n), static_cast<int>(line) * stride_h - pad_h, column * stride_w - pad_w};
   }
 };
 

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsN, WarpsM * WarpsN > 4 ? 1 
   };
 
   const int steps = p.reduction.steps();
-#pragma unroll
+#pragma unroll 1
   for (int stage = 0; stage < Stages - 1; ++stage) {
     if (stage < steps) copy_step(stage);
     ptx::commit_copies();

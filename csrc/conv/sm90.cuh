@@ -15,38 +15,13 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-#include <cuda.h>
-
 #include <limits>
 
 #include "instance.h"
 #include "sm90_mainloop.cuh"
+#include "tensor_map.h"
 
 namespace fused_resnet::conv {
-
-// The driver's functions, found at run time: the library links to no driver.
-template <class F>
-F driver_function(const char* name) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<F>(found) : nullptr;
-}
-
-inline bool encode(CUtensorMap& map, const void* data, const Im2col& t, CUtensorMapDataType type) {
-  static const auto encode = driver_function<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
-  return encode && encode(&map, type, 4, const_cast<void*>(data), t.size, t.bytes, t.lower, t.upper, t.channels,
-                          t.pixels, t.stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-inline bool encode(CUtensorMap& map, const void* data, const Tiled& t, CUtensorMapDataType type) {
-  static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-  const uint32_t ones[3] = {1, 1, 1};
-  return encode && encode(&map, type, 3, const_cast<void*>(data), t.size, t.bytes, t.box, ones,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 enum class Schedule { pingpong, cooperative, stream_k };
 
@@ -77,9 +52,11 @@ struct Sm90 {
                                              cutlass::FloatRoundStyle::round_to_nearest>,
       Sum>;
 
-  // Tiles of the residual come in three at a time, and leave as tiles of y from the same memory, two at a time.
+  // Tiles of the residual come in several at a time, as many as the main loop leaves room for, and leave as tiles of y
+  // from the same memory, two at a time.
   using EpilogueTile = cute::Shape<cute::Int<kPingpong ? 64 : 128>, cute::Int<32>>;
-  static constexpr int kStagesC = 3, kStagesD = 2, kValuesOfThread = kPingpong ? 64 * 32 / 128 : 128 * 32 / 256;
+  static constexpr int kStagesC = TileN == 256 ? 3 : kPingpong ? 6 : 4, kStagesD = 2;
+  static constexpr int kValuesOfThread = kPingpong ? 64 * 32 / 128 : 128 * 32 / 256;
   using Epilogue = typename cutlass::epilogue::collective::detail::Sm90TmaBuilderImpl<
       Tile, EpilogueTile, float, float, Element, cutlass::layout::RowMajor, 8, Element, cutlass::layout::RowMajor, 8,
       Act, cutlass::epilogue::Sm90TmaWarpSpecialized<kStagesC, kStagesD, kValuesOfThread, true, false>>::CollectiveOp;
@@ -98,7 +75,9 @@ struct Sm90 {
   using Mainloop = Sm90Mainloop<kStages, Element, Tile, Clusters, MainSchedule, TiledMma,
                                 cute::GMMA::Layout_K_SW128_Atom<Element>>;
   using Scheduler = cute::conditional_t<kStreamK, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
+  // A name of its own, and a short one: profilers and disassemblers show it.
+  struct Kernel : cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler> {
+  };
   using Arguments = typename Kernel::Arguments;
   static_assert(Kernel::SharedStorageSize <= 227 << 10 && kStages >= 3);
 
@@ -129,13 +108,16 @@ struct Sm90 {
     Arguments a = arguments(s, multiprocessors);
     auto& main = a.mainloop;
     constexpr int rows = Mainloop::kRowsOfWeight;
-    bool encoded = encode(main.x, problem.x, im2col_of(s, kTileK, TileM, kItem), kType) &&
-                   encode(main.weight, problem.weight, tiled_of(s.k, s.r * s.s, s.c, kTileK, rows, kItem), kType);
+    cudaError_t error = encode(main.x, problem.x, im2col_of(s, kTileK, TileM, kItem), kType);
+    const auto then = [&](auto&&... arguments) {
+      if (error == cudaSuccess) error = encode(arguments...);
+    };
+    then(main.weight, problem.weight, tiled_of(s.k, s.r * s.s, s.c, kTileK, rows, kItem), kType);
     if (s.c2) {
-      encoded = encoded && encode(main.x2, problem.x2, second_im2col_of(s, kTileK, TileM, kItem), kType) &&
-                encode(main.weight2, problem.weight2, tiled_of(s.k, 1, s.c2, kTileK, rows, kItem), kType);
+      then(main.x2, problem.x2, second_im2col_of(s, kTileK, TileM, kItem), kType);
+      then(main.weight2, problem.weight2, tiled_of(s.k, 1, s.c2, kTileK, rows, kItem), kType);
     }
-    if (!encoded) return cudaErrorInvalidValue;
+    if (error != cudaSuccess) return error;
 
     auto& sum = a.epilogue.thread.op_0;
     auto& scaled = sum.op_2;
@@ -149,13 +131,13 @@ struct Sm90 {
     a.epilogue.ptr_D = static_cast<Element*>(problem.y);
     if (!problem.residual) a.epilogue.ptr_C = a.epilogue.ptr_D;  // for a tensor map that nothing uses
 
-    if (Kernel::initialize_workspace(a, workspace, stream) != cutlass::Status::kSuccess) return cudaGetLastError();
+    if (!Kernel::can_implement(a)) return cudaErrorInvalidValue;
+    // It has cleared the error that it met.
+    if (Kernel::initialize_workspace(a, workspace, stream) != cutlass::Status::kSuccess) return cudaErrorUnknown;
     const typename Kernel::Params params = Kernel::to_underlying_arguments(a, workspace);
     const auto kernel = cutlass::device_kernel<Kernel>;
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       Kernel::SharedStorageSize);
-        error != cudaSuccess)
-      return error;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize);
+    if (error != cudaSuccess) return error;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = Cluster;

@@ -85,14 +85,58 @@ def _declines_conv(x: Tensor, weight: Tensor, *args) -> str | None:
     return cuda_conv.declines(shape, x.dtype, *chip(x.device))
 
 
-def variant(op: str, x: Tensor, *args) -> str | None:
-    """The compiled convolution that a call takes."""
-    return _instance(x, *args).name if op == "conv_bn_act" else None
+def defers(op: str, *args) -> str | None:
+    """Why an automatic choice passes over this call, though it can run here."""
+    if op == "conv_bn_act":
+        return "its convolutions are the tuner's, which tries them in a process of its own, until a GPU has run them"
+    return None
 
 
-def _instance(x: Tensor, weight: Tensor, *args) -> cuda_conv.Instance:
+def variant(op: str, x: Tensor, *args) -> tuple[str, bool] | None:
+    """The compiled convolution that a call takes, and whether it divides the reduction."""
+    if op != "conv_bn_act":
+        return None
+    instance, shape = _instance(x, *args)
+    return instance.name, cuda_conv.plan(instance.index, shape, chip(x.device)[1]) > 0
+
+
+def _instance(x: Tensor, weight: Tensor, *args) -> tuple[cuda_conv.Instance, cuda_conv.Shape]:
     shape = cuda_conv.shape_of(x.shape, weight.shape, *args[6:9])
-    return cuda_conv.candidates(shape, x.dtype, *chip(x.device))[0]
+    return cuda_conv.candidates(shape, x.dtype, *chip(x.device))[0], shape
+
+
+class _Convolution:
+    """conv_bn_act for calls of one kind: the instance is chosen once."""
+
+    def __init__(self, x, weight, *rest):
+        self.instance, _ = _instance(x, weight, *rest)
+        self.format = output_format(x, weight)
+
+    def __call__(
+        self,
+        x,
+        weight,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        eps,
+        residual,
+        stride,
+        padding,
+        dilation,
+        _,
+        relu,
+    ):
+        vectors = _vectors(bn_weight, bn_bias, running_mean, running_var)
+        tensors = (_rows(x), _rows(weight), *vectors, eps, _rows(residual))
+        y = torch.ops.fused_resnet_cuda.conv_bn_act(self.instance.index, *tensors, stride, padding, dilation, relu)
+        return _laid_out(y, self.format)
+
+
+def prepare(op: str, *args):
+    """The function for this call and for all of the same shapes, strides, alignments, dtypes and options."""
+    return _Convolution(*args) if op == "conv_bn_act" else globals()[op]
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -112,15 +156,9 @@ def _vectors(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.to(torch.float32).contiguous() for t in tensors]
 
 
-def conv_bn_act(x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *options):
+def conv_bn_act(*args):
     """One kernel, and before it a small one for scale and shift of a BN."""
-    stride, padding, dilation, _, relu = options
-    instance = _instance(x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *options)
-    vectors = _vectors(bn_weight, bn_bias, running_mean, running_var)
-    y = torch.ops.fused_resnet_cuda.conv_bn_act(
-        instance.index, _rows(x), _rows(weight), *vectors, eps, _rows(residual), stride, padding, dilation, relu
-    )
-    return _laid_out(y, output_format(x, weight))
+    return _Convolution(*args)(*args)
 
 
 def bn_stats(x):

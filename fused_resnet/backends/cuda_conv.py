@@ -63,6 +63,32 @@ def runs_on(arch: int) -> tuple[Instance, ...]:
     return tuple(i for i in instances() if i.arch == 80 <= arch and library.covers(archs, divmod(arch, 10)))
 
 
+class Chain(NamedTuple):
+    """A compiled bottleneck, for sm_90 only. following: channels of the next convolution; segment: whether it has a
+    projection in the residual's place; stages: of the rings of x and of the residual."""
+
+    index: int
+    name: str
+    dtype: torch.dtype
+    following: int
+    segment: bool
+    stages: tuple[int, int]
+    threads: int
+    shared_bytes: int
+
+
+@functools.cache
+def chains() -> tuple[Chain, ...]:
+    """All that the library has; none where it is absent or was built without sm_90a."""
+    if not instances() or not hasattr(torch.ops.fused_resnet_cuda, "chain_instances"):
+        return ()
+    listed = json.loads(bytes(torch.ops.fused_resnet_cuda.chain_instances().tolist()))
+    return tuple(
+        Chain(i, **d | {"dtype": getattr(torch, d["dtype"]), "stages": tuple(d["stages"])})
+        for i, d in enumerate(listed)
+    )
+
+
 def shape_of(x_size, weight_size, stride, padding, dilation, segment: tuple[int, int, int, int] | None = None) -> Shape:
     """x_size: (N, C, H, W); weight_size: (K, C, R, S); segment: channels, height, width of x2, and its stride."""
     n, c, h, w = x_size
@@ -71,14 +97,25 @@ def shape_of(x_size, weight_size, stride, padding, dilation, segment: tuple[int,
     return (n, h, w, c, k, r, s, *stride, *padding, *dilation, h2, w2, c2, stride2)
 
 
-@functools.lru_cache(4096)
+_plans: dict[tuple, int | str] = {}
+_MOST_PLANS = 4096
+
+
 def plan(index: int, shape: Shape, sms: int) -> int | str:
     """Bytes of workspace that an instance needs for a shape on a GPU of `sms` multiprocessors; the reason, a str, why
     it cannot run it."""
-    try:
-        return int(torch.ops.fused_resnet_cuda.conv_plan(index, list(shape), sms))
-    except RuntimeError as error:
-        return str(error).splitlines()[0].removeprefix("conv_plan: ")
+    key = (index, shape, sms)
+    if key not in _plans:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        try:
+            _plans[key] = int(torch.ops.fused_resnet_cuda.conv_plan(index, list(shape), sms))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if not reason.startswith("conv_plan: "):  # not about the shape: a fake tensor mode, say
+                raise
+            _plans[key] = reason.removeprefix("conv_plan: ")
+    return _plans[key]
 
 
 def candidates(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> list[Instance]:
@@ -99,14 +136,15 @@ def declines(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> str | Non
 
 
 def _cost(instance: Instance, shape: Shape, sms: int) -> float:
-    """Waves over the multiprocessors, in whole tiles (stream-K: in parts of them), by what a tile costs."""
+    """Waves over the multiprocessors, in whole tiles, by what a tile costs; in parts of tiles where stream-K divides
+    them, which its need for a workspace tells."""
     tile_m, tile_n, _ = instance.tile
-    m = positions(shape)
-    waves = ceil_div(m, tile_m) * ceil_div(shape[4], tile_n) / sms
-    share = _SHARES.get((tile_m, tile_n), 0.5)
-    if instance.splits:
-        return max(waves, 0.25) * tile_m * tile_n / (share * _SPLIT_SHARE)
-    return -(-waves // 1) * tile_m * tile_n / share
+    rows = ceil_div(ceil_div(positions(shape), tile_m), instance.cluster) * instance.cluster
+    count = rows * ceil_div(shape[4], tile_n)
+    area = tile_m * tile_n / _SHARES.get((tile_m, tile_n), 0.5)
+    if instance.splits and plan(instance.index, shape, sms) > 0:
+        return max(count / sms, 0.25) * area / _SPLIT_SHARE
+    return ceil_div(count, sms) * area
 
 
 def positions(shape: Shape) -> int:

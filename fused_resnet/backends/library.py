@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -17,6 +18,15 @@ FACTS = _PACKAGE / "_build_facts.json"
 def build_facts() -> dict:
     """What was built: versions, compilers, archs, kernels, why what is missing is missing. Empty if nothing was."""
     return json.loads(FACTS.read_text()) if FACTS.exists() else {}
+
+
+@functools.cache
+def kernels_digest() -> str | None:
+    """Changes with what was compiled for GPUs, and by what; None where nothing was."""
+    facts = {key: build_facts().get(key) for key in ("nvcc", "cutlass", "archs", "kernels", "conv", "chain")}
+    if not build_facts().get("cuda"):
+        return None
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @functools.cache

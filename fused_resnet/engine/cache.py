@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .. import doctor
+from ..backends import library
 
 try:
     import fcntl
@@ -53,6 +54,7 @@ def environment(device: torch.device) -> dict:
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         facts |= {"device": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count}
+        facts["compiled"] = library.kernels_digest()
         return facts | {name: found[name] for name in ("driver", "cuda", "cudnn")}
     return facts | {"device": device.type, "cpu": found["cpu"], "threads": found["threads"]}
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends.triton import unavailable as triton_unavailable
-from . import reference, triton_chain
-from .cases import CUDNN, EngineCase, Random, chip, empty, jsonable, tuples
+from . import compiled_chain, reference, triton_chain
+from .cases import CUDNN, OWN, EngineCase, Random, chip, empty, jsonable, tuples
 from .problem import Candidate, Problem
 
 
@@ -79,16 +79,36 @@ class ChainArgs:
         )
         return (t["x"], t["weight"], t["bias"], t["weight2"], t["bias2"]), options
 
-    def configs(self) -> list[dict]:
-        meta = torch.device("meta")
-        dtype = getattr(torch, self.dtype)
-        tensors = self.tensors(
-            lambda *s: empty(s, dtype, meta), lambda *s: empty(s, dtype, meta), lambda k: torch.empty(k, device=meta)
+    def _call_on_meta(self) -> tuple[tuple, dict]:
+        meta, dtype = torch.device("meta"), getattr(torch, self.dtype)
+        return self.call(
+            self.tensors(
+                lambda *s: empty(s, dtype, meta),
+                lambda *s: empty(s, dtype, meta),
+                lambda k: torch.empty(k, device=meta),
+            )
         )
-        args, options = self.call(tensors)
+
+    def configs(self) -> list[dict]:
+        """Triton's."""
+        args, options = self._call_on_meta()
         if triton_unavailable():
             return []
         return triton_chain.configs(chip(torch.device(self.device))[0], *args, **options)
+
+    def compiled(self) -> list[Candidate]:
+        device = torch.device(self.device)
+        if device.type != "cuda":
+            return []
+        args, options = self._call_on_meta()
+        configs = compiled_chain.configs(*chip(device), *args, **options)
+        return [Candidate("cuda", c["instance"], c) for c in configs]
+
+
+def launch_chain(candidate: Candidate, *args, **options) -> None:
+    """triton_chain.launch, or its like, with the candidate's config."""
+    kernels = compiled_chain if candidate.backend == "cuda" else triton_chain
+    kernels.launch(candidate.config, *args, **options)
 
 
 def chain(**args) -> ChainCase:
@@ -100,7 +120,7 @@ class ChainCase(EngineCase):
     fallback = CUDNN
 
     def candidates(self) -> list[Candidate]:
-        return super().candidates()[1:]
+        return super().candidates()[1:] + self.args.compiled()
 
     def __init__(self, args: ChainArgs):
         super().__init__(args.device, args.dtype, False)
@@ -128,18 +148,18 @@ class ChainCase(EngineCase):
         return {"y": y} if z is None else {"y": y, "z": z}
 
     def pack(self, candidate, inputs):
-        if candidate.backend != "triton":
+        if candidate.backend not in OWN:
             return inputs
         args, options = self.args.call(inputs)
-        size = triton_chain.workspace(candidate.config, *args, **options)
+        size = 0 if candidate.backend == "cuda" else triton_chain.workspace(candidate.config, *args, **options)
         workspace = torch.empty(size, dtype=torch.uint8, device=inputs["x"].device) if size else None
         return inputs | {"workspace": workspace}
 
     def run(self, candidate, inputs, outputs):
         args, options = self.args.call(inputs)
-        if candidate.backend == "triton":
+        if candidate.backend in OWN:
             written = dict(y=outputs["y"], z=outputs.get("z"), workspace=inputs.get("workspace"))
-            return triton_chain.launch(candidate.config, *args, **options, **written)
+            return launch_chain(candidate, *args, **options, **written)
         y, z = reference.chain(*args, **options)
         outputs["y"].copy_(y)
         if z is not None:

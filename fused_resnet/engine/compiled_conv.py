@@ -8,8 +8,6 @@ from torch import Tensor
 from ..backends import cuda_conv
 from .triton_conv import Conv, Pair
 
-_BEST = 3  # instances tried
-
 
 def _sizes(shape: Conv) -> cuda_conv.Shape:
     conv = (shape.stride, shape.padding, shape.dilation)
@@ -18,11 +16,10 @@ def _sizes(shape: Conv) -> cuda_conv.Shape:
 
 
 def configs(shape: Conv, dtype: torch.dtype, arch: int, sms: int) -> list[dict]:
-    """What is worth trying, the most promising first; nothing where no instance can run it."""
+    """All that can run it, the most promising first: trying one costs no compilation."""
     if shape.residual and shape.segment:
         return []
-    found = cuda_conv.candidates(_sizes(shape), dtype, arch, sms)
-    return [{"instance": instance.name} for instance in found[:_BEST]]
+    return [{"instance": i.name} for i in cuda_conv.candidates(_sizes(shape), dtype, arch, sms)]
 
 
 def label(config: dict) -> str:

@@ -16,7 +16,7 @@ from . import path, triton_chain, triton_conv, triton_stem
 from .arena import Life, assign
 from .captured import Captured, Ordered, Turns, race
 from .cases import CUDNN, OWN, StemArgs, chip, conv_workspace, launch_conv, pytorch_conv
-from .chain_cases import ChainArgs
+from .chain_cases import ChainArgs, launch_chain
 from .eager import Eager, EagerExecutor, named, output_of
 from .graph import may_alias
 from .pieces import Piece, Pieces
@@ -306,7 +306,7 @@ class Program:
         if isinstance(piece.args, StemArgs):
             return self._stem(piece, candidate.config), 0
         if isinstance(piece.args, ChainArgs):
-            return self._chain(piece, candidate.config)
+            return self._chain(piece, candidate)
         return self._conv(piece, candidate)
 
     def _value(self, values: dict, name: str) -> Tensor:
@@ -314,6 +314,11 @@ class Program:
         value = values[self.network.source(name)].to(self.dtype)
         # Not by `to`, which takes a slice of a channels_last tensor, gaps and all, to be channels_last.
         return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+    def _aligned(self, values: dict, name: str) -> Tensor:
+        """The same at a multiple of 16 bytes: an input of the caller's may begin anywhere."""
+        value = self._value(values, name)
+        return value.clone() if value.data_ptr() % 16 else value
 
     def _alone(self, piece: Piece) -> Callable[[dict], None]:
         (step,) = piece.steps
@@ -375,17 +380,18 @@ class Program:
         )
         stride2 = piece.args.segment and piece.args.segment[3]
         size = conv_workspace(candidate, piece.args.shape, self.dtype, chip(self.device)[1])
+        value = self._aligned if candidate.backend == "cuda" else self._value
 
         def run(values: dict) -> None:
-            segment = (self._value(values, step.segment[0]), weights[1], stride2) if step.segment else None
-            residual = None if step.residual is None else self._value(values, step.residual)
+            segment = (value(values, step.segment[0]), weights[1], stride2) if step.segment else None
+            residual = None if step.residual is None else value(values, step.residual)
             space = self.workspace[:size] if size else None
-            x, y = self._value(values, step.x), self.values[step.output]
+            x, y = value(values, step.x), self.values[step.output]
             launch_conv(candidate, x, weights[0], bias, residual, segment, y, space, **options)
 
         return run, size
 
-    def _chain(self, piece: Piece, config: dict) -> tuple[Callable[[dict], None], int]:
+    def _chain(self, piece: Piece, candidate: Candidate) -> tuple[Callable[[dict], None], int]:
         first, second, *rest = piece.steps
         pack = triton_chain.pack
         (weight1,), bias1 = self.weights.get(first, pack, "chain")
@@ -397,16 +403,20 @@ class Program:
         y, z = self.values[piece.y], None if piece.z is None else self.values[piece.z]
         meta = torch.empty(piece.args.n, piece.args.c, piece.args.h, piece.args.w, device="meta")
         sized = dict(stride=piece.args.stride, pool=piece.args.pool)
-        size = triton_chain.workspace(config, meta, weight1, bias1, weight2, bias2, **sized)
+        size = 0
+        if candidate.backend == "triton":
+            size = triton_chain.workspace(candidate.config, meta, weight1, bias1, weight2, bias2, **sized)
+
+        value = self._aligned if candidate.backend == "cuda" else self._value
 
         def run(values: dict) -> None:
-            x = self._value(values, first.x)
-            residual = None if second.residual is None else self._value(values, second.residual)
+            x = value(values, first.x)
+            residual = None if second.residual is None else value(values, second.residual)
             segment = None
             if second.segment is not None:
-                segment = (self._value(values, second.segment[0]), projection[0], piece.args.segment[3])
+                segment = (value(values, second.segment[0]), projection[0], piece.args.segment[3])
             space = self.workspace[:size] if size else None
             tensors = dict(residual=residual, segment=segment, y=y, z=z, workspace=space)
-            triton_chain.launch(config, x, weight1, bias1, weight2, bias2, **options, **tensors)
+            launch_chain(candidate, x, weight1, bias1, weight2, bias2, **options, **tensors)
 
         return run, size

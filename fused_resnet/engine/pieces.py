@@ -197,7 +197,7 @@ class Pieces:
                 quarter = self._only_quarters(y, third) and len(self.readers[y]) > 1
                 args = self._chain(*pair, quartered, third.conv.out_channels, quarter)
                 found.append(Piece((*pair, third), 5, args, y, third.output, quarter, quartered))
-        return [p for p in found if p.args.configs()]
+        return [p for p in found if p.args.configs() or p.args.compiled()]
 
     def _reduces(self, step: Step, y: str) -> bool:
         """Whether step is the next block's 1x1 reduce of y."""

@@ -3,3 +3,4 @@
 #pragma once
 
 #define FUSED_RESNET_INSTANCES(X) X(kHalf64x64) X(kBfloat64x64) X(kHalf128x64) X(kHalf128x128) X(kHalf256x128)
+#define FUSED_RESNET_CHAINS(X) X(kHalfChain64) X(kHalfChain128) X(kHalfChainSegment) X(kBfloatChain64)

@@ -32,6 +32,7 @@ struct dim3 {
 };
 
 using cudaStream_t = void*;
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -65,6 +66,7 @@ namespace emulation {
 // Set from outside: how many multiprocessors the device has, and whether blocks and threads run last to first.
 inline int multiprocessors = 4;
 inline bool reversed = false;
+inline int capability = 8;
 
 struct Copy;
 
@@ -94,8 +96,8 @@ struct Copy {
   bool exists;
 };
 
-constexpr size_t kSharedBytes = 163 << 10;
-alignas(128) inline unsigned char shared[kSharedBytes];
+constexpr size_t kSharedBytes = 227 << 10;
+alignas(1024) inline unsigned char shared[kSharedBytes];
 inline size_t shared_in_use = 0;
 
 struct Machine {
@@ -167,7 +169,7 @@ inline void run_block(int threads) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount      ? emulation::multiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 8
+           : attribute == cudaDevAttrComputeCapabilityMajor ? emulation::capability
                                                             : 0;
   return cudaSuccess;
 }
@@ -179,6 +181,8 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __fdividef(float a, float b) { return a / b; }
+
+inline void __syncwarp() { emulation::wait(emulation::machine.warps[emulation::machine.current / 32].barrier, 32); }
 
 inline void __syncthreads() {
   emulation::wait(emulation::machine.block, static_cast<int>(blockDim.x * blockDim.y * blockDim.z));

@@ -1,0 +1,248 @@
+"""gpu-check's cases of the compiled convolutions: every instance against the reference, at odd shapes and at those of
+ResNets, and its speed beside cuDNN's and Triton's; the same of the compiled chains.
+
+On a CPU, in a dry run, PyTorch's convolution stands for the instances.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.resnet_shapes import resnet_shapes
+from fused_resnet import measure
+from fused_resnet.backends import cuda_conv
+from fused_resnet.engine import cases, chain_cases, compiled_conv
+from fused_resnet.engine.guard import Verifier
+from fused_resnet.engine.problem import Candidate
+
+DTYPES = ("float16", "bfloat16")
+ROUNDS = 15
+RANDOM_SHAPES = 24
+
+_CONV = dict(n=2, c=64, h=7, w=9, k=72, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), relu=True)
+_CONV |= dict(residual=False, segment=None)
+_POINT = _CONV | dict(kernel=(1, 1), padding=(0, 0))
+ODD = {
+    "3x3": _CONV,
+    "3x3-residual": _CONV | dict(residual=True, n=5, k=136),
+    "1x1-segment": _POINT | dict(segment=(40, 13, 17, 2), c=136),
+    "3x3-stride2": _CONV | dict(stride=(2, 2), h=15, w=13, relu=False),
+    "1x1-stride2": _POINT | dict(stride=(2, 2), h=9, c=72),
+    "3x3-dilated": _CONV | dict(padding=(2, 2), dilation=(2, 2), h=11, c=8),
+    "3x3-segment": _CONV | dict(segment=(72, 14, 18, 2)),
+    "1x1-one-position": _POINT | dict(n=3, h=1, w=1, c=520),
+    "5x3-uneven": _CONV | dict(kernel=(5, 3), padding=(2, 0), stride=(1, 2), dilation=(2, 1), h=23, w=19),
+    "3x3-many-tiles": _CONV | dict(n=9, h=33, w=29, k=264),
+}
+
+
+def _case(facts: dict, dtype: str, device: torch.device) -> cases.ConvCase:
+    return cases.ConvArgs(**facts, device=device.type, dtype=dtype, tf32=False).problem().build()
+
+
+def instances(case: cases.ConvCase) -> list[Candidate]:
+    """All instances that can run it, not the most promising alone."""
+    if case.device.type != "cuda":
+        return [cases.CUDNN]
+    able = cuda_conv.candidates(compiled_conv._sizes(case.args.shape), case.dtype, case.arch, case.sms)
+    return [Candidate("cuda", i.name, {"instance": i.name}) for i in able]
+
+
+@torch.no_grad()
+def _parity(facts: dict, dtype: str, device: torch.device) -> dict:
+    """Every instance between guard zones, twice."""
+    case = _case(facts, dtype, device)
+    candidates = instances(case)
+    assert candidates, "no instance can run it"
+    verifier = Verifier(case, device, 0)
+    found = {str(candidate): verifier.objection(candidate) for candidate in candidates}
+    wrong = {name: reason for name, reason in found.items() if reason}
+    assert not wrong, wrong
+    return {"instances": list(found)}
+
+
+def odd_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
+    for dtype in DTYPES if device.type == "cuda" else ("float32",):
+        for name, facts in ODD.items():
+            yield f"conv/{name}/{dtype}", functools.partial(_parity, facts, dtype, device)
+    yield from chains(device)
+
+
+_CHAIN = dict(n=3, c=64, h=13, w=11, middle=64, k=256, following=64, stride=1, relu=True, residual=True, segment=None)
+_CHAIN |= dict(quarter=False, pool=False)
+CHAINS = {
+    "next-64": _CHAIN,
+    "next-128-quarter": _CHAIN | dict(following=128, quarter=True),
+    "segment-stride2": _CHAIN | dict(residual=False, segment=(64, 25, 22, 2)),
+    "one-image": _CHAIN | dict(n=1, h=3, w=5),
+    "many-tiles": _CHAIN | dict(n=128, h=29, w=31),
+    "layer1-first": _CHAIN | dict(n=32, h=56, w=56, residual=False, segment=(64, 56, 56, 1)),
+    "layer1-middle": _CHAIN | dict(n=32, h=56, w=56),
+    "layer1-last": _CHAIN | dict(n=32, h=56, w=56, following=128, quarter=True),
+}
+
+
+def _chain(facts: dict, dtype: str, device: torch.device) -> tuple[chain_cases.ChainCase, list[Candidate]]:
+    """The case, and the compiled chain for it, whatever its size."""
+    case = chain_cases.ChainArgs(**facts, device=device.type, dtype=dtype).problem().build()
+    if device.type != "cuda":
+        return case, [cases.CUDNN]
+    kind = (case.dtype, facts["following"], facts["segment"] is not None)
+    found = [c for c in cuda_conv.chains() if (c.dtype, c.following, c.segment) == kind]
+    return case, [Candidate("cuda", c.name, {"instance": c.name}) for c in found]
+
+
+@torch.no_grad()
+def _chain_parity(facts: dict, dtype: str, device: torch.device) -> dict:
+    case, candidates = _chain(facts, dtype, device)
+    assert candidates, "no compiled chain"
+    verifier = Verifier(case, device, 0)
+    wrong = {str(c): reason for c in candidates if (reason := verifier.objection(c))}
+    assert not wrong, wrong
+    return {"instances": list(map(str, candidates))}
+
+
+def chains(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """The compiled bottleneck, where the device is one that it was compiled for."""
+    on_gpu = device.type == "cuda"
+    if on_gpu and cases.chip(device)[0] != 90:
+        return
+    for dtype in DTYPES if on_gpu else ("float32",):
+        for name, facts in list(CHAINS.items())[: None if on_gpu else 4]:
+            yield f"chain/{name}/{dtype}", functools.partial(_chain_parity, facts, dtype, device)
+
+
+def of_a_resnet(batch: int, models=("resnet50", "resnet18")) -> Iterator[tuple[str, dict]]:
+    """(name, facts of a ConvArgs) of every different convolution, its epilogue as in the network; not the stem's."""
+    for (c, k, kernel, stride, padding, maps), _ in resnet_shapes(models):
+        if c % 8:
+            continue
+        facts = dict(n=batch, c=c, h=maps, w=maps, k=k, kernel=(kernel,) * 2, stride=(stride,) * 2)
+        facts |= dict(padding=(padding,) * 2, dilation=(1, 1), relu=True, residual=kernel == 1 and k > c, segment=None)
+        yield f"n{batch}-c{c}-{maps}x{maps}-k{k}-{kernel}x{kernel}-s{stride}", facts
+
+
+def random_shape(seed: int) -> dict:
+    """A convolution that nobody thought of: any kernel up to 5, maps up to 40, ragged channels, half with a segment."""
+    pick = random.Random(seed)
+    pairs = {name: (pick.randint(low, high), pick.randint(low, high)) for name, low, high in _RANGES}
+    h, w = (d * (k - 1) + pick.randint(1, 40) for d, k in zip(pairs["dilation"], pairs["kernel"], strict=True))
+    facts = dict(n=pick.randint(1, 9), c=8 * pick.randint(1, 40), h=h, w=w, k=8 * pick.randint(1, 40), **pairs)
+    facts |= dict(relu=pick.random() < 0.7, residual=False, segment=None)
+    shape = cases.ConvArgs(**facts, device="cpu", dtype="float16", tf32=False).shape
+    if pick.random() < 0.5:
+        stride = pick.randint(1, 2)
+        maps = (stride * (size - 1) + pick.randint(1, stride) for size in (shape.p, shape.q))
+        return facts | dict(segment=(8 * pick.randint(1, 40), *maps, stride))
+    return facts | dict(residual=pick.random() < 0.5)
+
+
+_RANGES = (("kernel", 1, 5), ("stride", 1, 3), ("padding", 0, 4), ("dilation", 1, 2))
+
+
+def test_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Every ResNet's shape and random ones."""
+    on_gpu = device.type == "cuda"
+    yield from chains(device)
+    for dtype in DTYPES if on_gpu else ("float32",):
+        for batch in (2, 32) if on_gpu else (1,):
+            for name, facts in list(of_a_resnet(batch))[: None if on_gpu else 2]:
+                yield f"conv/{name}/{dtype}", functools.partial(_parity, facts, dtype, device)
+        for seed in range(RANDOM_SHAPES if on_gpu else 2):
+            yield f"conv/random-{seed}/{dtype}", functools.partial(_parity, random_shape(seed), dtype, device)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def bench_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """ResNet-50's and ResNet-18's convolutions, the 3x3 first: TFLOP/s of each instance, of Triton's, of cuDNN's."""
+    on_gpu = device.type == "cuda"
+    for batch in (128, 1) if on_gpu else (1,):
+        shapes = sorted(of_a_resnet(batch), key=lambda item: item[1]["kernel"] != (3, 3))
+        for name, facts in shapes[: None if on_gpu else 1]:
+            dtype = "float16" if on_gpu else "float32"
+            yield f"conv/{name}/{dtype}", functools.partial(_speed, facts, dtype, device)
+    for name, facts in CHAINS.items():
+        if name.startswith("layer1") and on_gpu and cases.chip(device)[0] == 90:
+            yield f"chain/{name}/float16", functools.partial(_chain_speed, facts | dict(n=128), "float16", device)
+    if not on_gpu:
+        yield "chain/one-image/float32", functools.partial(_chain_speed, CHAINS["one-image"], "float32", device)
+
+
+def _chain_speed(facts: dict, dtype: str, device: torch.device) -> dict:
+    """The whole chain by one compiled kernel, by Triton's, and by cuDNN's and PyTorch's kernels one after the other."""
+    case, candidates = _chain(facts, dtype, device)
+    p, q = case.args.size()
+    following, projected = facts["following"], 64 if facts["segment"] else 0
+    macs = facts["n"] * p * q * (9 * 64 * 64 + 64 * 256 + projected * 256 + 256 * following)
+    apart = {"cuDNN": lambda inputs, outputs: case.run(cases.CUDNN, inputs, outputs)}
+    return _timed(case, apart, candidates, 2 * macs, device)
+
+
+def _speed(facts: dict, dtype: str, device: torch.device) -> dict:
+    case = _case(facts, dtype, device)
+    flop = 2 * case.args.shape.m * case.args.k * case.args.c * facts["kernel"][0] * facts["kernel"][1]
+    return _timed(case, {"cuDNN": lambda inputs, _: cudnn(case, inputs)}, instances(case), flop, device)
+
+
+@torch.no_grad()
+def _timed(case, apart: dict, candidates: list[Candidate], flop: int, device: torch.device) -> dict:
+    inputs, outputs = case.inputs(device, 0), case.outputs(device)
+    steps = {name: functools.partial(run, inputs, outputs) for name, run in apart.items()}
+    for candidate in [*candidates, *(c for c in case.candidates() if c.backend == "triton")]:
+        case.prepare(candidate)
+        packed = case.pack(candidate, inputs)
+        steps[str(candidate)] = functools.partial(case.timed, candidate, packed, outputs)
+    captured, errors = {}, {}
+    expected = case.reference(inputs)["y"]
+    for name, step in steps.items():
+        y = step()
+        errors[name] = measure.error(outputs["y"] if y is None else y, expected)
+        captured[name] = capture(step, device)
+    wrong = {name: error for name, error in errors.items() if not error <= case.tolerance[case.dtype]}
+    assert not wrong, wrong
+    seconds: dict[str, list[float]] = {name: [] for name in captured}
+    for _ in range(ROUNDS if device.type == "cuda" else 2):
+        for name, (step, calls) in captured.items():
+            seconds[name].append(measure.time_once(step, device, 1) / calls)
+    best = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "tflops": {name: float(f"{flop / s / 1e12:.4g}") for name, s in best.items()},
+        "conv_us": {name: round(1e6 * s, 2) for name, s in best.items()},
+        "conv_error": errors,
+    }
+
+
+def cudnn(case: cases.ConvCase, inputs: dict) -> torch.Tensor:
+    """cuDNN's best algorithm with as much of the epilogue in it as PyTorch binds."""
+    x, weight, bias, residual = cases._conv_tensors(inputs)
+    conv = (case.args.stride, case.args.padding, case.args.dilation, 1)
+    if case.device.type != "cuda":
+        return case.timed(cases.CUDNN, inputs, {})
+    with cases.library():
+        if residual is not None:
+            return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias.to(x.dtype), *conv)
+        return torch.cudnn_convolution_relu(x, weight, bias.to(x.dtype), *conv)
+
+
+def capture(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
+    """(what to time, how many calls it makes): ten calls in a CUDA graph, so that launches on the CPU do not count."""
+    if device.type != "cuda":
+        return call, 1
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            call()
+    graph.replay()
+    return graph.replay, 10

@@ -1,0 +1,66 @@
+// Host side of the chained bottleneck for Hopper.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "chain_instance.h"
+#include "chain_sm90_kernel.cuh"
+#include "tensor_map.h"
+
+namespace fused_resnet::conv {
+
+template <class T, int Following, bool Segment>
+struct ChainSm90 {
+  using Layout = ChainLayout<Following, Segment>;
+
+  static cudaError_t run(const Chain& chain, int multiprocessors, cudaStream_t stream) {
+    const Shape& s = chain.shape;
+    constexpr auto type = ptx::is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    ChainParams p = {};
+    cudaError_t error = encode(p.x, chain.x, im2col_of(s, 64, 64, 2), type);
+    const auto then = [&](CUtensorMap& map, const void* data, const auto& like) {
+      if (error == cudaSuccess) error = encode(map, data, like, type);
+    };
+    then(p.weight1, chain.weight1, tiled_of(64, 9, 64, 64, 64, 2));
+    then(p.weight2, chain.weight2, tiled_of(256, 1, 64, 64, 64, 2));
+    if (Following) then(p.weight3, chain.weight3, tiled_of(64 * Following, 1, 256, 64, 64, 2));
+    if (Segment) {
+      then(p.x2, chain.x2, second_im2col_of(s, 64, 64, 2));
+      then(p.projection, chain.projection, tiled_of(256, 1, 64, 64, 64, 2));
+    } else if (chain.residual) {
+      then(p.residual, chain.residual, tiled_of(static_cast<int>(s.m()), 1, 256, 64, 64, 2));
+    }
+    if (error != cudaSuccess) return error;
+    p.window = window_of(s);
+    p.second_window = second_window_of(s);
+    p.m = s.m();
+    p.tiles = static_cast<int>((s.m() + 63) / 64);
+    p.p = s.p(), p.q = s.q();
+    p.floor = chain.relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    p.has_residual = chain.residual != nullptr;
+    p.quarter = chain.quarter;
+    p.bias1 = chain.bias1, p.bias2 = chain.bias2, p.bias3 = chain.bias3;
+    p.y = chain.y, p.z = chain.z;
+
+    const auto kernel = chain_sm90_kernel<T, Following, Segment>;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared);
+    if (error != cudaSuccess) return error;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(std::min(multiprocessors, (p.tiles + 1) / 2)));
+    config.blockDim = dim3(Layout::kThreads);
+    config.dynamicSmemBytes = Layout::kShared;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, p);
+  }
+
+  static constexpr ChainInstance instance(const char* name) {
+    return {name, ptx::is_half<T> ? Dtype::half : Dtype::bfloat16, 64 * Following, Segment, Layout::kX, Layout::kY,
+            Layout::kThreads, Layout::kShared, &run};
+  }
+};
+
+}  // namespace fused_resnet::conv

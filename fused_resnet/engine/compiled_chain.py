@@ -1,0 +1,101 @@
+"""The chained bottleneck by the compiled kernel for Hopper (csrc/conv/chain_sm90_kernel.cuh): the functions of
+triton_chain. It keeps all weights in shared memory, which has room for those of 64 middle channels and no more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import cuda_conv
+
+_MOST_ROWS = 2**31 - 513
+_LEAST_TILES_PER_GROUP = 2  # fewer do not pay for reading the weights
+_TILE = 64
+
+
+def declines(
+    arch: int,
+    sms: int,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    residual: Tensor | None = None,
+    segment: tuple[Tensor, Tensor, int] | None = None,
+    stride: int = 1,
+    relu: bool = True,
+    next: tuple[Tensor, Tensor] | None = None,
+    quarter: bool = False,
+    pool: bool = False,
+) -> str | None:
+    """Why this chain cannot run on sm_<arch>, as the rest of a sentence; None where it can."""
+    if arch != 90:
+        return f"needs sm_90, got sm_{arch}"
+    if not cuda_conv.chains():
+        return "was not compiled"
+    if x.dtype not in cuda_conv.DTYPES:
+        return f"needs float16 or bfloat16, got {x.dtype}"
+    if tuple(weight1.shape) != (64, 64, 3, 3) or tuple(weight2.shape) != (256, 64, 1, 1):
+        return f"needs 64 -> 64 -> 256 channels, got weights {list(weight1.shape)} and {list(weight2.shape)}"
+    if stride != 1 or pool:
+        return f"has neither a stride nor a pool, got stride {stride}, pool {pool}"
+    if residual is not None and segment is not None:
+        return "takes a residual or a projection segment, got both"
+    if segment is not None and (segment[0].shape[1] != 64 or segment[2] > 8):
+        return f"needs a projection of 64 channels by a stride of at most 8, got {segment[0].shape[1]} by {segment[2]}"
+    following = 0 if next is None else next[0].shape[0]
+    if _instance(x.dtype, following, segment is not None) is None:
+        kinds = ", ".join(sorted({str(c.following) + " beside a projection" * c.segment for c in cuda_conv.chains()}))
+        return f"has next convolutions of {kinds} channels, got {following}"
+    rows = x.numel() // 64
+    if rows > _MOST_ROWS:
+        return f"needs at most {_MOST_ROWS} positions, got {rows}"
+    if rows < _TILE * 2 * sms * _LEAST_TILES_PER_GROUP:
+        return f"needs at least {_TILE * 2 * sms * _LEAST_TILES_PER_GROUP} positions to be worth it, got {rows}"
+    return None
+
+
+def _instance(dtype: torch.dtype, following: int, segment: bool) -> cuda_conv.Chain | None:
+    kind = (dtype, following, segment)
+    return next((c for c in cuda_conv.chains() if (c.dtype, c.following, c.segment) == kind), None)
+
+
+def configs(arch: int, sms: int, *args, **options) -> list[dict]:
+    """The one way to run it; none where it declines."""
+    if declines(arch, sms, *args, **options) is not None:
+        return []
+    following = 0 if options.get("next") is None else options["next"][0].shape[0]
+    return [{"instance": _instance(args[0].dtype, following, options.get("segment") is not None).name}]
+
+
+def launch(
+    config: dict,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    residual: Tensor | None = None,
+    segment: tuple[Tensor, Tensor, int] | None = None,
+    stride: int = 1,
+    relu: bool = True,
+    next: tuple[Tensor, Tensor] | None = None,
+    quarter: bool = False,
+    pool: bool = False,
+    y: Tensor,
+    z: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> None:
+    """As triton_chain.launch."""
+    weight3, bias3 = next or (None, None)
+    x2, projection, stride2 = segment or (None, None, 1)
+    instance = _instance(x.dtype, 0 if weight3 is None else weight3.shape[0], segment is not None)
+    if instance is None or instance.name != config["instance"]:
+        raise RuntimeError(f"this build has no chain {config['instance']!r} for {x.dtype}")
+    torch.ops.fused_resnet_cuda.chain_out(
+        instance.index, x, weight1, bias1, weight2, bias2, residual, x2, projection, stride2, weight3, bias3, relu,
+        quarter, y, z,
+    )  # fmt: skip

@@ -1,0 +1,253 @@
+// The functions of csrc/conv/sm90_ptx.cuh and tensor_map.h on the CPU, by the letter of the PTX manual: barriers with
+// phases, pending arrivals and pending bytes; the tensor memory accelerator in im2col and tiled mode, swizzling what it
+// writes; wgmma on descriptors of swizzled tiles, and with its left operand in registers.
+//
+// Loads and products happen late, when they are waited for, or, if the machine runs in reverse, at once.
+
+#pragma once
+
+#include <array>
+
+#include "conv/geometry.h"
+#include "emulated_ptx.h"
+
+#define __grid_constant__
+
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 };
+
+struct CUtensorMap {
+  const unsigned char* data = nullptr;
+  bool im2col = false;
+  fused_resnet::conv::Im2col windows;
+  fused_resnet::conv::Tiled tiles;
+};
+
+namespace fused_resnet::conv {
+
+inline cudaError_t encode(CUtensorMap& map, const void* data, const Im2col& like, CUtensorMapDataType) {
+  const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && like.bytes[0] % 16 == 0 && like.channels <= 256 &&
+                    like.pixels <= 1024;
+  map = {static_cast<const unsigned char*>(data), true, like, {}};
+  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+inline cudaError_t encode(CUtensorMap& map, const void* data, const Tiled& like, CUtensorMapDataType) {
+  const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && like.bytes[0] % 16 == 0 && like.box[2] <= 256;
+  map = {static_cast<const unsigned char*>(data), false, {}, like};
+  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+}  // namespace fused_resnet::conv
+
+namespace fused_resnet::ptx {
+
+constexpr int kTileBytes = 64 * 64 * 2;
+
+template <class T>
+constexpr bool is_half = std::is_same_v<T, __half>;
+
+struct Mbarrier {
+  int32_t bytes;
+  uint8_t arrivals, pending, phase, used;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+inline Mbarrier& mbarrier(uint32_t at) {
+  if (at % 8 || at + 8 > emulation::shared_in_use) emulation::fail("a barrier outside of shared memory");
+  return *reinterpret_cast<Mbarrier*>(emulation::shared + at);
+}
+
+inline std::vector<std::pair<uint32_t, std::function<void()>>> loads;  // under way: their barrier, what they do
+
+inline void init_barrier(uint32_t at, int arrivals) {
+  mbarrier(at) = {0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, 1};
+}
+
+inline void publish_barriers() {}
+inline void fence_shared_writes() {}
+template <int>
+void keep_registers() {}
+template <int>
+void take_registers() {}
+
+inline void settle(Mbarrier& barrier) {
+  if (barrier.pending || barrier.bytes) return;
+  barrier.phase ^= 1;
+  barrier.pending = barrier.arrivals;
+}
+
+inline void arrive_and_expect(uint32_t at, uint32_t bytes) {
+  Mbarrier& barrier = mbarrier(at);
+  if (!barrier.used || !barrier.pending) emulation::fail("an arrival that the barrier does not expect");
+  barrier.bytes += static_cast<int32_t>(bytes);
+  --barrier.pending;
+  settle(barrier);
+  ++emulation::machine.progress;
+}
+
+inline void arrive(uint32_t at) { arrive_and_expect(at, 0); }
+
+inline void run_loads(uint32_t at) {
+  for (size_t i = 0; i < loads.size();) {
+    if (loads[i].first != at) {
+      ++i;
+      continue;
+    }
+    const auto load = std::move(loads[i].second);
+    loads.erase(loads.begin() + i);
+    load();
+    ++emulation::machine.progress;
+  }
+}
+
+inline void wait(uint32_t at, uint32_t parity) {
+  for (;;) {
+    run_loads(at);
+    if (mbarrier(at).phase != parity) return;
+    using emulation::machine;
+    swapcontext(&machine.fibers[machine.current].context, &machine.scheduler);
+  }
+}
+
+// 128 bytes of a row where the accelerator puts them.
+inline void put_row(uint32_t tile, int row, const unsigned char (&bytes)[128]) {
+  for (int chunk = 0; chunk < 8; ++chunk)
+    std::memcpy(emulation::shared + tile + row * 128 + (chunk ^ (row & 7)) * 16, bytes + chunk * 16, 16);
+}
+
+inline void later(uint32_t to, uint32_t barrier, std::function<void()> rows) {
+  if (to % 1024 || to + kTileBytes > emulation::shared_in_use) emulation::fail("a tile outside of shared memory");
+  auto load = [=] {
+    rows();
+    mbarrier(barrier).bytes -= kTileBytes;
+    settle(mbarrier(barrier));
+  };
+  if (emulation::reversed)
+    load();
+  else
+    loads.emplace_back(barrier, load);
+}
+
+inline void load_im2col(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int w, int h, int n, int s,
+                        int r) {
+  if (!map->im2col) emulation::fail("a tiled map in im2col mode");
+  const auto& m = map->windows;
+  later(to, barrier, [=, &m] {
+    const int size[4] = {int(m.size[0]), int(m.size[1]), int(m.size[2]), int(m.size[3])};
+    int x = w, y = h, image = n;
+    for (unsigned pixel = 0; pixel < m.pixels; ++pixel) {
+      unsigned char row[128] = {};
+      const int column = x + s, line = y + r;
+      if (column >= 0 && column < size[1] && line >= 0 && line < size[2] && image >= 0 && image < size[3])
+        for (int i = 0; i < 64 && c + i < size[0]; ++i)
+          std::memcpy(row + 2 * i, map->data + 2 * (c + i) + column * m.bytes[0] + line * m.bytes[1] + image * m.bytes[2],
+                      2);
+      put_row(to, pixel, row);
+      x += int(m.stride[1]);
+      if (x <= size[1] - 1 + m.upper[0]) continue;
+      x = m.lower[0];
+      y += int(m.stride[2]);
+      if (y <= size[2] - 1 + m.upper[1]) continue;
+      y = m.lower[1];
+      ++image;
+    }
+  });
+}
+
+inline void load_tiled(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int tap, int first) {
+  if (map->im2col) emulation::fail("an im2col map in tiled mode");
+  const auto& t = map->tiles;
+  later(to, barrier, [=, &t] {
+    for (unsigned i = 0; i < t.box[2]; ++i) {
+      unsigned char row[128] = {};
+      const uint64_t k = first + i;
+      if (uint64_t(tap) < t.size[1] && k < t.size[2])
+        for (uint64_t j = 0; j < 64 && c + j < t.size[0]; ++j)
+          std::memcpy(row + 2 * j, map->data + 2 * (c + j) + tap * t.bytes[0] + k * t.bytes[1], 2);
+      put_row(to, i, row);
+    }
+  });
+}
+
+inline std::array<emulation::Barrier, 16> named;
+
+inline void barrier_of(int id, int threads) { emulation::wait(named[id], threads); }
+
+inline uint64_t operand(uint32_t tile, int part) {
+  constexpr uint64_t swizzle_128 = uint64_t{1} << 62, stride = uint64_t{1024 >> 4} << 32, unused = uint64_t{1} << 16;
+  return swizzle_128 | stride | unused | ((tile & 0x3ffff) >> 4) + 2 * part;
+}
+
+// A value of an operand: its address is that of the row in its group of eight, then the bits 4 to 6 are flipped by the
+// bits 7 to 9.
+template <class T>
+float element(uint64_t descriptor, int row, int k) {
+  if (descriptor >> 62 != 1) emulation::fail("an operand that is not swizzled over 128 bytes");
+  const uint32_t start = (descriptor & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
+  uint32_t at = start + row / 8 * group + row % 8 * 128 + 2 * k;
+  at ^= at >> 3 & 0x70;
+  if (at + 2 > emulation::shared_in_use) emulation::fail("an operand outside of shared memory");
+  T v;
+  std::memcpy(&v, emulation::shared + at, 2);
+  return static_cast<float>(v);
+}
+
+// Products of this thread that are under way, in groups; the last is not committed.
+using Products = std::deque<std::vector<std::function<void()>>>;
+inline std::vector<Products> products;
+
+inline Products& mine() {
+  const size_t thread = emulation::machine.current;
+  if (products.size() <= thread) products.resize(emulation::machine.fibers.size());
+  if (products[thread].empty()) products[thread].emplace_back();
+  return products[thread];
+}
+
+inline void begin_products() {}
+inline void commit_products() { mine().emplace_back(); }
+
+template <int Pending>
+void wait_for_products() {
+  Products& all = mine();
+  for (; static_cast<int>(all.size()) > Pending + 1; all.pop_front())
+    for (const auto& product : all.front()) product();
+}
+
+template <class R>
+void pin(R&) {}
+
+template <class A>
+void product(float (&d)[32], uint64_t b, bool add, A of_a, float (*of_b)(uint64_t, int, int)) {
+  auto run = [=, &d] {
+    const int warp = emulation::machine.current / 32 % 4, lane = emulation::machine.current % 32;
+    for (int i = 0; i < 32; ++i) {
+      const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float sum = add ? d[i] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum += of_a(row, k) * of_b(b, column, k);
+      d[i] = sum;
+    }
+  };
+  emulation::reversed ? run() : mine().back().push_back(run);
+}
+
+template <class T>
+void multiply(float (&d)[32], uint64_t a, uint64_t b, bool add) {
+  product(d, b, add, [=](int row, int k) { return element<T>(a, row, k); }, &element<T>);
+}
+
+template <class T>
+void multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
+  // What the warp's lanes have now; a kernel may not change it before the product is over, and this would not see it.
+  std::array<std::array<uint32_t, 4>, 32> all;
+  const auto* words = exchange(a, 4);
+  for (int lane = 0; lane < 32; ++lane) std::copy(words[lane], words[lane] + 4, all[lane].begin());
+  product(
+      d, b, add,
+      [=](int row, int k) {
+        const auto& of = all[row % 8 * 4 + k % 8 / 2];
+        return value<T>(of[row / 8 % 2 + k / 8 * 2], k % 2);
+      },
+      &element<T>);
+}
+
+}  // namespace fused_resnet::ptx

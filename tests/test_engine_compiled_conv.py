@@ -1,0 +1,282 @@
+"""The compiled convolutions as candidates of the engine, their launches replaced: there is no GPU here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fused_resnet.backends import cuda, cuda_conv, library
+from fused_resnet.engine import cases, chain_cases, compiled_chain, compiled_conv, gpu, reference
+from fused_resnet.engine.guard import Verifier
+from fused_resnet.engine.problem import Candidate
+
+pytestmark = pytest.mark.skipif(not cuda_conv.instances(), reason=f"{library.build_facts().get('cuda_missing')}")
+
+ARGS = cases.ConvArgs(
+    n=8, c=64, h=14, w=14, k=128, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), relu=True,
+    residual=False, segment=None, device="cpu", dtype="float16", tf32=False,
+)  # fmt: skip
+
+
+def names(args, arch, dtype=torch.float16):
+    return [c["instance"] for c in compiled_conv.configs(args.shape, dtype, arch, 132)]
+
+
+@pytest.mark.parametrize("arch, kind", [(80, "sm80"), (86, "sm80"), (89, "sm80"), (90, "sm90"), (120, "sm80")])
+def test_the_instances_of_the_chip_are_candidates(arch, kind):
+    if not any(i.name.startswith(kind) for i in cuda_conv.instances()):
+        pytest.skip(f"built without {kind}")
+    for args in (ARGS, replace(ARGS, residual=True), replace(ARGS, segment=(64, 14, 14, 1))):
+        found = names(args, arch)
+        assert len(found) >= 4 and all(name.startswith(kind) for name in found)
+
+
+@pytest.mark.parametrize(
+    "args, arch, dtype",
+    [
+        (ARGS, 75, torch.float16),
+        (ARGS, 90, torch.float32),
+        (replace(ARGS, c=3), 90, torch.float16),
+        (replace(ARGS, k=12), 80, torch.bfloat16),
+        (replace(ARGS, residual=True, segment=(64, 14, 14, 1)), 90, torch.float16),
+    ],
+    ids=["old", "float32", "3-channels", "12-channels", "residual-and-segment"],
+)
+def test_what_none_can_run_has_no_candidate(args, arch, dtype):
+    assert names(args, arch, dtype) == []
+
+
+def test_they_stand_behind_the_others_and_on_a_gpu_only(monkeypatch):
+    case = cases.ConvCase(ARGS)
+    assert not any(c.backend == "cuda" for c in case.candidates())
+    case.device, case.arch, case.sms = torch.device("cuda", 0), 80, 108
+    monkeypatch.setattr(cases, "_fuses", lambda *args: True)
+    found = case.candidates()
+    backends = [c.backend for c in found]
+    assert found[0] is cases.CUDNN and backends == sorted(backends, key=["cudnn", "triton", "cuda"].index)
+    assert backends.count("cuda") == 4
+    assert not any(case.compiles(c) for c in found if c.backend == "cuda")
+
+
+def launch(instance, x, weight, bias, residual, segment, out, workspace, **options):
+    assert out.is_contiguous(memory_format=torch.channels_last) and weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    out.copy_(reference.conv_bias_act(x, weight, bias, residual, segment=segment, **options))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_verifier_judges_them_like_all_others(right, monkeypatch):
+    def run(instance, x, weight, bias, residual, segment, out, workspace, **options):
+        assert instance.dtype is torch.float16 and instance.name == "sm80 64x64x32"
+        launch(instance, x, weight, bias, residual, segment, out, workspace, **options)
+        if not right:
+            out.mul_(1.01)
+
+    monkeypatch.setattr(cuda_conv, "conv_bias_act_out", run)
+    case = cases.ConvCase(replace(ARGS, segment=(32, 27, 28, 2)))
+    candidate = Candidate("cuda", "x", {"instance": "sm80 64x64x32"})
+    objection = Verifier(case, torch.device("cpu"), 0).objection(candidate)
+    assert (objection is None) == right
+
+
+def test_an_instance_that_this_build_lacks_is_an_error():
+    with pytest.raises(RuntimeError, match="this build has no convolution 'sm70 1x1' for torch.float16"):
+        compiled_conv.workspace({"instance": "sm70 1x1"}, ARGS.shape, torch.float16, 132)
+
+
+def test_workspace_of_stream_k():
+    stream_k = [i.name for i in cuda_conv.instances() if i.splits]
+    for name in stream_k:
+        assert compiled_conv.workspace({"instance": name}, ARGS.shape, torch.float16, 132) > 0
+        assert cases.conv_workspace(Candidate("cuda", name, {"instance": name}), ARGS.shape, torch.float16, 132) > 0
+
+
+def test_a_program_launches_them(monkeypatch):
+    """A network whose convolutions are all compiled: weights packed, places in the arena, workspace given."""
+    from torch import nn
+
+    from fused_resnet.engine.eager import EagerExecutor
+    from fused_resnet.engine.graph import capture, propagate
+    from fused_resnet.engine.pieces import Pieces
+    from fused_resnet.engine.steps import match
+    from fused_resnet.engine.tune import Result, Results
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(16, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 32, 1), nn.ReLU()
+    ).eval().half()  # fmt: skip
+    x = torch.randn(2, 16, 9, 11).half()
+    launched = []
+
+    def run(instance, x, weight, bias, residual, segment, out, workspace, **options):
+        launched.append((instance.name, None if workspace is None else workspace.numel()))
+        launch(instance, x, weight, bias, residual, segment, out, workspace, **options)
+
+    monkeypatch.setattr(cuda_conv, "conv_bias_act_out", run)
+    monkeypatch.setattr(cases.compiled_conv, "workspace", lambda config, shape, dtype, sms: 128)
+    graph = capture(model)
+    propagate(graph, (x,))
+    network = match(graph)
+    executor = EagerExecutor(model, torch.float16)
+    pieces = [p for p in Pieces(network, torch.float16, x.device, False, {}).all() if len(p.steps) == 1]
+    chosen = Candidate("cuda", "sm80 64x64x32", {"instance": "sm80 64x64x32"})
+    results = Results({p.key: Result(p.key, chosen, "measured", True) for p in pieces})
+    program = gpu.Program(network, pieces, results, gpu.Packed(executor.eager), executor.eager, x.device)
+    assert program.is_ours and {g.backend for g in program.groups()} == {"cuda"}
+    assert {g.config for g in program.groups()} == {"sm80 64x64x32"}
+    y = program.run((x,))
+    assert launched == [("sm80 64x64x32", 128)] * 2
+    expected = model.float()(x.float())
+    assert ((y.float() - expected).norm() / expected.norm()).item() < 2e-3
+
+
+# The block path
+
+
+def call(x=None, weight=None, residual=None, groups=1, **changes):
+    x = torch.zeros(2, 64, 7, 7, dtype=torch.float16) if x is None else x
+    weight = torch.zeros(64, 64, 3, 3, dtype=torch.float16) if weight is None else weight
+    return (x, weight, *[None] * 4, 1e-5, residual, [1, 1], [1, 1], [1, 1], groups, True)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (call(), None),
+        (call(groups=2), "has conv_bn_act for groups == 1, got 2"),
+        (call(x=torch.zeros(2, 64, 7, 7)), "needs weight in torch.float32, got torch.float16"),
+        (call(x=torch.zeros(2, 64, 7, 7), weight=torch.zeros(64, 64, 3, 3)), "needs float16 or bfloat16"),
+        (
+            call(x=torch.zeros(2 * 64 * 49 + 1, dtype=torch.float16)[1:].view(2, 64, 7, 7)),
+            "x at a multiple of 16 bytes",
+        ),
+        (call(weight=torch.zeros(20, 64, 3, 3, dtype=torch.float16)), "a multiple of 8, got K = 20"),
+        (call(residual=torch.zeros(2, 64, 7, 7)), "needs residual in torch.float16, got torch.float32"),
+    ],
+    ids=["fine", "groups", "mixed", "float32", "misaligned", "channels", "residual"],
+)
+def test_what_the_cuda_backend_declines(arguments, sentence, monkeypatch):
+    monkeypatch.setattr(cuda, "chip", lambda device: (80, 108))
+    reason = cuda._declines_conv(*arguments)
+    assert reason is None if sentence is None else sentence in reason
+
+
+def test_the_variant_is_the_instance(monkeypatch):
+    monkeypatch.setattr(cuda, "chip", lambda device: (80, 108))
+    few, many = call(), call(x=torch.zeros(128, 64, 56, 56, dtype=torch.float16, device="meta"))
+    assert cuda.variant("conv_bn_act", *few) == ("sm80 64x64x32", False)
+    assert cuda.variant("conv_bn_act", *many) == ("sm80 128x64x32", False)
+    assert cuda.variant("bn_stats", few[0]) is None
+
+
+def test_an_automatic_choice_leaves_convolutions_to_the_next_backend():
+    """Until a GPU has run them: a kernel that hangs would hang the user's process."""
+    assert "tuner" in cuda.defers("conv_bn_act", *call()) and cuda.defers("bn_act") is None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_conv_bn_act_of_the_cuda_backend(layout, monkeypatch):
+    """Layouts in and out, and vectors in any dtype, around the op."""
+    from fused_resnet.backends import reference as blocks
+    from fused_resnet.backends.layout import output_format
+
+    monkeypatch.setattr(cuda, "chip", lambda device: (80, 108))
+
+    def op(index, x, weight, gamma, beta, mean, var, eps, residual, stride, padding, dilation, relu):
+        for t in (x, weight, residual):
+            assert t.is_contiguous(memory_format=torch.channels_last)
+        assert all(v.dtype is torch.float32 for v in (gamma, beta, mean, var))
+        y = blocks.conv_bn_act(x, weight, gamma, beta, mean, var, eps, residual, stride, padding, dilation, 1, relu)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    class Ops:
+        conv_bn_act = staticmethod(op)
+
+    torch.manual_seed(0)
+    x, weight, residual = (
+        torch.randn(size).half().contiguous(memory_format=layout)
+        for size in ((2, 64, 7, 7), (24, 64, 3, 3), (2, 24, 7, 7))
+    )
+    bn = [torch.rand(24).add(0.5).half() for _ in range(4)]
+    args = (x, weight, *bn, 1e-5, residual, [1, 1], [1, 1], [1, 1], 1, True)
+    expected = blocks.conv_bn_act(*args)
+    monkeypatch.setattr(torch.ops, "fused_resnet_cuda", Ops, raising=False)
+    monkeypatch.setattr(cuda_conv, "plan", lambda *args: 0)
+    for y in (cuda.conv_bn_act(*args), cuda.prepare("conv_bn_act", *args)(*args)):
+        assert torch.equal(y, expected) and y.is_contiguous(memory_format=output_format(x, weight))
+
+
+# Chains
+
+CHAIN = dict(n=128, c=64, h=56, w=56, middle=64, k=256, following=64, stride=1, relu=True, residual=True, segment=None)
+CHAIN |= dict(quarter=False, pool=False, device="cpu", dtype="float16")
+
+
+def chain_configs(arch=90, **changes):
+    args, options = chain_cases.ChainArgs(**CHAIN | changes)._call_on_meta()
+    return compiled_chain.configs(arch, 132, *args, **options), compiled_chain.declines(arch, 132, *args, **options)
+
+
+needs_chains = pytest.mark.skipif(not cuda_conv.chains(), reason="built without chains for sm_90a")
+STAGE_END = dict(following=128, quarter=True)
+PROJECTED = dict(residual=False, segment=(64, 56, 56, 1))
+
+
+@needs_chains
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, STAGE_END, PROJECTED], ids=["middle", "stage-end", "first"])
+def test_layer1_of_every_bottleneck_resnet_has_a_chain(changes, dtype):
+    (config,), reason = chain_configs(**changes, dtype=dtype)
+    assert reason is None and config["instance"].startswith("sm90 chain 64 -> 256")
+
+
+@needs_chains
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(arch=80), "needs sm_90, got sm_80"),
+        (dict(dtype="float32"), "needs float16 or bfloat16"),
+        (dict(middle=128), "needs 64 -> 64 -> 256 channels"),
+        (dict(c=128), "needs 64 -> 64 -> 256 channels"),
+        (dict(stride=2), "has neither a stride nor a pool, got stride 2"),
+        (dict(following=0), "has next convolutions of 128, 64, 64 beside a projection channels, got 0"),
+        (dict(following=0, pool=True), "pool True"),
+        (dict(PROJECTED, segment=(256, 56, 56, 1)), "needs a projection of 64 channels"),
+        (dict(PROJECTED, following=128), "got 128"),
+        (dict(n=8), "needs at least 33792 positions to be worth it, got 25088"),
+    ],
+    ids=["sm80", "float32", "middle", "input", "stride", "no-next", "pool", "wide", "end", "few"],
+)
+def test_other_chains_are_declined(changes, sentence):
+    configs, reason = chain_configs(**changes)
+    assert configs == [] and sentence in reason
+
+
+@needs_chains
+def test_a_chain_case_runs_it(monkeypatch):
+    """Verified as any candidate, its launch by PyTorch."""
+    launched = []
+
+    class Ops:
+        @staticmethod
+        def chain_out(index, x, w1, b1, w2, b2, residual, x2, projection, stride2, w3, b3, relu, quarter, y, z):
+            launched.append(index)
+            segment = None if x2 is None else (x2, projection, stride2)
+            options = dict(residual=residual, segment=segment, relu=relu, next=(w3, b3), quarter=quarter)
+            for out, result in zip((y, z), reference.chain(x, w1, b1, w2, b2, **options), strict=True):
+                out.copy_(result)
+
+    instances = cuda_conv.chains()
+    monkeypatch.setattr(torch.ops, "fused_resnet_cuda", Ops, raising=False)
+    for changes in ({}, STAGE_END, PROJECTED | dict(segment=(64, 15, 13, 2))):
+        case = chain_cases.ChainCase(chain_cases.ChainArgs(**CHAIN | dict(n=2, h=8, w=7) | changes))
+        following, segment = case.args.following, case.args.segment is not None
+        wanted = next(c for c in instances if (c.dtype, c.following, c.segment) == (torch.float16, following, segment))
+        candidate = Candidate("cuda", wanted.name, {"instance": wanted.name})
+        assert Verifier(case, torch.device("cpu"), 0).objection(candidate) is None
+        assert set(launched) == {wanted.index} and launched.clear() is None
+        stale = Candidate("cuda", "x", {"instance": "another"})
+        assert "this build has no chain 'another'" in Verifier(case, torch.device("cpu"), 0).objection(stale)
