@@ -192,11 +192,22 @@ def test_what_went_wrong_for_another_reason_is_not_remembered():
 @needs_instances
 def test_stream_k_is_not_charged_for_parts_of_tiles_where_it_does_not_divide_them():
     of(90)
-    for n, c, k, kernel, size in ((8, 512, 2048, 1, 7), (1, 512, 512, 3, 7), (32, 256, 1024, 1, 14)):
+    (stream_k,) = (i for i in cuda_conv.instances() if i.splits and i.dtype is torch.float16)
+    pingpong = stream_k._replace(splits=False)  # the same tile in whole waves
+    found = set()
+    for n, c, k, kernel, size in (
+        (8, 512, 2048, 1, 7),
+        (1, 512, 512, 3, 7),
+        (32, 256, 1024, 1, 14),
+        (8, 256, 256, 3, 14),
+    ):
         weight = (k, c, kernel, kernel)
         shape = convolution(x_size=(n, c, size, size), weight_size=weight, padding=(kernel // 2,) * 2)
-        first, *_ = cuda_conv.candidates(shape, torch.float16, 90, 132)
-        assert not first.splits or cuda_conv.plan(first.index, shape, 132) > 0
+        divides = cuda_conv.plan(stream_k.index, shape, 132) > 0
+        cheaper = cuda_conv._cost(stream_k, shape, 132) < cuda_conv._cost(pingpong, shape, 132)
+        assert cheaper <= divides
+        found.add(divides)
+    assert found == {True, False}
 
 
 @needs_instances

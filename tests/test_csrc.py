@@ -38,7 +38,7 @@ def test_reasons_are_stated():
         assert len(FACTS["cuda_missing"]) > 10 and cuda.unavailable() == FACTS["cuda_missing"]
     elif not torch.cuda.is_available():
         assert cuda.unavailable() == "needs a CUDA device"
-    assert cuda.declines("conv_bn_act", torch.zeros(1, 1, 1, 1)) == "has no conv_bn_act"
+    assert cuda.declines("dropout", torch.zeros(1, 1, 1, 1)) == "has no dropout"
     assert cuda.declines("bn_stats", torch.zeros(1, 1, 1, 1)) == "needs CUDA tensors, got cpu"
 
 

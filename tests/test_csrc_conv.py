@@ -90,11 +90,12 @@ def test_machine_code_of_convolutions(instance):
             assert count(r"\b(LDGSTS|STG)\b", code) == 0 or instance["splits"]
         else:
             warps = instance["threads"] // 32
-            instructions = m * n * k // (16 * 8 * 16) // warps  # of a warp and a step; the loop is not unrolled
-            assert count(rf"HMMA\.16816\.{kind}", code) == instructions
-            assert count(r"\bHMMA", code) == instructions
+            instructions = m * n * k // (16 * 8 * 16) // warps  # of a warp and a step; the compiler may unroll steps
+            assert count(r"\bHMMA", code) == count(rf"HMMA\.16816\.{kind}", code) > 0
+            assert count(r"\bHMMA", code) % instructions == 0
             copies = (m + n) * k // 8 // instance["threads"]
-            assert count(r"LDGSTS\.E\.BYPASS\S*\.128", code) >= copies * instance["stages"]
+            copied = count(r"LDGSTS\.E\.BYPASS\S*\.128", code)
+            assert copied == count(r"\bLDGSTS", code) >= 2 * copies, "before the loop, and in it"
             # Each matrix instruction's operands by wide loads: a sixteenth is (M / 16 + N / 16) / warps along an edge.
             assert count(r"LDSM\.16\.M88\.4", code) > 0 and count(r"LDSM\.16\.M88(?!\.4)", code) == 0
             assert count(r"STG\.E\.128", code) > 0 and count(r"STG\.E(?!\.128)", code) == 0
@@ -121,7 +122,9 @@ def test_machine_code_of_chains(chain):
     assert chain["threads"] == 3 * 128 and chain["shared_bytes"] <= 227 << 10
     element = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[chain["dtype"]]
     following, segment = chain["following"] // 64, chain["segment"]
-    kind = rf"chain_sm90_kernel<{element}, (?:\(int\))?{following}, (?:\(bool\))?{'1|true' if segment else '0|false'}"
+    kind = (
+        rf"chain_sm90_kernel<{element}, (?:\(int\))?{following}, (?:\(bool\))?(?:{'1|true' if segment else '0|false'})>"
+    )
     (code,) = (code for name, code in whole_code("sm_90a").items() if re.search(kind, name))
     assert not re.search(r"\b(LDL|STL)\b", code)
     # Four sixteenths each: the 3x3's first tap and its others, the expand, the projection, the next reduce.

@@ -206,7 +206,8 @@ def test_conv_bn_act_of_the_cuda_backend(layout, monkeypatch):
     monkeypatch.setattr(torch.ops, "fused_resnet_cuda", Ops, raising=False)
     monkeypatch.setattr(cuda_conv, "plan", lambda *args: 0)
     for y in (cuda.conv_bn_act(*args), cuda.prepare("conv_bn_act", *args)(*args)):
-        assert torch.equal(y, expected) and y.is_contiguous(memory_format=output_format(x, weight))
+        assert (y - expected).float().norm() < 1e-3 * expected.float().norm()
+        assert y.is_contiguous(memory_format=output_format(x, weight))
 
 
 # Chains
@@ -278,5 +279,5 @@ def test_a_chain_case_runs_it(monkeypatch):
         candidate = Candidate("cuda", wanted.name, {"instance": wanted.name})
         assert Verifier(case, torch.device("cpu"), 0).objection(candidate) is None
         assert set(launched) == {wanted.index} and launched.clear() is None
-        stale = Candidate("cuda", "x", {"instance": "another"})
-        assert "this build has no chain 'another'" in Verifier(case, torch.device("cpu"), 0).objection(stale)
+        with pytest.raises(RuntimeError, match="this build has no chain 'another' for torch.float16"):
+            Verifier(case, torch.device("cpu"), 0).objection(Candidate("cuda", "x", {"instance": "another"}))
