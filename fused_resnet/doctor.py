@@ -15,7 +15,7 @@ import torch
 import fused_resnet
 
 from . import backends
-from .backends import cuda
+from .backends import cuda, cuda_conv
 
 VARIABLES = {
     "FUSED_RESNET_BACKEND": "forces a backend: cuda, triton, cudnn, cpu or reference",
@@ -171,7 +171,8 @@ def programs(devices: list[str]) -> dict[str, str]:
     found = {"cpu float32": own, "cpu, other dtypes": "PyTorch's operators"}
     if "cuda" in devices:
         lacks = cases.triton_unavailable()
-        found["cuda"] = f"PyTorch's kernels: {lacks}" if lacks else "Triton's kernels or PyTorch's, by measurement"
+        ours = ["Triton's kernels"] * (not lacks) + ["compiled ones"] * bool(cuda_conv.instances())
+        found["cuda"] = f"{', '.join(ours)} or PyTorch's, by measurement" if ours else f"PyTorch's kernels: {lacks}"
     return found
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -219,13 +220,32 @@ NOWHERE = {"NVCC": "/nonexistent/nvcc", "CUDA_HOME": "/nonexistent", "CUDA_PATH"
         pytest.param(NOWHERE, "FUSED_RESNET_CUDA=1, but nvcc was not found", id="no-nvcc"),
         pytest.param({"CXX": "/nonexistent/c++"}, "FUSED_RESNET_CUDA=1, but no C++ compiler", id="no-compiler"),
         pytest.param({"FUSED_RESNET_CUDA": "yes"}, "must be auto, 0 or 1, got 'yes'", id="bad-switch"),
+        pytest.param(
+            {"FUSED_RESNET_CUDA_ARCHS": "80;hopper"}, "expected numbers such as 80 or 90a, got 'hopper'", id="bad-arch"
+        ),
+        pytest.param({"FUSED_RESNET_CUTLASS": "/nonexistent"}, "/nonexistent/include has no CUTLASS", id="no-cutlass"),
     ],
 )
 def test_build_that_must_have_cuda_fails_with_the_reason(checkout, env, reason):
     if torch.version.cuda is None:
         pytest.skip("torch was built without CUDA")
+    if env.keys() & {"FUSED_RESNET_CUDA_ARCHS", "FUSED_RESNET_CUTLASS"} and not FACTS.get("cuda"):
+        pytest.skip(f"there is no nvcc that would do: {FACTS.get('cuda_missing')}")
     done, _ = build(checkout, **{"FUSED_RESNET_CUDA": "1", **env})
     assert done.returncode != 0 and reason in done.stderr
+
+
+def test_a_source_distribution_has_all_that_a_build_needs(checkout, tmp_path_factory):
+    for name in ("MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    folder = tmp_path_factory.mktemp("sdist")
+    command = (sys.executable, "setup.py", "-q", "sdist", "-d", str(folder))
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert sources | {"setup.py", "pyproject.toml"} <= names
 
 
 def test_install_without_a_compiler(checkout):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..backends import cuda_conv
 from ..backends.triton import unavailable as triton_unavailable
 from ..backends.verify import tf32_allowed
 from . import path, triton_chain, triton_conv, triton_stem
@@ -85,8 +86,8 @@ class Gpu:
 
     def _unsupported(self) -> str | None:
         """Why there is nothing to choose between."""
-        if why := triton_unavailable():
-            return f"Triton {why}"
+        if (why := triton_unavailable()) and not cuda_conv.runs_on(chip(self.device)[0]):
+            return f"Triton {why}, and no convolution was compiled for this GPU"
         if self.dtype not in triton_conv.DTYPES:
             return f"they need {', '.join(map(str, triton_conv.DTYPES))}, got {self.dtype}"
         arch = chip(self.device)[0]
