@@ -82,7 +82,23 @@ void chain_out(int64_t instance, const Tensor& x, const Tensor& weight1, const T
   check_bias(op, "bias2", bias2, 256, x);
   conv::Chain chain = {};
   conv::Shape& s = chain.shape;
-  s = {size_of(op, "N", n, 1), size_of(op, "H", h, 1), size_of(op, "W", w, 1), 64, 64, 3, 3, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1};
+  s = {size_of(op, "N", n, 1),
+       size_of(op, "H", h, 1),
+       size_of(op, "W", w, 1),
+       64,
+       64,
+       3,
+       3,
+       1,
+       1,
+       1,
+       1,
+       1,
+       1,
+       0,
+       0,
+       0,
+       1};
   constexpr int64_t most = std::numeric_limits<int32_t>::max() - 512;
   check(s.m() <= most, op, ": needs at most ", most, " output positions, got ", s.m());
 
@@ -114,7 +130,7 @@ void chain_out(int64_t instance, const Tensor& x, const Tensor& weight1, const T
   check_sized_map(op, "y", y, {n, 256, quarter ? (h + 1) / 2 : h, quarter ? (w + 1) / 2 : w}, x);
 
   const std::pair<const char*, std::optional<Tensor>> read[] = {
-      {"x", x},   {"weight1", weight1}, {"bias1", bias1}, {"weight2", weight2}, {"bias2", bias2},
+      {"x", x},   {"weight1", weight1},       {"bias1", bias1},     {"weight2", weight2}, {"bias2", bias2},
       {"x2", x2}, {"projection", projection}, {"weight3", weight3}, {"bias3", bias3}};
   for (const auto& [name, t] : read) {
     check_apart(op, "y", y, name, t);

@@ -71,9 +71,23 @@ struct Call {
     const Pair s = pair_of(op, "stride", stride, 1), p = pair_of(op, "padding", padding, 0);
     const Pair d = pair_of(op, "dilation", dilation, 1);
     const auto size = [&](const Tensor& t, int i) { return size_of(op, "a size", t.size(i), 1); };
-    problem.shape = {size(x, 0),      size(x, 2),      size(x, 3), size(x, 1), size(weight, 0), size(weight, 2),
-                     size(weight, 3), s.h,             s.w,        p.h,        p.w,             d.h,
-                     d.w,             0,               0,          0,          1};
+    problem.shape = {size(x, 0),
+                     size(x, 2),
+                     size(x, 3),
+                     size(x, 1),
+                     size(weight, 0),
+                     size(weight, 2),
+                     size(weight, 3),
+                     s.h,
+                     s.w,
+                     p.h,
+                     p.w,
+                     d.h,
+                     d.w,
+                     0,
+                     0,
+                     0,
+                     1};
     problem.x = x.const_data_ptr();
     problem.weight = weight.const_data_ptr();
   }
@@ -105,8 +119,7 @@ struct Call {
   // A new map [N, K, P, Q] in channels_last order.
   Tensor new_output(const Tensor& x) const {
     const auto [n, k, p, q] = sizes();
-    return torch::stable::transpose(
-        torch::stable::transpose(torch::stable::new_empty(x, {n, p, q, k}), 2, 3), 1, 2);
+    return torch::stable::transpose(torch::stable::transpose(torch::stable::new_empty(x, {n, p, q, k}), 2, 3), 1, 2);
   }
 
   void output(const Tensor& y, const std::optional<Tensor>& residual, bool relu, const Tensor& x) {
@@ -158,7 +171,7 @@ Tensor conv_plan(int64_t instance, std::vector<int64_t> shape, int64_t multiproc
   constexpr int64_t least[17] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1};
   int v[17];
   for (int i = 0; i < 17; ++i) v[i] = size_of(op, "shape", shape[i], least[i]);
-  const Shape s = {v[0], v[1], v[2],  v[3],  v[4],  v[5],  v[6],  v[7], v[8],
+  const Shape s = {v[0], v[1],  v[2],  v[3],  v[4],  v[5],  v[6],  v[7], v[8],
                    v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16]};
   check_shape(op, found, s);
   Tensor bytes = new_on_cpu(1, ScalarType::Long);
@@ -182,13 +195,13 @@ void conv_bias_act_out(int64_t instance, const Tensor& x, const Tensor& weight, 
   call.problem.bias = data<float>(bias);
   call.problem.scale = data<float>(scale);
   const std::pair<const char*, std::optional<Tensor>> read[] = {
-      {"x", x}, {"weight", weight}, {"bias", bias}, {"scale", scale}, {"x2", x2}, {"weight2", weight2},
-      {"workspace", workspace}};
+      {"x", x},   {"weight", weight},   {"bias", bias},          {"scale", scale},
+      {"x2", x2}, {"weight2", weight2}, {"workspace", workspace}};
   for (const auto& [name, t] : read) check_apart(call.op, "out", out, name, t);
-  if (call.problem.residual != call.problem.y) check_apart(call.op, "out", out, "residual, if it is not that", residual);
+  if (call.problem.residual != call.problem.y)
+    check_apart(call.op, "out", out, "residual, if it is not that", residual);
   const Device device(x);
-  const int64_t needed =
-      static_cast<int64_t>(call.instance.workspace(call.problem.shape, device.multiprocessors));
+  const int64_t needed = static_cast<int64_t>(call.instance.workspace(call.problem.shape, device.multiprocessors));
   std::optional<Tensor> space = workspace;
   if (needed && !space.has_value()) space = new_workspace(call, device, x);
   if (needed) {

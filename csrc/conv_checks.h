@@ -57,7 +57,8 @@ inline void check_filter(const char* op, const char* name, const Tensor& t, cons
   check_aligned(op, name, t.const_data_ptr());
 }
 
-inline void check_vector(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& y, bool aligned) {
+inline void check_vector(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& y,
+                         bool aligned) {
   if (!t.has_value()) return;
   check_channels(op, name, *t, y);
   if (aligned) check_aligned(op, name, t->const_data_ptr());
@@ -80,12 +81,11 @@ inline Tensor new_on_cpu(int64_t size, ScalarType dtype) {
   return torch::stable::empty({size}, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-
 // 90: nothing but 9.0 will do.
 inline void check_arch(const char* op, const char* name, int needed, const Device& device) {
   int major = 0, minor = 0;
-  for (const auto& [value, attribute] : {std::pair(&major, cudaDevAttrComputeCapabilityMajor),
-                                         std::pair(&minor, cudaDevAttrComputeCapabilityMinor)})
+  for (const auto& [value, attribute] :
+       {std::pair(&major, cudaDevAttrComputeCapabilityMajor), std::pair(&minor, cudaDevAttrComputeCapabilityMinor)})
     check(cudaDeviceGetAttribute(value, attribute, device.index) == cudaSuccess, op, ": no such CUDA device");
   const int arch = 10 * major + minor;
   check(needed == 90 ? arch == 90 : arch >= needed, op, ": ", name, " cannot run on sm_", arch);

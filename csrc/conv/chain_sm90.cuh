@@ -58,8 +58,15 @@ struct ChainSm90 {
   }
 
   static constexpr ChainInstance instance(const char* name) {
-    return {name, ptx::is_half<T> ? Dtype::half : Dtype::bfloat16, 64 * Following, Segment, Layout::kX, Layout::kY,
-            Layout::kThreads, Layout::kShared, &run};
+    return {name,
+            ptx::is_half<T> ? Dtype::half : Dtype::bfloat16,
+            64 * Following,
+            Segment,
+            Layout::kX,
+            Layout::kY,
+            Layout::kThreads,
+            Layout::kShared,
+            &run};
   }
 };
 

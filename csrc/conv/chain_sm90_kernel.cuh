@@ -1,7 +1,8 @@
 // A bottleneck of 64 middle channels and, at once, the next one's reduce, on Hopper: conv 3x3 -> 1x1 to 256 channels ->
-// shortcut -> ReLU -> (y) -> 1x1 to 64 or 128 channels -> ReLU -> (z). What makes it more than its parts: all weights stay
-// in shared memory (a persistent block reads them once, not once a tile), the 3x3's tile and y's go from one product to
-// the next in registers, and two warp groups work on tiles of their own, so that one multiplies while the other stores.
+// shortcut -> ReLU -> (y) -> 1x1 to 64 or 128 channels -> ReLU -> (z). What makes it more than its parts: all weights
+// stay in shared memory (a persistent block reads them once, not once a tile), the 3x3's tile and y's go from one
+// product to the next in registers, and two warp groups work on tiles of their own, so that one multiplies while the
+// other stores.
 //
 // 64 output positions a tile. Warps 0 and 1 fetch the windows of x for the two groups, warps 2 and 3 the residual, each
 // into a ring of tiles; y and z leave through the residual's ring.

@@ -74,7 +74,8 @@ struct Pixel {
 struct Window {
   int p, q, stride_h, stride_w, pad_h, pad_w;
 
-  // row: below 2^31, and as far beyond the last as a tile reaches. Divisions of 64 bits would cost a hundred instructions.
+  // row: below 2^31, and as far beyond the last as a tile reaches. Divisions of 64 bits would cost a hundred
+  // instructions.
   FUSED_RESNET_HD constexpr Pixel at(int64_t row) const {
     const uint32_t m = static_cast<uint32_t>(row), map = static_cast<uint32_t>(p) * static_cast<uint32_t>(q);
     const uint32_t n = m / map, rest = m - n * map, line = rest / static_cast<uint32_t>(q);

@@ -40,8 +40,7 @@ struct Sm80 {
     p.residual = problem.residual, p.scale = problem.scale, p.bias = problem.bias, p.y = problem.y;
 
     const auto kernel = conv_sm80_kernel<T, TileM, TileN, WarpsM, WarpsN, Stages>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kShared);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kShared);
     if (error != cudaSuccess) return error;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>((p.m + TileM - 1) / TileM * p.tiles_n));
@@ -52,8 +51,8 @@ struct Sm80 {
   }
 
   static constexpr Instance instance(const char* name, Dtype dtype) {
-    return {name, 80, dtype, TileM, TileN, Tile::kTileK, 1, Stages, Tile::kThreads, Tile::kShared, 0,
-            &refuses, &workspace, &run};
+    return {name,          80, dtype,    TileM,      TileN, Tile::kTileK, 1, Stages, Tile::kThreads,
+            Tile::kShared, 0,  &refuses, &workspace, &run};
   }
 };
 

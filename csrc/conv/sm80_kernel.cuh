@@ -30,25 +30,26 @@ template <class T, int TileM, int TileN, int WarpsM, int WarpsN, int Stages>
 struct Sm80Tile {
   static constexpr int kTileK = 32;
   static constexpr int kThreads = 32 * WarpsM * WarpsN;
-  static constexpr int kChunk = 8;                    // values in 16 bytes
-  static constexpr int kChunks = kTileK / kChunk;     // of a row
-  static constexpr int kPass = kThreads / kChunks;    // rows that the threads copy at a time
+  static constexpr int kChunk = 8;                  // values in 16 bytes
+  static constexpr int kChunks = kTileK / kChunk;   // of a row
+  static constexpr int kPass = kThreads / kChunks;  // rows that the threads copy at a time
   static constexpr int kRowsX = TileM / kPass, kRowsW = TileN / kPass;
   static constexpr int kWarpM = TileM / WarpsM, kWarpN = TileN / WarpsN;
   static constexpr int kM = kWarpM / 16, kN = kWarpN / 8;  // matrix instructions of a warp and a sixteenth
   static constexpr int kStage = (TileM + TileN) * kTileK;  // values
   static constexpr int kPitch = TileN + kChunk;            // of a row of y: shifted by 16 bytes, no two meet in a bank
   static constexpr int kShared = (Stages * kStage > TileM * kPitch ? Stages * kStage : TileM * kPitch) * 2;
-  static_assert(sizeof(T) == 2 && kPass % 8 == 0 && TileM % kPass == 0 && TileN % kPass == 0 && kWarpM % 16 == 0 && kWarpN % 16 == 0);
+  static_assert(sizeof(T) == 2 && kPass % 8 == 0 && TileM % kPass == 0 && TileN % kPass == 0 && kWarpM % 16 == 0 &&
+                kWarpN % 16 == 0);
   static_assert(Stages >= 3);
 
-  // Where a chunk of a row lies in a tile of rows of 64 bytes, in bytes. Eight rows further it is 512 bytes further, and
-  // flipping bits of the chunk flips those of the place.
+  // Where a chunk of a row lies in a tile of rows of 64 bytes, in bytes. Eight rows further it is 512 bytes further,
+  // and flipping bits of the chunk flips those of the place.
   __device__ static uint32_t swizzled(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) * 16); }
 };
 
 template <class T, int TileM, int TileN, int WarpsM, int WarpsN, int Stages>
-__global__ void __launch_bounds__(32 * WarpsM * WarpsN, WarpsM * WarpsN > 4 ? 1 : 2)
+__global__ void __launch_bounds__(32 * WarpsM * WarpsN, WarpsM* WarpsN > 4 ? 1 : 2)
     conv_sm80_kernel(const Sm80Params p) {
   using Tile = Sm80Tile<T, TileM, TileN, WarpsM, WarpsN, Stages>;
   unsigned char* const memory = ptx::shared_memory();
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(32 * WarpsM * WarpsN, WarpsM * WarpsN > 4 ? 1 
   // What this thread copies: a chunk of some rows.
   const int chunk = thread % Tile::kChunks, first_row = thread / Tile::kChunks;
   const T* x = static_cast<const T*>(p.x);
-  int offset[Tile::kRowsX];     // of the window's first value, from the tile's first image; the padding before it too
+  int offset[Tile::kRowsX];       // of the window's first value, from the tile's first image; the padding before it too
   uint32_t inside[Tile::kRowsX];  // bit r * columns + s: the tap reads the map
   Part at;
 

@@ -42,7 +42,8 @@ struct Sm90 {
   template <template <class> class F, class... Nodes>
   using Node = cutlass::epilogue::fusion::Sm90EVT<
       cutlass::epilogue::fusion::Sm90Compute<F, float, float, cutlass::FloatRoundStyle::round_to_nearest>, Nodes...>;
-  using Scale = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<cute::_0, bool, int64_t>>;
+  using Scale =
+      cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<cute::_0, bool, int64_t>>;
   using Bias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float>;
   using Scaled = Node<cutlass::homogeneous_multiply_add, Scale, cutlass::epilogue::fusion::Sm90AccFetch, Bias>;
   using Sum = Node<cutlass::homogeneous_multiply_add, cutlass::epilogue::fusion::Sm90ScalarBroadcast<float>,
@@ -61,8 +62,8 @@ struct Sm90 {
       Tile, EpilogueTile, float, float, Element, cutlass::layout::RowMajor, 8, Element, cutlass::layout::RowMajor, 8,
       Act, cutlass::epilogue::Sm90TmaWarpSpecialized<kStagesC, kStagesD, kValuesOfThread, true, false>>::CollectiveOp;
 
-  using Atom = decltype(cute::GMMA::ss_op_selector<Element, Element, float, Tile, cute::GMMA::Major::K,
-                                                   cute::GMMA::Major::K>());
+  using Atom =
+      decltype(cute::GMMA::ss_op_selector<Element, Element, float, Tile, cute::GMMA::Major::K, cute::GMMA::Major::K>());
   using TiledMma = decltype(cute::make_tiled_mma(
       Atom{}, cute::Layout<cute::Shape<cute::Int<kPingpong ? 1 : 2>, cute::_1, cute::_1>>{}));
 
@@ -72,8 +73,8 @@ struct Sm90 {
   static constexpr int kFits = (cutlass::gemm::collective::detail::sm90_smem_capacity_bytes - kRest) / kStageBytes;
   static constexpr int kStages = kFits < 8 ? kFits : 8;
 
-  using Mainloop = Sm90Mainloop<kStages, Element, Tile, Clusters, MainSchedule, TiledMma,
-                                cute::GMMA::Layout_K_SW128_Atom<Element>>;
+  using Mainloop =
+      Sm90Mainloop<kStages, Element, Tile, Clusters, MainSchedule, TiledMma, cute::GMMA::Layout_K_SW128_Atom<Element>>;
   using Scheduler = cute::conditional_t<kStreamK, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>;
   // A name of its own, and a short one: profilers and disassemblers show it.
   struct Kernel : cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler> {

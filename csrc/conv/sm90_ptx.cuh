@@ -51,7 +51,8 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
 __device__ inline void load_im2col(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int w, int h, int n,
                                    int s, int r) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+      "%6}], "
       "[%2], {%7, %8};\n" ::"r"(to),
       "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(static_cast<uint16_t>(s)),
       "h"(static_cast<uint16_t>(r))
@@ -118,15 +119,15 @@ constexpr bool is_half = false;
 template <>
 constexpr bool is_half<__half> = true;
 
-#define FUSED_RESNET_SUMS(d)                                                                                      \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),     \
-      "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),      \
-      "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),     \
+#define FUSED_RESNET_SUMS(d)                                                                                  \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+      "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),  \
+      "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
       "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define FUSED_RESNET_SUMS_NAMED                                                                                  \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "   \
+#define FUSED_RESNET_SUMS_NAMED                                                                                \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define FUSED_RESNET_PRODUCT(type)                                                                               \
+#define FUSED_RESNET_PRODUCT(type) \
   "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FUSED_RESNET_SUMS_NAMED
 
 // d [64, 64] (+)= a [64, 16] * b [64, 16]^T over a warp group, both in shared memory. What a thread has of d: of row
@@ -136,28 +137,30 @@ template <class T>
 __device__ inline void multiply(float (&d)[32], uint64_t a, uint64_t b, bool add) {
   const int adds = add;
   if constexpr (is_half<T>)
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" FUSED_RESNET_PRODUCT("f16") ", %32, %33, p, 1, 1, 0, 0;\n}\n"
-                 : FUSED_RESNET_SUMS(d)
-                 : "l"(a), "l"(b), "r"(adds));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" FUSED_RESNET_PRODUCT("f16") ", %32, %33, p, 1, 1, 0, 0;\n}\n"
+        : FUSED_RESNET_SUMS(d)
+        : "l"(a), "l"(b), "r"(adds));
   else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" FUSED_RESNET_PRODUCT("bf16") ", %32, %33, p, 1, 1, 0, 0;\n}\n"
-                 : FUSED_RESNET_SUMS(d)
-                 : "l"(a), "l"(b), "r"(adds));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" FUSED_RESNET_PRODUCT("bf16") ", %32, %33, p, 1, 1, 0, 0;\n}\n"
+        : FUSED_RESNET_SUMS(d)
+        : "l"(a), "l"(b), "r"(adds));
 }
 
-// The same with a in registers: of the thread's two rows the columns 2 * (lane % 4) and the next (a[0], a[1]), and those
-// eight further (a[2], a[3]).
+// The same with a in registers: of the thread's two rows the columns 2 * (lane % 4) and the next (a[0], a[1]), and
+// those eight further (a[2], a[3]).
 template <class T>
 __device__ inline void multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
   const int adds = add;
   if constexpr (is_half<T>)
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" FUSED_RESNET_PRODUCT("f16")
-                 ", {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" FUSED_RESNET_PRODUCT(
+                     "f16") ", {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
                  : FUSED_RESNET_SUMS(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
   else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" FUSED_RESNET_PRODUCT("bf16")
-                 ", {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n" FUSED_RESNET_PRODUCT(
+                     "bf16") ", {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"
                  : FUSED_RESNET_SUMS(d)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }

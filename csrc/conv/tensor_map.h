@@ -23,10 +23,9 @@ F driver_function(const char* name) {
 inline cudaError_t encode(CUtensorMap& map, const void* data, const Im2col& t, CUtensorMapDataType type) {
   static const auto encode = driver_function<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
   if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
-  const CUresult result =
-      encode(&map, type, 4, const_cast<void*>(data), t.size, t.bytes, t.lower, t.upper, t.channels, t.pixels, t.stride,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(&map, type, 4, const_cast<void*>(data), t.size, t.bytes, t.lower, t.upper, t.channels,
+                                 t.pixels, t.stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -34,9 +33,9 @@ inline cudaError_t encode(CUtensorMap& map, const void* data, const Tiled& t, CU
   static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
   const uint32_t ones[3] = {1, 1, 1};
-  const CUresult result = encode(&map, type, 3, const_cast<void*>(data), t.size, t.bytes, t.box, ones,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, type, 3, const_cast<void*>(data), t.size, t.bytes, t.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

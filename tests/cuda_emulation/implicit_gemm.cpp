@@ -53,7 +53,7 @@ extern "C" {
 int implicit_gemm(const int* v, int tile_m, int tile_n, int cluster, int split, const float* x, const float* weight,
                   const float* x2, const float* weight2, double* y) {
   constexpr int block = 64;
-  const Shape s = {v[0], v[1], v[2],  v[3],  v[4],  v[5],  v[6],  v[7], v[8],
+  const Shape s = {v[0], v[1],  v[2],  v[3],  v[4],  v[5],  v[6],  v[7], v[8],
                    v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16]};
   const Reduction reduction = reduction_of(s, block);
   const Window window = window_of(s), second_window = second_window_of(s);
@@ -85,7 +85,7 @@ int implicit_gemm(const int* v, int tile_m, int tile_n, int cluster, int split, 
 }
 
 const char* tma_refuses_shape(const int* v) {
-  return tma_refuses({v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14],
-                      v[15], v[16]});
+  return tma_refuses(
+      {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16]});
 }
 }

@@ -1,6 +1,6 @@
 // The functions of csrc/conv/sm80_ptx.cuh on the CPU, by the letter of the PTX manual: the layouts of ldmatrix and
-// mma.sync, and copies that happen late (when they are waited for) or, if the machine runs in reverse, at once: a kernel
-// that reads too soon sees NaN, one that overwrites too soon spoils what others still read.
+// mma.sync, and copies that happen late (when they are waited for) or, if the machine runs in reverse, at once: a
+// kernel that reads too soon sees NaN, one that overwrites too soon spoils what others still read.
 
 #pragma once
 

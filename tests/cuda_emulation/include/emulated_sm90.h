@@ -140,8 +140,8 @@ inline void load_im2col(const CUtensorMap* map, uint32_t to, uint32_t barrier, i
       const int column = x + s, line = y + r;
       if (column >= 0 && column < size[1] && line >= 0 && line < size[2] && image >= 0 && image < size[3])
         for (int i = 0; i < 64 && c + i < size[0]; ++i)
-          std::memcpy(row + 2 * i, map->data + 2 * (c + i) + column * m.bytes[0] + line * m.bytes[1] + image * m.bytes[2],
-                      2);
+          std::memcpy(row + 2 * i,
+                      map->data + 2 * (c + i) + column * m.bytes[0] + line * m.bytes[1] + image * m.bytes[2], 2);
       put_row(to, pixel, row);
       x += int(m.stride[1]);
       if (x <= size[1] - 1 + m.upper[0]) continue;
