@@ -376,7 +376,11 @@ class BuildExt(build_ext):
         """What the library says of its convolutions or chains, and ptxas of their registers."""
         import torch
 
-        torch.ops.load_library(folder / OPS_LIBRARY)
+        try:
+            torch.ops.load_library(folder / OPS_LIBRARY)
+        except OSError as error:  # built for another machine than this
+            print(f"fused_resnet: what was compiled is not listed: {error}")
+            return []
         listed = json.loads(bytes(getattr(torch.ops.fused_resnet_cuda, f"{key}_instances")().tolist()))
         reports = [(folder / f"{symbol}.o.ptxas.txt").read_text() for symbol in symbols]
         return [{**instance, **report_of(report)} for instance, report in zip(listed, reports, strict=True)]

@@ -49,7 +49,7 @@ def instances(case: cases.ConvCase) -> list[Candidate]:
     """All instances that can run it, not the most promising alone."""
     if case.device.type != "cuda":
         return [cases.CUDNN]
-    able = cuda_conv.candidates(compiled_conv._sizes(case.args.shape), case.dtype, case.arch, case.sms)
+    able = cuda_conv.candidates(compiled_conv.sizes(case.args.shape), case.dtype, case.arch, case.sms)
     return [Candidate("cuda", i.name, {"instance": i.name}) for i in able]
 
 

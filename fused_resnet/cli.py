@@ -418,14 +418,14 @@ def show_doctor(arguments: argparse.Namespace, console: Console) -> int:
     console.print(table)
 
     table = _plain_table("build")
-    convolutions = found["build"].pop("conv", [])
+    convolutions, chains = found["build"].pop("conv", []), found["build"].pop("chain", [])
     for name, value in found["build"].items():
         table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     if not found["build"]:
         table.add_row("nothing compiled", "pip install builds the compiled part")
     console.print(table)
     if convolutions:
-        console.print(_convolutions_table(convolutions))
+        console.print(_convolutions_table(convolutions + [c | {"arch": 90} for c in chains]))
 
     table = _plain_table("environment variables")
     for name, meaning in doctor.VARIABLES.items():
@@ -435,13 +435,14 @@ def show_doctor(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _convolutions_table(instances: list[dict]) -> Table:
-    table = Table(title="compiled convolutions", title_justify="left")
+    table = Table(title="compiled convolutions and chains", title_justify="left")
     for column in ("tile", "dtype", "runs on", "stages", "threads", "shared KiB", "registers"):
         table.add_column(column)
     for i in instances:
         runs_on = "9.0" if i["arch"] == 90 else "8.0 and newer"
         registers = ", ".join(f"{count} on {arch}" for arch, count in i["registers"].items())
-        sizes = (str(i["stages"]), str(i["threads"]), f"{i['shared_bytes'] / 1024:.0f}")
+        stages = i["stages"] if isinstance(i["stages"], int) else "+".join(map(str, i["stages"]))
+        sizes = (str(stages), str(i["threads"]), f"{i['shared_bytes'] / 1024:.0f}")
         table.add_row(i["name"], i["dtype"], runs_on, *sizes, registers)
     return table
 

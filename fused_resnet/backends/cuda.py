@@ -112,24 +112,9 @@ class _Convolution:
         self.instance, _ = _instance(x, weight, *rest)
         self.format = output_format(x, weight)
 
-    def __call__(
-        self,
-        x,
-        weight,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        eps,
-        residual,
-        stride,
-        padding,
-        dilation,
-        _,
-        relu,
-    ):
-        vectors = _vectors(bn_weight, bn_bias, running_mean, running_var)
-        tensors = (_rows(x), _rows(weight), *vectors, eps, _rows(residual))
+    def __call__(self, x, weight, *rest):
+        *bn, eps, residual, stride, padding, dilation, _, relu = rest
+        tensors = (_rows(x), _rows(weight), *_vectors(*bn), eps, _rows(residual))
         y = torch.ops.fused_resnet_cuda.conv_bn_act(self.instance.index, *tensors, stride, padding, dilation, relu)
         return _laid_out(y, self.format)
 

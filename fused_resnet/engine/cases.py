@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import cudnn
-from ..backends import library as compiled
+from ..backends.library import chip as gpu_chip
 from ..backends.triton import unavailable as triton_unavailable
 from . import compiled_conv, reference, triton_conv, triton_stem
 from .problem import TOLERANCE, Candidate, Case, Problem
@@ -24,7 +24,7 @@ TF32_TOLERANCE = 2e-3  # 10 bits of mantissa in the operands
 
 def chip(device: torch.device) -> tuple[int, int]:
     """(compute capability times ten, SMs) of a GPU; elsewhere, in Triton's interpreter, of an imagined one."""
-    return compiled.chip(device) if device.type == "cuda" else (80, 4)
+    return gpu_chip(device) if device.type == "cuda" else (80, 4)
 
 
 def label(config: dict) -> str:

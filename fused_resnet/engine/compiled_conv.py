@@ -9,7 +9,8 @@ from ..backends import cuda_conv
 from .triton_conv import Conv, Pair
 
 
-def _sizes(shape: Conv) -> cuda_conv.Shape:
+def sizes(shape: Conv) -> cuda_conv.Shape:
+    """The shape as the library counts it."""
     conv = (shape.stride, shape.padding, shape.dilation)
     filter = (shape.k, shape.c, shape.r, shape.s)
     return cuda_conv.shape_of((shape.n, shape.c, shape.h, shape.w), filter, *conv, shape.segment)
@@ -19,7 +20,7 @@ def configs(shape: Conv, dtype: torch.dtype, arch: int, sms: int) -> list[dict]:
     """All that can run it, the most promising first: trying one costs no compilation."""
     if shape.residual and shape.segment:
         return []
-    return [{"instance": i.name} for i in cuda_conv.candidates(_sizes(shape), dtype, arch, sms)]
+    return [{"instance": i.name} for i in cuda_conv.candidates(sizes(shape), dtype, arch, sms)]
 
 
 def label(config: dict) -> str:
@@ -35,7 +36,7 @@ def _instance(config: dict, dtype: torch.dtype) -> cuda_conv.Instance:
 
 def workspace(config: dict, shape: Conv, dtype: torch.dtype, sms: int) -> int:
     """Bytes of workspace that a launch needs."""
-    needed = cuda_conv.plan(_instance(config, dtype).index, _sizes(shape), sms)
+    needed = cuda_conv.plan(_instance(config, dtype).index, sizes(shape), sms)
     if isinstance(needed, str):
         raise RuntimeError(needed)
     return needed
