@@ -29,6 +29,10 @@ POISON = (
 SPOILT = "the CUDA context is spoilt"
 
 
+class Declined(Exception):
+    """This machine or this backend cannot run the case; not a failure."""
+
+
 class Log:
     """The lines of one part in a file that holds those of other parts as well."""
 

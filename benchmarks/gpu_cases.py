@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fused_resnet
 from benchmarks import gpu_conv, gpu_engine
-from benchmarks.caselog import Log, poisoned
+from benchmarks.caselog import Declined, Log, poisoned
 from benchmarks.resnet_shapes import resnet_shapes
 from fused_resnet import backends, doctor, measure
 from fused_resnet.backends import reference, verify
@@ -53,10 +53,6 @@ NORMS = {
     "one-channel": (4, 1, 3, 5, True, True),
 }
 NORMS_OF_A_RESNET = {"layer1": (32, 256, 56, 56, True, True)}
-
-
-class Declined(Exception):
-    """The backend refuses this call; not a failure."""
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -48,8 +48,10 @@ SANITIZED = [
     for backend in ("cuda", "triton")
 ]
 SANITIZED[0:0] = [f"conv/{name}/float16" for name in ("3x3", "3x3-residual", "1x1-segment", "3x3-many-tiles")]
-SANITIZED[0:0] = [f"chain/{name}/float16" for name in ("next-64", "next-128-quarter", "segment-stride2")]
-SANITIZED[11:11] = [
+SANITIZED[0:0] = [
+    f"chain/{name}/float16" for name in ("next-64", "next-128-quarter", "segment-stride2", "several-tiles")
+]
+SANITIZED[12:12] = [
     f"engine-op/{op}/float16"
     for op in ("conv-3x3", "chain-next-quarter", "stem-nchw", "conv-1x1-segment", "chain-segment-stride2", "chain-pool")
 ]

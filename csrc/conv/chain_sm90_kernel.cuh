@@ -40,8 +40,8 @@ struct ChainLayout {
   static constexpr int kRings = (kMost - kWeights) / 2;  // tiles that are left for each group
   static constexpr int kY = kRings >= 5 ? 2 : 1, kX = kRings - kY;
   static constexpr int kFirstX = kWeights, kFirstY = kFirstX + 2 * kX, kTiles = kFirstY + 2 * kY;
-  // Barriers: the weights', then for each group full and empty ones of both rings.
-  static constexpr int kBarriers = 1 + 2 * 2 * (kX + kY);
+  // Barriers: the 3x3's weight, the other weights, then for each group full and empty ones of both rings.
+  static constexpr int kBarriers = 2 + 2 * 2 * (kX + kY);
   static constexpr int kShared = kTiles * ptx::kTileBytes + kBarriers * 8;
   static constexpr int kThreads = 384;
   static_assert(kX >= 2 && kShared <= 227 * 1024);
@@ -68,14 +68,15 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
   const uint32_t barriers = tile_at(Layout::kTiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = warp < 4 ? warp % 2 : warp / 4 - 1;
-  const uint32_t full_x = barriers + 8 + group * 16 * (kX + kY), empty_x = full_x + 8 * kX;
+  const uint32_t full_x = barriers + 16 + group * 16 * (kX + kY), empty_x = full_x + 8 * kX;
   const uint32_t full_y = empty_x + 8 * kX, empty_y = full_y + 8 * kY;
   const int ring_x = Layout::kFirstX + group * kX, ring_y = Layout::kFirstY + group * kY;
 
   if (threadIdx.x == 0) {
     ptx::init_barrier(barriers, 1);
+    ptx::init_barrier(barriers + 8, 1);
     for (int i = 0; i < 2; ++i) {
-      const uint32_t first = barriers + 8 + i * 16 * (kX + kY);
+      const uint32_t first = barriers + 16 + i * 16 * (kX + kY);
       for (int j = 0; j < 2 * (kX + kY); ++j) {
         const bool fills = j < kX || (j >= 2 * kX && j < 2 * kX + kY);
         ptx::init_barrier(first + 8 * j, fills ? 1 : 4);  // a producer's thread, or a group's four warps
@@ -90,13 +91,16 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
     ptx::keep_registers<40>();
     if (lane != 0) return;
     if (warp == 0) {
-      ptx::arrive_and_expect(barriers, Layout::kWeights * ptx::kTileBytes);
+      ptx::arrive_and_expect(barriers, Layout::kTaps * ptx::kTileBytes);
       for (int i = 0; i < Layout::kTaps; ++i) ptx::load_tiled(&p.weight1, tile_at(i), barriers, 0, i, 0);
+    } else if (warp == 2) {
+      const uint32_t others = barriers + 8;
+      ptx::arrive_and_expect(others, (Layout::kWeights - Layout::kTaps) * ptx::kTileBytes);
       for (int i = 0; i < Layout::kOut; ++i) {
-        ptx::load_tiled(&p.weight2, tile_at(Layout::kWeight2 + i), barriers, 0, 0, 64 * i);
-        if (Segment) ptx::load_tiled(&p.projection, tile_at(Layout::kProjection + i), barriers, 0, 0, 64 * i);
+        ptx::load_tiled(&p.weight2, tile_at(Layout::kWeight2 + i), others, 0, 0, 64 * i);
+        if (Segment) ptx::load_tiled(&p.projection, tile_at(Layout::kProjection + i), others, 0, 0, 64 * i);
         for (int f = 0; f < Following; ++f)
-          ptx::load_tiled(&p.weight3, tile_at(Layout::kWeight3 + f * Layout::kOut + i), barriers, 64 * i, 0, 64 * f);
+          ptx::load_tiled(&p.weight3, tile_at(Layout::kWeight3 + f * Layout::kOut + i), others, 64 * i, 0, 64 * f);
       }
     }
     if (warp < 2) {
@@ -115,7 +119,10 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
       }
     } else {
       Ring<kY> ring;
-      for (int tile = first_tile; tile < p.tiles; tile += step)
+      for (int tile = first_tile; tile < p.tiles; tile += step) {
+        // With one place, a load begins when the one before has been used: at least from L2.
+        if (kY == 1 && p.has_residual)
+          for (int i = 0; i < Layout::kOut; ++i) ptx::prefetch_tiled(&p.residual, 64 * i, 0, 64 * tile);
         for (int i = 0; i < Layout::kOut + Following; ++i, ring.advance()) {
           ptx::wait(empty_y + 8 * ring.at, ring.phase ^ 1);
           const uint32_t full = full_y + 8 * ring.at;
@@ -126,6 +133,7 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
           ptx::arrive_and_expect(full, ptx::kTileBytes);
           ptx::load_tiled(&p.residual, tile_at(ring_y + ring.at), full, 64 * i, 0, 64 * tile);
         }
+      }
     }
     return;
   }
@@ -196,23 +204,27 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
       const int r = row + 8 * half;
       return reinterpret_cast<uint32_t*>(y + r * 128 + ((j ^ (r & 7)) * 16) + pair * 2);
     };
-    const auto store = [&](const unsigned char* y, void* map, int channels, int first, bool all) {
+    // From the ring to rows of y or z. The place is free as soon as it is in registers.
+    const auto store = [&](const unsigned char* from, void* map, int channels, int first, bool all) {
       ptx::barrier_of(1 + group, 128);
+      uint4 lines[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = copied_row + 16 * i;
-        const int64_t m = all ? int64_t{64} * tile + r : to[i];
-        if (all ? m < p.m : m >= 0)
-          *reinterpret_cast<uint4*>(static_cast<T*>(map) + m * channels + first + 8 * chunk) =
-              *reinterpret_cast<const uint4*>(y + r * 128 + ((chunk ^ (r & 7)) * 16));
+        lines[i] = *reinterpret_cast<const uint4*>(from + r * 128 + ((chunk ^ (r & 7)) * 16));
       }
-    };
-    const auto leave_y = [&] {
-      ptx::fence_shared_writes();
+      if (!Segment && p.has_residual) ptx::fence_shared_writes();
       release(empty_y + 8 * from_y.at);
       from_y.advance();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t m = all ? int64_t{64} * tile + copied_row + 16 * i : to[i];
+        if (all ? m < p.m : m >= 0)
+          ptx::store_16_bytes(static_cast<T*>(map) + m * channels + first + 8 * chunk, lines[i]);
+      }
     };
 
+    ptx::wait(barriers + 8, 0);
 #pragma unroll 1
     for (int out = 0; out < Layout::kOut; ++out) {
       ptx::pin(h);
@@ -228,24 +240,31 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
                            ptx::operand(tile_at(Layout::kProjection + out), part), true);
       }
       ptx::commit_products();
+      float2 bias[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) bias[j] = *reinterpret_cast<const float2*>(p.bias2 + 64 * out + 8 * j + pair);
       ptx::wait(full_y + 8 * from_y.at, from_y.phase);
+      unsigned char* const y = memory + (ring_y + from_y.at) * ptx::kTileBytes;
+      uint32_t values[4][4];  // of the shortcut, all of them before the first is overwritten; then of y
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          values[j / 2][j % 2 * 2 + half] = !Segment && p.has_residual ? *place_of(y, j, half) : 0u;
       ptx::wait_for_products<0>();
       ptx::pin(sum);
 
-      unsigned char* const y = memory + (ring_y + from_y.at) * ptx::kTileBytes;
-      uint32_t values[4][4];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 bias = *reinterpret_cast<const float2*>(p.bias2 + 64 * out + 8 * j + pair);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          uint32_t* const place = place_of(y, j, half);
-          float2 more = bias;
-          if (!Segment && p.has_residual) {
-            const float2 shortcut = ptx::unpack(*place, T{});
-            more = {bias.x + shortcut.x, bias.y + shortcut.y};
+          uint32_t& value = values[j / 2][j % 2 * 2 + half];
+          float2 more = bias[j];
+          if (!Segment) {
+            const float2 shortcut = ptx::unpack(value, T{});
+            more = {more.x + shortcut.x, more.y + shortcut.y};
           }
-          *place = values[j / 2][j % 2 * 2 + half] = activated(sum, j, half, more, p.floor);
+          *place_of(y, j, half) = value = activated(sum, j, half, more, p.floor);
         }
       }
       if constexpr (Following > 0) {
@@ -269,7 +288,6 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
 #pragma unroll
         for (int f = 0; f < Following; ++f) ptx::pin(reduced[f]);
       }
-      leave_y();
     }
     if (Segment) {
       release(empty_x + 8 * from_x.at);
@@ -287,7 +305,6 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
         for (int half = 0; half < 2; ++half) *place_of(z, j, half) = activated(reduced[f], j, half, bias, 0.0f);
       }
       store(z, p.z, 64 * Following, 64 * f, true);
-      leave_y();
     }
   }
 }

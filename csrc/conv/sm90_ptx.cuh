@@ -68,6 +68,12 @@ __device__ inline void load_tiled(const CUtensorMap* map, uint32_t to, uint32_t 
       : "memory");
 }
 
+// The same into L2 alone: what will soon be loaded.
+__device__ inline void prefetch_tiled(const CUtensorMap* map, int c, int tap, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];\n" ::"l"(map), "r"(c), "r"(tap), "r"(row)
+               : "memory");
+}
+
 // What this thread wrote to shared memory comes before what the accelerator will write there.
 __device__ inline void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 

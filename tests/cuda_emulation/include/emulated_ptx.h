@@ -96,6 +96,11 @@ float2 unpack(uint32_t pair, T) {
   return {value<T>(pair, 0), value<T>(pair, 1)};
 }
 
+inline void store_16_bytes(void* to, const uint4& value) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("a store to a misaligned address");
+  std::memcpy(to, &value, 16);
+}
+
 inline float at_least(float value, float floor) { return value < floor ? floor : value; }
 
 }  // namespace fused_resnet::ptx

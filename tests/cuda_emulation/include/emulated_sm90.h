@@ -169,6 +169,10 @@ inline void load_tiled(const CUtensorMap* map, uint32_t to, uint32_t barrier, in
   });
 }
 
+inline void prefetch_tiled(const CUtensorMap* map, int, int, int) {
+  if (map->im2col) emulation::fail("an im2col map in tiled mode");
+}
+
 inline std::array<emulation::Barrier, 16> named;
 
 inline void barrier_of(int id, int threads) { emulation::wait(named[id], threads); }
