@@ -17,7 +17,7 @@ from benchmarks.caselog import Declined
 from benchmarks.resnet_shapes import resnet_shapes
 from fused_resnet import measure
 from fused_resnet.backends import cuda_conv
-from fused_resnet.engine import cases, chain_cases, compiled_conv
+from fused_resnet.engine import cases, chain_cases
 from fused_resnet.engine.guard import Verifier
 from fused_resnet.engine.problem import Candidate
 
@@ -47,11 +47,8 @@ def _case(facts: dict, dtype: str, device: torch.device) -> cases.ConvCase:
 
 
 def instances(case: cases.ConvCase) -> list[Candidate]:
-    """All instances that can run it, not the most promising alone."""
-    if case.device.type != "cuda":
-        return [cases.CUDNN]
-    able = cuda_conv.candidates(compiled_conv.sizes(case.args.shape), case.dtype, case.arch, case.sms)
-    return [Candidate("cuda", i.name, {"instance": i.name}) for i in able]
+    """All instances that can run it."""
+    return case.compiled() if case.device.type == "cuda" else [cases.CUDNN]
 
 
 @torch.no_grad()

@@ -189,9 +189,8 @@ def _networks(name: str, dtype: str, sizes, device) -> dict:
                 shape = (batch, 3, *(size if isinstance(size, tuple) else (size, size)))
                 x, other = (_input(shape, seed, device, dtype) for seed in (0, 1))
                 fast = fast or fused_resnet.optimize_for_inference(model, x, tune="cached")
-                found[f"{list(shape)} {'long' if way[0] else 'short'} {way[1]}"] = _parity(model, fast, x, dtype)[
-                    "error"
-                ]
+                key = f"{list(shape)} {'long' if way[0] else 'short'} {way[1]}"
+                found[key] = _parity(model, fast, x, dtype)["error"]
                 y, kept = fast(x), None
                 kept = y.clone()
                 _parity(model, fast, other, dtype)  # a replay with other numbers

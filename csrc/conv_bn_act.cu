@@ -28,12 +28,6 @@ const std::vector<const Instance*>& instances() {
   return all;
 }
 
-const Instance& instance_of(const char* op, int64_t index) {
-  const int64_t count = static_cast<int64_t>(instances().size());
-  check(index >= 0 && index < count, op, ": instance must be below ", count, ", got ", index);
-  return *instances()[index];
-}
-
 // Raises the reason if the instance cannot run the shape.
 void check_shape(const char* op, const Instance& instance, const Shape& s) {
   const std::pair<const char*, int> channels[] = {{"C", s.c}, {"K", s.k}, {"C2", s.c2}};
@@ -41,13 +35,9 @@ void check_shape(const char* op, const Instance& instance, const Shape& s) {
     check(count % 8 == 0, op, ": needs channels that are a multiple of 8, got ", name, " = ", count);
   check(s.p() > 0 && s.q() > 0, op, ": needs a non-empty output, got ", s.p(), "x", s.q());
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  check(s.m() <= most - 512, op, ": needs at most ", most - 512, " output positions, got ", s.m());
+  check_positions(op, s);
   check(int64_t{s.r} * s.s * s.c <= most / s.k, op, ": needs a weight of at most ", most, " values");
   check((int64_t{s.r} * s.s * ((s.c + 63) / 64) + (s.c2 + 63) / 64) * 64 <= most, op, ": needs a shorter reduction");
-  if (s.c2) {
-    const int p = Shape::outputs(s.h2, 1, s.stride2, 0, 1), q = Shape::outputs(s.w2, 1, s.stride2, 0, 1);
-    check(p == s.p() && q == s.q(), op, ": x2 must have ", s.p(), "x", s.q(), " positions, got ", p, "x", q);
-  }
   const char* reason = instance.refuses(s);
   check(reason == nullptr, op, ": ", instance.name, " cannot run ", reason ? reason : "");
 }
@@ -57,14 +47,12 @@ struct Call {
   const Instance& instance;
   conv::Problem problem = {};
 
-  Call(const char* op, int64_t index) : op(op), instance(instance_of(op, index)) {}
+  Call(const char* op, int64_t index) : op(op), instance(instance_of(op, instances(), index)) {}
 
   // Everything but the vectors and y.
   void input(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
              const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
-    const ScalarType dtype = instance.dtype == conv::Dtype::half ? ScalarType::Half : ScalarType::BFloat16;
-    check(x.scalar_type() == dtype, op, ": ", instance.name, " needs x in ", torch::headeronly::toString(dtype),
-          ", got ", torch::headeronly::toString(x.scalar_type()));
+    check_dtype_of(op, instance, x);
     check_map(op, "x", x);
     check_aligned(op, "x", x.const_data_ptr());
     check_filter(op, "weight", weight, x);
@@ -151,22 +139,19 @@ Tensor conv_instances() {
   const char* separator = "[";
   for (const Instance* i : instances()) {
     json << separator << "{\"name\": \"" << i->name << "\", \"arch\": " << i->arch << ", \"dtype\": \""
-         << (i->dtype == conv::Dtype::half ? "float16" : "bfloat16") << "\", \"tile\": [" << i->tile_m << ", "
+         << name_of(i->dtype) << "\", \"tile\": [" << i->tile_m << ", "
          << i->tile_n << ", " << i->tile_k << "], \"cluster\": " << i->cluster_m << ", \"stages\": " << i->stages
          << ", \"threads\": " << i->threads << ", \"shared_bytes\": " << i->shared_bytes
          << ", \"splits\": " << (i->splits ? "true" : "false") << "}";
     separator = ", ";
   }
-  const std::string text = instances().empty() ? "[]" : json.str() + "]";
-  Tensor bytes = new_on_cpu(static_cast<int64_t>(text.size()), ScalarType::Byte);
-  text.copy(static_cast<char*>(bytes.mutable_data_ptr()), text.size());
-  return bytes;
+  return bytes_of(instances().empty() ? "[]" : json.str() + "]");
 }
 
 Tensor conv_plan(int64_t instance, std::vector<int64_t> shape, int64_t multiprocessors) {
   const char* op = "conv_plan";
   check(shape.size() == 17, op, ": shape must be 17 numbers, got ", shape.size());
-  const Instance& found = instance_of(op, instance);
+  const Instance& found = instance_of(op, instances(), instance);
   // What may be 0: padding, and all of the second segment but its stride.
   constexpr int64_t least[17] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1};
   int v[17];

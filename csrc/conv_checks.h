@@ -6,9 +6,11 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "conv/instance.h"
 #include "launch.h"
 
 namespace fused_resnet {
@@ -77,8 +79,40 @@ inline void check_apart(const char* op, const char* name, const Tensor& out, con
   check(last <= other_first || other_last <= first, op, ": ", name, " must not overlap ", other_name);
 }
 
+// One of those that were compiled, by its index.
+template <class Instance>
+const Instance& instance_of(const char* op, const std::vector<const Instance*>& all, int64_t index) {
+  const int64_t count = static_cast<int64_t>(all.size());
+  check(index >= 0 && index < count, op, ": instance must be below ", count, ", got ", index);
+  return *all[index];
+}
+
+inline const char* name_of(conv::Dtype dtype) { return dtype == conv::Dtype::half ? "float16" : "bfloat16"; }
+
+template <class Instance>
+void check_dtype_of(const char* op, const Instance& instance, const Tensor& x) {
+  const ScalarType dtype = instance.dtype == conv::Dtype::half ? ScalarType::Half : ScalarType::BFloat16;
+  check(x.scalar_type() == dtype, op, ": ", instance.name, " needs x in ", torch::headeronly::toString(dtype),
+        ", got ", torch::headeronly::toString(x.scalar_type()));
+}
+
+// Output positions that 32 bits count, and a second segment of as many.
+inline void check_positions(const char* op, const conv::Shape& s) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max() - 512;
+  check(s.m() <= most, op, ": needs at most ", most, " output positions, got ", s.m());
+  if (!s.c2) return;
+  const int p = conv::Shape::outputs(s.h2, 1, s.stride2, 0, 1), q = conv::Shape::outputs(s.w2, 1, s.stride2, 0, 1);
+  check(p == s.p() && q == s.q(), op, ": x2 must have ", s.p(), "x", s.q(), " positions, got ", p, "x", q);
+}
+
 inline Tensor new_on_cpu(int64_t size, ScalarType dtype) {
   return torch::stable::empty({size}, dtype, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+inline Tensor bytes_of(const std::string& text) {
+  Tensor bytes = new_on_cpu(static_cast<int64_t>(text.size()), ScalarType::Byte);
+  text.copy(static_cast<char*>(bytes.mutable_data_ptr()), text.size());
+  return bytes;
 }
 
 // 90: nothing but 9.0 will do.

@@ -3,6 +3,7 @@ tensors."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 import subprocess
@@ -39,6 +40,15 @@ def emulated_machine(tmp_path_factory, *sources: Path):
     emulate = ctypes.CDLL(str(library)).emulate
     emulate.argtypes = [ctypes.c_int, ctypes.c_bool]
     return emulate
+
+
+@contextlib.contextmanager
+def nan_filled():
+    """What torch.empty gives is NaN meanwhile."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def between_nans(t, misaligned=False):

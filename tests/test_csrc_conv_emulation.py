@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet.backends import reference
-from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error
+from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error, nan_filled
 
 HALF, BFLOAT, HALF_128x64, HALF_128x128, HALF_256x128 = range(5)  # conv_instances.h
 ONE, TWO, ZERO = (1, 1), (2, 2), (0, 0)
@@ -25,13 +25,11 @@ def machine(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nan_filled(machine):
+def fresh(machine):
     machine(4, False)
     torch.manual_seed(0)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
-    yield
-    torch.use_deterministic_algorithms(before)
+    with nan_filled():
+        yield
 
 
 def dtype_of(instance):

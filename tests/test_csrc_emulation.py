@@ -11,7 +11,7 @@ import torch
 
 from fused_resnet.backends import cuda, reference
 from fused_resnet.backends.layout import output_format
-from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error
+from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error, nan_filled
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -38,13 +38,11 @@ def machine(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def nan_filled(machine):
+def fresh(machine):
     machine(4, False)
     torch.manual_seed(0)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
-    yield
-    torch.use_deterministic_algorithms(before)
+    with nan_filled():
+        yield
 
 
 def bound(dtype):

@@ -32,7 +32,7 @@ struct Sm80 {
     p.window = window_of(s);
     p.second_window = second_window_of(s);
     p.m = s.m();
-    p.n = s.n, p.h = s.h, p.w = s.w, p.c = s.c, p.h2 = s.h2, p.w2 = s.w2, p.k = s.k;
+    p.h = s.h, p.w = s.w, p.c = s.c, p.h2 = s.h2, p.w2 = s.w2, p.k = s.k;
     p.dilation_h = s.dilation_h, p.dilation_w = s.dilation_w;
     p.tiles_n = ceil_div(s.k, TileN);
     p.floor = problem.relu ? 0.0f : -std::numeric_limits<float>::infinity();

@@ -17,7 +17,7 @@ struct Sm80Params {
   Reduction reduction;
   Window window, second_window;
   int64_t m;
-  int n, h, w, c, h2, w2, k;
+  int h, w, c, h2, w2, k;
   int dilation_h, dilation_w;
   int tiles_n;
   float floor;  // of y: 0 after a ReLU, else -inf

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels.tiles import ceil_div
 from . import library
+from .layout import conv_map_size
 
 Shape = tuple[int, ...]
 DTYPES = (torch.float16, torch.bfloat16)
@@ -150,11 +151,7 @@ def _cost(instance: Instance, shape: Shape, sms: int) -> float:
 def positions(shape: Shape) -> int:
     """Rows of the implicit GEMM."""
     n, h, w, _, _, r, s, *conv = shape
-    stride, padding, dilation = conv[:2], conv[2:4], conv[4:6]
-    p, q = (
-        (size + 2 * pad - d * (k - 1) - 1) // step + 1
-        for size, k, step, pad, d in zip((h, w), (r, s), stride, padding, dilation, strict=True)
-    )
+    p, q = conv_map_size((h, w), (r, s), conv[:2], conv[2:4], conv[4:6])
     return n * p * q
 
 

@@ -22,10 +22,12 @@ def output_format(*tensors: Tensor) -> torch.memory_format:
 
 def conv_output_size(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
     """[N, K, P, Q] of a 2-D convolution of x: [N, C, H, W] with weight: [K, C/groups, R, S]."""
-    maps = [
-        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
-    return [x.shape[0], weight.shape[0], *maps]
+    return [x.shape[0], weight.shape[0], *conv_map_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)]
+
+
+def conv_map_size(size, kernel, stride, padding, dilation) -> list[int]:
+    """[P, Q] for maps of size (H, W); all of them pairs."""
+    return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
 
 
 def as_channels(v: Tensor) -> Tensor:

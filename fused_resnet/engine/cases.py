@@ -167,7 +167,7 @@ class ConvCase(EngineCase):
 
     def compiled(self) -> list[Candidate]:
         configs = compiled_conv.configs(self.args.shape, self.dtype, self.arch, self.sms)
-        return [Candidate("cuda", compiled_conv.label(c), c) for c in configs] if self.device.type == "cuda" else []
+        return [Candidate("cuda", c["instance"], c) for c in configs] if self.device.type == "cuda" else []
 
     def candidates(self) -> list[Candidate]:
         found = super().candidates() + self.compiled()

@@ -23,10 +23,6 @@ def configs(shape: Conv, dtype: torch.dtype, arch: int, sms: int) -> list[dict]:
     return [{"instance": i.name} for i in cuda_conv.candidates(sizes(shape), dtype, arch, sms)]
 
 
-def label(config: dict) -> str:
-    return config["instance"]
-
-
 def _instance(config: dict, dtype: torch.dtype) -> cuda_conv.Instance:
     for instance in cuda_conv.instances():
         if instance.name == config["instance"] and instance.dtype is dtype:

@@ -1,9 +1,8 @@
 // Registers the launcher of csrc/chain.cu, compiled against the stand-ins beside this file, for CPU tensors.
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include "emulated_shim.h"
 #include "emulated_sm90.h"
 //
 #include "chain.h"
@@ -22,24 +21,6 @@ FUSED_RESNET_EMULATED_CHAIN(kBfloatChain64, __nv_bfloat16, 1, false)
 
 }  // namespace fused_resnet::conv
 
-extern "C" {
-
-// The compiler renames the shim's functions to these.
-AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
-  *guard = nullptr;
-  return 0;
-}
-
-AOTITorchError emulated_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
-
-__attribute__((visibility("default"))) void emulate(int multiprocessors, bool reversed) {
-  emulation::multiprocessors = multiprocessors;
-  emulation::reversed = reversed;
-  emulation::capability = 9;
-}
-}
+const bool is_hopper = (emulation::capability = 9);
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) { m.impl("chain_out", TORCH_BOX(&fused_resnet::chain_out)); }

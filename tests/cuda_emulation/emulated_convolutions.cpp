@@ -1,10 +1,10 @@
 // Registers the launchers of csrc/conv_bn_act.cu, compiled against the stand-in runtime beside this file, for CPU
 // tensors; with a few of setup.py's convolutions for sm_80.
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include "emulated_shim.h"
+//
 #include "conv/sm80.cuh"
 #include "conv_bn_act.h"
 
@@ -21,25 +21,6 @@ FUSED_RESNET_EMULATED_INSTANCE(kHalf128x128, __half, half, 128, 128, 2, 2, 4)
 FUSED_RESNET_EMULATED_INSTANCE(kHalf256x128, __half, half, 256, 128, 4, 2, 3)
 
 }  // namespace fused_resnet::conv
-
-extern "C" {
-
-// The compiler renames the shim's functions to these.
-AOTITorchError emulated_create_device_guard(int32_t, DeviceGuardHandle* guard) {
-  *guard = nullptr;
-  return 0;
-}
-
-AOTITorchError emulated_get_current_cuda_stream(int32_t, void** stream) {
-  *stream = nullptr;
-  return 0;
-}
-
-__attribute__((visibility("default"))) void emulate(int multiprocessors, bool reversed) {
-  emulation::multiprocessors = multiprocessors;
-  emulation::reversed = reversed;
-}
-}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
