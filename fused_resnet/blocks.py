@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from . import training
 from .functional import batch_norm_act, conv_bn_act, uses_batch_statistics
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
@@ -25,11 +26,16 @@ class FusedBasicBlock(BasicBlock):
 
     The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
     dilation=1, norm_layer=None. forward: x [N, inplanes, H, W] -> [N, planes, H/stride, W/stride], any float dtype.
+    memory, an attribute: "lean" keeps only x for the backward and computes the rest again (`swap_blocks` sets it).
     """
+
+    memory = "default"
 
     def forward(self, x: Tensor) -> Tensor:
         if unfusable(self) is not None or _recorded(x):
             return super().forward(x)
+        if _on_batch_statistics(self):
+            return _trained(x, self)
         out = _conv_bn(x, self.conv1, self.bn1)
         return _conv_bn(out, self.conv2, self.bn2, _shortcut(x, self, out))
 
@@ -39,14 +45,60 @@ class FusedBottleneck(Bottleneck):
 
     The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
     dilation=1, norm_layer=None. forward: x [N, inplanes, H, W] -> [N, 4 * planes, H/stride, W/stride], any float dtype.
+    memory, an attribute: "lean" keeps only x for the backward and computes the rest again (`swap_blocks` sets it).
     """
+
+    memory = "default"
 
     def forward(self, x: Tensor) -> Tensor:
         if unfusable(self) is not None or _recorded(x):
             return super().forward(x)
+        if _on_batch_statistics(self):
+            return _trained(x, self)
         out = _conv_bn(x, self.conv1, self.bn1)
         out = _conv_bn(out, self.conv2, self.bn2)
         return _conv_bn(out, self.conv3, self.bn3, _shortcut(x, self, out))
+
+
+def _on_batch_statistics(block: nn.Module) -> bool:
+    """Whether all of a block's own batch norms use the batch's statistics, of this process alone."""
+    norms = [block._modules[name] for name in PARTS[_kind(block)][1::2]]
+    return all(map(_on_own_batch, norms))
+
+
+def _on_own_batch(bn: nn.Module) -> bool:
+    return uses_batch_statistics(bn) and not _needs_collective(bn)
+
+
+def _kind(block: nn.Module) -> type[nn.Module]:
+    return Bottleneck if isinstance(block, Bottleneck) else BasicBlock
+
+
+def _trained(x: Tensor, block: nn.Module) -> Tensor:
+    if block.memory not in training.MEMORY:
+        raise ValueError(f"memory: expected 'default' or 'lean', got {block.memory!r}")
+
+    def run(x: Tensor, statistics: training.Statistics) -> Tensor:
+        *first, conv, bn = (block._modules[name] for name in PARTS[_kind(block)])
+        out, norm = x, training.NOTHING
+        for i in range(0, len(first), 2):
+            out, norm = training.convolve(out, norm, first[i], first[i + 1], statistics)
+        shortcut = _shortcut(x, block, out, statistics)
+        return training.normalised(out, norm, conv, bn, shortcut, statistics)
+
+    if block.memory == "lean" and not_lean(block) is None:
+        return training.lean(run, x)
+    return run(x, training.Statistics())
+
+
+def not_lean(block: nn.Module) -> str | None:
+    """Why a block whose memory is "lean" keeps what others keep; None if it does not: no module may run twice."""
+    if block.downsample is None:
+        return None
+    reason = projection_unfusable(block.downsample)
+    if reason is None and _needs_collective(block.downsample[1]):
+        reason = "its batch norm is synchronized"
+    return reason and f"downsample: {reason}"
 
 
 def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -73,7 +125,9 @@ def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None 
     )
 
 
-def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor:
+def _shortcut(
+    x: Tensor, block: nn.Module, out: Tensor, statistics: training.Statistics | None = None
+) -> Tensor:
     """What is added to the last convolution's result, whose maps are as large as those of `out`."""
     downsample = block.downsample
     if downsample is None:
@@ -84,7 +138,10 @@ def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor:
     if projection_unfusable(downsample) is not None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
         return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
-    return _conv_bn(x, downsample[0], downsample[1], relu=False)
+    conv, bn = downsample
+    if statistics is not None and _on_own_batch(bn):
+        return training.normalised(x, training.NOTHING, conv, bn, None, statistics, relu=False)
+    return _conv_bn(x, conv, bn, relu=False)
 
 
 def _recorded(x: Tensor) -> bool:
@@ -114,7 +171,7 @@ def unfusable(block: nn.Module) -> str | None:
     """Why a block must run torchvision's forward, or None if its convolutions, BNs and ReLU may be fused."""
     if _module._has_any_global_hook():
         return "a global module hook is registered"
-    parts = PARTS[Bottleneck if isinstance(block, Bottleneck) else BasicBlock]
+    parts = PARTS[_kind(block)]
     modules = block._modules
     for name in parts:
         reason = _unfusable_conv(modules[name]) if name[0] == "c" else _unfusable_norm(modules[name])

@@ -103,12 +103,17 @@ def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, 
             x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, residual, relu, False
         )
     mean, var = _ops.bn_stats.default(x)
+    update_running_stats(bn, x, mean, var)
+    return _ops.bn_act.default(x, mean, var, bn.weight, bn.bias, bn.eps, residual, relu, True)
+
+
+def update_running_stats(bn: nn.Module, x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """What `bn` does to its buffers in training, for a batch x: [N, C, H, W] with these statistics (var: biased)."""
     if bn.training and bn.track_running_stats and bn.running_mean is not None:
         count = x.shape[0] * x.shape[2] * x.shape[3]
         _ops.update_running_stats_.default(
             bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, count, bn.momentum
         )
-    return _ops.bn_act.default(x, mean, var, bn.weight, bn.bias, bn.eps, residual, relu, True)
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:

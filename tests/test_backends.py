@@ -694,13 +694,13 @@ def test_a_large_batch_is_sampled(monkeypatch, trial):
 def test_nothing_is_judged_while_a_cuda_graph_is_captured(trial, monkeypatch, caplog):
     fake = trial()
     args = conv_args().args
-    monkeypatch.setattr(verify, "_capturing", lambda device: True)
+    monkeypatch.setattr(verify, "capturing", lambda device: True)
     torch.testing.assert_close(conv_bn_act(*args), reference.conv_bn_act(*args))
     assert not fake.calls and not verify._verdicts
     assert "a CUDA graph is being captured (call once before the capture)" in caplog.text
-    monkeypatch.setattr(verify, "_capturing", lambda device: False)
+    monkeypatch.setattr(verify, "capturing", lambda device: False)
     conv_bn_act(*args)
-    monkeypatch.setattr(verify, "_capturing", lambda device: True)
+    monkeypatch.setattr(verify, "capturing", lambda device: True)
     fake.calls.clear()
     conv_bn_act(*args)
     assert fake.calls == ["conv_bn_act"]
@@ -751,7 +751,7 @@ def test_pytorchs_own_kernels_serve_where_nothing_can_be_compared(trial, monkeyp
     monkeypatch.setitem(backends.ORDER, "cpu", (first, own))
     args = conv_args().args
     if why == "capture":
-        monkeypatch.setattr(verify, "_capturing", lambda device: True)
+        monkeypatch.setattr(verify, "capturing", lambda device: True)
     else:
         out_of_memory = raising(torch.OutOfMemoryError)
         monkeypatch.setattr(verify, "_judge", lambda candidate, op, args, limit: out_of_memory(op, None, args))

@@ -9,7 +9,7 @@ and, if it likes,
     prepare(op, *args)  a function for this call and for all like it
 
 An automatic choice takes the first that has no such reason; on a GPU a kernel is compared with the reference, once a
-signature (verify.py), before it is trusted. A forced choice (`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs
+signature (verify.py), before it is trusted, and of the ops in MEASURED the fastest that agreed serves (fastest.py). A forced choice (`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs
 that backend or raises its reason.
 """
 
@@ -23,12 +23,14 @@ from collections.abc import Callable
 import torch
 
 from . import cpu, cuda, cudnn, reference, triton
-from .verify import objection, prepare, tf32_allowed
+from .fastest import fastest
+from .verify import capturing, objection, prepare, tf32_allowed
 
 logger = logging.getLogger("fused_resnet")
 
 BACKENDS = {b.NAME: b for b in (cuda, triton, cudnn, cpu, reference)}
 ORDER = {"cuda": (cuda, triton, cudnn), "cpu": (cpu,)}
+MEASURED = {"bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd"}
 TRUSTED = {cpu}  # PyTorch's own kernels, probed once; all others are compared with the reference first
 ENVIRONMENT = "FUSED_RESNET_BACKEND"
 MOST_READY = 4096  # kinds of calls remembered: more than a network has, fewer than an endless stream of sizes brings
@@ -122,18 +124,27 @@ def _choose(op: str, args: tuple):
         if reason := refuses(chosen, op, args):
             raise RuntimeError(f"fused_resnet::{op}: {reason} (this backend is forced)")
         return prepare(chosen, op, args), True
-    lasting = True
+    lasting, agreed = True, []
     for candidate in ORDER.get(args[0].device.type, ()):
         if reason := refuses(candidate, op, args) or defers(candidate, op, args):
             _tell_once(logging.INFO, f"{op}: {reason}")
             continue
         reason, settled = (None, True) if candidate in TRUSTED else objection(candidate, op, args)
         lasting = lasting and settled
-        if reason is None or (candidate is cudnn and not settled):
+        if reason is None and op in MEASURED and candidate not in TRUSTED:
+            agreed.append(candidate)
+            continue
+        if reason is None or (candidate is cudnn and not settled and not agreed):
             # PyTorch's own kernels serve for now, where there is no room or no moment to compare them: the reference
             # would need several times the memory.
             return prepare(candidate, op, args), lasting
         _tell_once(logging.WARNING, f"{op}: {candidate.NAME}: {reason}; the next backend serves")
+    if agreed:
+        chosen, times, settled = fastest(agreed, op, args, capturing(args[0].device))
+        if times:
+            told = ", ".join(f"{name} {t:.0f} us" for name, t in times.items())
+            logger.info("%s of %s: %s", op, list(args[0].shape), told)
+        return prepare(chosen, op, args), lasting and settled
     return prepare(reference, op, args), lasting
 
 
@@ -143,6 +154,8 @@ def _key(op: str, args: tuple) -> tuple | None:
     key = [op, _forced[-1] if _forced else None, torch._C._get_cudnn_enabled()]
     if x.dtype is torch.float32:
         key.append(tf32_allowed())
+    if op in MEASURED:
+        key.append(torch.are_deterministic_algorithms_enabled())
     try:
         for a in args:
             if isinstance(a, torch.Tensor):

@@ -127,3 +127,10 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     if need_x:
         dx = dx.contiguous(memory_format=output_format(x))
     return dx, dbn_weight, dbn_bias, g if need_residual else None
+
+
+def conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_mask):
+    """(da, dweight) of a convolution of a; None where output_mask is off."""
+    conv = (None, stride, padding, dilation, False, [0, 0], groups)
+    da, dweight, _ = _aten.convolution_backward(grad, a, weight, *conv, [*output_mask, False])
+    return da, dweight if dweight is None else with_strides_of(weight, dweight)

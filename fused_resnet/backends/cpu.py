@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..folding import fold
-from . import aten, cuda
+from . import aten, composed, cuda
 from .aten import bn_act, bn_act_bwd, bn_stats, conv_bn_act_bwd  # noqa: F401  (the backend's functions)
+from .cpu_gradients import conv_gradients  # noqa: F401
 from .layout import output_format
 
 NAME = "cpu"
@@ -182,3 +183,10 @@ def conv_bn_act(*args):
     packed, bias = _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups)
     y = _pointwise(x, packed, bias, residual, stride, padding, dilation, groups)
     return (y.relu_() if relu else y).contiguous(memory_format=format)
+
+
+_here = sys.modules[__name__]
+bn_act_conv = functools.partial(composed.bn_act_conv, _here)
+bn_act_conv_bwd = functools.partial(composed.bn_act_conv_bwd, _here)
+pointwise_bn_act = functools.partial(composed.pointwise_bn_act, _here)
+pointwise_bn_act_bwd = functools.partial(composed.pointwise_bn_act_bwd, _here)

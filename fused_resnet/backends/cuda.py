@@ -7,17 +7,19 @@ work on channels_last tensors; the functions here bring arguments there and resu
 from __future__ import annotations
 
 import functools
+import types
 
 import torch
 from torch import Tensor
 
-from . import aten, cuda_conv
+from . import aten, composed, cuda_conv, cudnn
 from .layout import output_format
 from .library import FACTS, build_facts, chip, covers, load
 
 NAME = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OPS = ("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "conv_bn_act_bwd")
+COMPOSED = ("bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd")
+OPS = ("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "conv_bn_act_bwd", *COMPOSED)
 
 
 def fingerprint(tensors: list[Tensor]) -> Tensor | None:
@@ -186,3 +188,17 @@ def conv_bn_act_bwd(grad, y, x, weight, *rest):
     g, sum_g = torch.ops.fused_resnet_cuda.relu_bwd_sum(_rows(grad), _rows(y))
     g = g.contiguous(memory_format=output_format(x, weight))
     return aten.conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest)
+
+
+# Convolutions are PyTorch's here, all else is compiled.
+_parts = types.SimpleNamespace(
+    bn_stats=bn_stats,
+    bn_act=bn_act,
+    bn_act_bwd=bn_act_bwd,
+    conv_bn_act=cudnn.conv_bn_act,
+    conv_gradients=aten.conv_gradients,
+)
+bn_act_conv = functools.partial(composed.bn_act_conv, _parts)
+bn_act_conv_bwd = functools.partial(composed.bn_act_conv_bwd, _parts)
+pointwise_bn_act = functools.partial(composed.pointwise_bn_act, _parts)
+pointwise_bn_act_bwd = functools.partial(composed.pointwise_bn_act_bwd, _parts)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 
 from ..folding import fold
-from . import aten
-from .aten import bn_act, bn_act_bwd, bn_stats, conv_bn_act_bwd  # noqa: F401  (the backend's functions)
+from . import aten, composed
+from .aten import bn_act, bn_act_bwd, bn_stats, conv_bn_act_bwd, conv_gradients  # noqa: F401  (the backend's functions)
 from .layout import output_format
 
 NAME = "cudnn"
@@ -70,3 +71,10 @@ def _fuses(device: int, dtype: torch.dtype) -> bool:
         except RuntimeError:
             _fused[key] = False
     return _fused[key]
+
+
+_here = sys.modules[__name__]
+bn_act_conv = functools.partial(composed.bn_act_conv, _here)
+bn_act_conv_bwd = functools.partial(composed.bn_act_conv_bwd, _here)
+pointwise_bn_act = functools.partial(composed.pointwise_bn_act, _here)
+pointwise_bn_act_bwd = functools.partial(composed.pointwise_bn_act_bwd, _here)

@@ -140,3 +140,85 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     if need_residual:
         dresidual = g.to(x.dtype).contiguous(memory_format=output_format(x))
     return dx, moment * inv if need_bn_weight else None, total if need_bn_bias else None, dresidual
+
+
+def _operand(x, mean, var, bn_weight, bn_bias, eps, relu):
+    """What the convolution multiplies: x after BN with these statistics and ReLU, as it would be stored; else x."""
+    return x if mean is None else bn_act(x, mean, var, bn_weight, bn_bias, eps, None, relu, True)
+
+
+def bn_act_conv(x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation, groups, stats):
+    acc = accumulator(x.dtype)
+    a = _operand(x, mean, var, bn_weight, bn_bias, eps, relu)
+    y = torch.conv2d(a.to(acc), weight.to(acc), None, stride, padding, dilation, groups).to(x.dtype)
+    y = y.contiguous(memory_format=output_format(x, weight))
+    return y, *(bn_stats(y) if stats else (None, None))
+
+
+def bn_act_conv_bwd(
+    grad, x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation, groups, output_mask
+):
+    need_x, need_weight, *need_bn = output_mask
+    acc = accumulator(x.dtype)
+    a = _operand(x, mean, var, bn_weight, bn_bias, eps, relu)
+    conv = (None, stride, padding, dilation, False, [0, 0], groups)
+    mask = [need_x or any(need_bn), need_weight, False]
+    operands = (t.to(acc) for t in (grad, a, weight))
+    da, dweight, _ = torch.ops.aten.convolution_backward(*operands, *conv, mask)
+    dx, dbn_weight, dbn_bias = da, None, None
+    if mean is not None and mask[0]:
+        dx, dbn_weight, dbn_bias, _ = bn_act_bwd(
+            da, a, x, mean, var, bn_weight, eps, relu, True, [need_x, *need_bn, False]
+        )
+    if need_x:
+        dx = dx.to(x.dtype).contiguous(memory_format=output_format(x, weight))
+    return dx if need_x else None, with_strides_of(weight, dweight) if need_weight else None, dbn_weight, dbn_bias
+
+
+def covariance(a):
+    """Mean [C] and biased covariance [C, C] over the rows a: [M, C]; zeros for no rows."""
+    if a.numel() == 0:
+        return a.new_zeros(a.shape[1]), a.new_zeros(a.shape[1], a.shape[1])
+    mean = a.mean(0)
+    centred = a - mean
+    return mean, centred.t() @ centred / a.shape[0]
+
+
+def rows_of(x, stride):
+    """x: [N, C, H, W] at every stride-th position, as rows [M, C]."""
+    return x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def pointwise_bn_act(
+    x, weight, mean, var, bn_weight, bn_bias, eps, relu, out_weight, out_bias, out_eps, residual, stride, out_relu
+):
+    acc = accumulator(x.dtype)
+    a = _operand(x, mean, var, bn_weight, bn_bias, eps, relu).to(acc)
+    raw = torch.conv2d(a, weight.to(acc), None, stride)
+    y_mean, y_var = bn_stats(raw)
+    residual = residual if residual is None else residual.to(acc)
+    y = bn_act(raw, y_mean, y_var, out_weight, out_bias, out_eps, residual, out_relu, True)
+    y = y.to(x.dtype).contiguous(memory_format=output_format(x, weight))
+    return y, y_mean, y_var, *covariance(rows_of(a, stride))
+
+
+def pointwise_bn_act_bwd(
+    grad, y, x, weight, mean, var, bn_weight, bn_bias, eps, relu, out_weight, y_mean, y_var, out_eps, a_mean, a_cov,
+    stride, out_relu, output_mask,
+):  # fmt: skip
+    """By way of the convolution's raw result, computed again; a_mean and a_cov are for backends that spare it."""
+    *need_in, need_out_weight, need_out_bias, need_residual = output_mask
+    acc = accumulator(x.dtype)
+    a = _operand(x, mean, var, bn_weight, bn_bias, eps, relu)
+    raw = torch.conv2d(a.to(acc), weight.to(acc), None, stride)
+    draw, dout_weight, dout_bias, dresidual = bn_act_bwd(
+        grad.to(acc), y, raw, y_mean, y_var, out_weight, out_eps, out_relu, True,
+        [any(need_in), need_out_weight, need_out_bias, need_residual],
+    )  # fmt: skip
+    gradients = (None,) * 4
+    if any(need_in):
+        conv = (stride, [0, 0], [1, 1], 1)
+        gradients = bn_act_conv_bwd(draw, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *conv, need_in)
+    if need_residual:
+        dresidual = dresidual.to(x.dtype).contiguous(memory_format=output_format(x, weight))
+    return *gradients, dout_weight, dout_bias, dresidual

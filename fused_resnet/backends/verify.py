@@ -21,7 +21,14 @@ from .layout import conv_output_size
 # below one eps; four leave room for folded weights and 4608-term sums, and a lost tile is far above.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-4}
 TOLERANCE_TF32 = 1e-2
-WEIGHT_AT = {"conv_bn_act": 1, "conv_bn_act_bwd": 3}
+WEIGHT_AT = {
+    "conv_bn_act": 1,
+    "conv_bn_act_bwd": 3,
+    "bn_act_conv": 1,
+    "bn_act_conv_bwd": 2,
+    "pointwise_bn_act": 1,
+    "pointwise_bn_act_bwd": 3,
+}
 MAX_SAMPLE = 2**25  # elements of the largest tensor compared: a training may have left little memory beside it
 CHUNK = 2**22  # elements compared at once, in float64
 
@@ -39,11 +46,11 @@ def objection(candidate, op: str, args: tuple) -> tuple[str | None, bool]:
     """(why this backend may not serve this call, or None; whether that is settled or has to be asked again)."""
     key = _signature(candidate, op, args)
     if key not in _verdicts:
-        if _capturing(args[0].device):
+        if capturing(args[0].device):
             return "not verified yet, and a CUDA graph is being captured (call once before the capture)", False
         for limit in (MAX_SAMPLE, MAX_SAMPLE // 16):
             try:
-                with _unobserved(args[0].device):
+                with unobserved(args[0].device):
                     _verdicts[key] = _judge(candidate, op, args, limit)
                 break
             except torch.OutOfMemoryError:
@@ -53,7 +60,7 @@ def objection(candidate, op: str, args: tuple) -> tuple[str | None, bool]:
     return _verdicts[key], True
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -61,7 +68,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def _unobserved(device: torch.device):
+def unobserved(device: torch.device):
     """Comparing waits for the GPU, once a signature: not what the user's sync debug mode is looking for."""
     if device.type != "cuda":
         yield
@@ -113,8 +120,10 @@ def _sample(op: str, args: tuple, limit: float = MAX_SAMPLE) -> tuple:
     first = args[0]
     generator = torch.Generator(first.device).manual_seed(0)
     per_image = max(a[0].numel() for i, a in enumerate(args) if _has_batch(op, i, a))
-    if op == "conv_bn_act":
+    if op in ("conv_bn_act", "bn_act_conv"):
         per_image = max(per_image, math.prod(conv_output_size(first, args[1], *args[8:11])[1:]))
+    elif op == "pointwise_bn_act":
+        per_image = max(per_image, math.prod(conv_output_size(first, args[1], args[12], [0, 0], [1, 1])[1:]))
     batch = max(1, int(min(first.shape[0], limit // max(1, per_image))))
     mean = 1 if op == "bn_stats" else 0  # a mean of zero is all rounding
 
@@ -132,7 +141,18 @@ def _sample(op: str, args: tuple, limit: float = MAX_SAMPLE) -> tuple:
             flat.normal_(mean, a[0].numel() ** -0.5 if is_weight else 1, generator=generator)
         return flat.as_strided(shape, a.stride(), shift)
 
-    return tuple(random(i, a) for i, a in enumerate(args))
+    sample = tuple(random(i, a) for i, a in enumerate(args))
+    return _with_its_statistics(sample) if op == "pointwise_bn_act_bwd" else sample
+
+
+def _with_its_statistics(args: tuple) -> tuple:
+    """pointwise_bn_act_bwd's arguments with the statistics of x and weight as they are: backends rely on some of them
+    where the reference computes them anew."""
+    grad, y, x, weight, *loaded, out_weight, _, _, out_eps, _, _, stride, out_relu, mask = args
+    _, y_mean, y_var, a_mean, a_cov = reference.pointwise_bn_act(
+        x, weight, *loaded, out_weight, None, out_eps, None, stride, out_relu
+    )
+    return grad, y, x, weight, *loaded, out_weight, y_mean, y_var, out_eps, a_mean, a_cov, stride, out_relu, mask
 
 
 def _has_batch(op: str, i: int, a) -> bool:
@@ -191,8 +211,8 @@ def _signature(candidate, op: str, args: tuple) -> tuple:
     for i, a in enumerate(args):
         if not isinstance(a, Tensor):
             key.append(tuple(a) if isinstance(a, list) else a)
-        elif a.dim() == 1:
-            key.append((a.dtype, a.shape[0]))
+        elif a.dim() < 4:
+            key.append((a.dtype, *a.shape))
         else:
             shape = a.shape if i == weight_at else a.shape[1]
             layout = a.is_contiguous(), a.is_contiguous(memory_format=torch.channels_last), a.data_ptr() % 16

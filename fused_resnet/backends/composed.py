@@ -1,0 +1,140 @@
+"""bn_act_conv and pointwise_bn_act from a backend's batch norm and PyTorch's convolutions: what every backend can do.
+
+The normalised tensor lives for the length of a call and is computed again in the backward, so that autograd keeps the
+raw results of convolutions only. Of a pointwise convolution not even that is kept. With a: [M, C] its input's rows,
+raw = a W^T, A the covariance of a, s = gamma * inv and inv = 1 / sqrt(var + eps):
+
+    mean(raw) = W mean(a),   var(raw)_k = (W A W^T)_kk
+    G = g^T (a - mean(a)),   m_k = sum_c W_kc G_kc,   dgamma = inv * m,   dbeta = sum g
+    t = s * inv^2 * m / M
+    dW = s * G - M * t * W A
+    da = g (s W) - (a - mean(a)) (W^T t W) - (s * dbeta / M) W
+
+(s, t and inv scale rows), which is batch norm's derivative with raw - mean(raw) = (a - mean(a)) W^T put in: two products
+with [C, C] in place of the passes over raw, which has four times as many channels as a in a bottleneck.
+
+`backend` below is a module with bn_stats, bn_act, bn_act_bwd, conv_bn_act and conv_gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .aten import relu_bwd
+from .cpu_gradients import spread
+from .layout import output_format, with_strides_of
+from .reference import accumulator, inverse_and_scale, rows_of
+
+
+def _operand(backend, x, mean, var, bn_weight, bn_bias, eps, relu) -> Tensor:
+    """What the convolution multiplies: x after BN and ReLU, or x itself."""
+    return x if mean is None else backend.bn_act(x, mean, var, bn_weight, bn_bias, eps, None, relu, True)
+
+
+def bn_act_conv(backend, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *conv):
+    *places, stats = conv
+    a = _operand(backend, x, mean, var, bn_weight, bn_bias, eps, relu)
+    y = torch.conv2d(a, weight, None, *places).contiguous(memory_format=output_format(x, weight))
+    del a
+    return y, *(backend.bn_stats(y) if stats else (None, None))
+
+
+def bn_act_conv_bwd(backend, grad, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *conv):
+    *places, (need_x, need_weight, *need_bn) = conv
+    format = output_format(x, weight)
+    a = _operand(backend, x, mean, var, bn_weight, bn_bias, eps, relu)
+    grad = grad.contiguous(memory_format=format)
+    da, dweight = backend.conv_gradients(grad, a, weight, *places, [need_x or any(need_bn), need_weight])
+    if mean is None:
+        return da if da is None else da.contiguous(memory_format=format), dweight, None, None
+    dx, dbn_weight, dbn_bias = _through_bn(backend, da, a, x, mean, var, bn_weight, eps, relu, [need_x, *need_bn])
+    return dx if dx is None else dx.contiguous(memory_format=format), dweight, dbn_weight, dbn_bias
+
+
+def _through_bn(backend, da, a, x, mean, var, bn_weight, eps, relu, needs):
+    if da is None:
+        return None, None, None
+    da = da.contiguous(memory_format=output_format(x))
+    return backend.bn_act_bwd(da, a, x, mean, var, bn_weight, eps, relu, True, [*needs, False])[:3]
+
+
+def covariance(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [C] and biased covariance [C, C] of the rows a: [M, C], in the accumulator's dtype.
+
+    In 16 bits from the plain products, which float32 holds exactly: their difference is as good as the rounded values.
+    """
+    acc = accumulator(a.dtype)
+    mean = a.mean(0, dtype=acc)
+    if a.dtype is acc:
+        centred = a - mean
+        return mean, torch.mm(centred.t(), centred).div_(a.shape[0])
+    return mean, _product(a.t(), a).div_(a.shape[0]).addr_(mean, mean, alpha=-1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in the accumulator's dtype."""
+    acc = accumulator(a.dtype)
+    if a.dtype is acc:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=acc) if a.is_cuda else torch.mm(a.to(acc), b.to(acc))
+
+
+def pointwise_bn_act(backend, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *after):
+    out_weight, out_bias, out_eps, residual, stride, out_relu = after
+    a = _operand(backend, x, mean, var, bn_weight, bn_bias, eps, relu)
+    a_mean, a_cov = covariance(rows_of(a, stride))
+    if a.dtype is a_cov.dtype:
+        # Exact statistics cost a pass over the raw result; from the covariance they would be off by its rounding.
+        raw = torch.conv2d(a, weight, None, stride).contiguous(memory_format=output_format(x, weight))
+        del a
+        y_mean, y_var = backend.bn_stats(raw)
+        y = backend.bn_act(raw, y_mean, y_var, out_weight, out_bias, out_eps, residual, out_relu, True)
+        return y, y_mean, y_var, a_mean, a_cov
+    w = weight.flatten(1).to(a_cov.dtype)
+    y_mean, y_var = w @ a_mean, torch.mm(w, a_cov).mul_(w).sum(1).clamp_min_(0)
+    bn = (out_weight, out_bias, y_mean, y_var, out_eps)
+    y = backend.conv_bn_act(a, weight, *bn, residual, stride, [0, 0], [1, 1], 1, out_relu)
+    return y.contiguous(memory_format=output_format(x, weight)), y_mean, y_var, a_mean, a_cov
+
+
+def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *after):
+    out_weight, y_mean, y_var, out_eps, a_mean, a_cov, stride, out_relu, output_mask = after
+    need_x, need_weight, need_bn_weight, need_bn_bias, need_out_weight, need_out_bias, need_residual = output_mask
+    format, acc = output_format(x, weight), accumulator(x.dtype)
+    g = relu_bwd(grad, y, out_relu).contiguous(memory_format=format)
+    rows_g = rows_of(g, (1, 1))
+    count = rows_g.shape[0]
+    sum_g = rows_g.sum(0, dtype=acc)
+    dresidual = g if need_residual else None
+    need_a = need_x or need_bn_weight or need_bn_bias
+    if not (need_a or need_weight or need_out_weight):
+        return None, None, None, None, None, sum_g if need_out_bias else None, dresidual
+
+    a = _operand(backend, x, mean, var, bn_weight, bn_bias, eps, relu)
+    rows_a = rows_of(a, stride)
+    w = weight.flatten(1)
+    wide = w.to(acc)
+    inv, scale = inverse_and_scale(acc, out_weight, y_var, out_eps)
+    product = _product(rows_g.t(), rows_a).addr_(sum_g, a_mean, alpha=-1)
+    moment = (product * wide).sum(1)
+    slope = scale * inv * inv * moment / count
+    tilted = slope.unsqueeze(1) * wide
+    dx = dweight = dbn_weight = dbn_bias = None
+    if need_weight:
+        dweight = product.mul_(scale.unsqueeze(1)).sub_(torch.mm(tilted, a_cov), alpha=count)
+        dweight = with_strides_of(weight, dweight.view(weight.shape))
+    if need_a:
+        turn = torch.mm(wide.t(), tilted)
+        shift = torch.mv(turn.t(), a_mean) - torch.mv(wide.t(), scale * sum_g / count)
+        folded = (scale.unsqueeze(1) * wide).to(x.dtype)
+        da = torch.addmm(shift.to(x.dtype), rows_g, folded).addmm_(rows_a, turn.to(x.dtype), alpha=-1)
+        da = spread(da, x.shape, stride)
+        if mean is None:
+            dx = da
+        else:
+            needs = [need_x, need_bn_weight, need_bn_bias]
+            dx, dbn_weight, dbn_bias = _through_bn(backend, da, a, x, mean, var, bn_weight, eps, relu, needs)
+        dx = dx.contiguous(memory_format=format) if need_x else None
+    of_out = inv * moment if need_out_weight else None, sum_g if need_out_bias else None
+    return dx, dweight, dbn_weight, dbn_bias, *of_out, dresidual

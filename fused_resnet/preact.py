@@ -1,0 +1,177 @@
+"""FusedPreActBasicBlock and FusedPreActBottleneck: batch norm and ReLU before every convolution, the add at the end.
+
+He et al., "Identity Mappings in Deep Residual Networks", arXiv 1603.05027, figure 4 (e): nothing but the add stands on
+the path from a block to the next. torchvision has no such block; attributes, constructor and state_dict keys are those
+of its post-activation ones, with each batch norm in front of the convolution of its number. The projection is a
+convolution alone, of relu(bn1(x)) like conv1, as in the authors' code. After the last block a network needs one more
+batch norm and ReLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torchvision.models.resnet import conv1x1, conv3x3
+
+from . import training
+from .blocks import convolution_unfusable, norm_unfusable, recorded, tampered
+from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
+
+
+class _PreAct(nn.Module):
+    """What both blocks share: pairs (bn1, conv1), (bn2, conv2), ..., relu, downsample."""
+
+    memory = "default"
+
+    def _pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        count = sum(name.startswith("conv") for name in self._modules)
+        return [(self._modules[f"bn{i}"], self._modules[f"conv{i}"]) for i in range(1, count + 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.unfusable() is not None or recorded(x):
+            return self._unfused(x)
+        pairs = self._pairs()
+        if all(on_own_batch(bn) for bn, _ in pairs):
+            return self._trained(x, pairs)
+        (bn, conv), *rest = pairs
+        out = batch_norm_act(x, bn)
+        shortcut = x if self.downsample is None else self.downsample(out)
+        for bn, following in rest:
+            out = _conv_bn(out, conv, bn)
+            conv = following
+        return _convolved(out, conv, shortcut)
+
+    def _trained(self, x: Tensor, pairs) -> Tensor:
+        training.check_memory(self.memory)
+
+        def run(x: Tensor, statistics: training.Statistics) -> Tensor:
+            (bn, conv), *rest = pairs
+            norm = statistics.of(x, bn)
+            shortcut = x
+            if self.downsample is not None:
+                shortcut = training.convolved(x, norm, self.downsample[0])
+            out = x
+            for bn, following in rest:
+                out, norm = training.convolve(out, norm, conv, bn, statistics)
+                conv = following
+            return shortcut + training.convolved(out, norm, conv)
+
+        return training.lean(run, x) if self.memory == "lean" else run(x, training.Statistics())
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        (bn, conv), *rest = self._pairs()
+        out = self.relu(bn(x))
+        shortcut = x if self.downsample is None else self.downsample(out)
+        for bn, following in rest:
+            out = self.relu(bn(conv(out)))
+            conv = following
+        return shortcut + conv(out)
+
+    def unfusable(self) -> str | None:
+        """Why the block runs its modules one by one, or None if it is fused."""
+        for i, (bn, conv) in enumerate(self._pairs(), 1):
+            for name, reason in ((f"bn{i}", norm_unfusable(bn)), (f"conv{i}", convolution_unfusable(conv))):
+                if reason is not None:
+                    return f"{name}: {reason}"
+        if type(self.relu) is not nn.ReLU:
+            return f"relu: {type(self.relu).__name__} is not ReLU"
+        if (reason := tampered(self.relu)) is not None:
+            return f"relu: {reason}"
+        return None if self.downsample is None else _projection_unfusable(self.downsample)
+
+
+class FusedPreActBasicBlock(_PreAct):
+    """BN, ReLU, 3x3, BN, ReLU, 3x3, add (He et al., arXiv 1603.05027), fused.
+
+    inplanes, planes: channels in and out. stride: of the first convolution. downsample: None, or
+    nn.Sequential(1x1 convolution) to `planes` channels with that stride, applied to relu(bn1(x)); needed where channels
+    or stride change. norm_layer: a class like nn.BatchNorm2d, the default. groups, base_width, dilation: as torchvision's
+    BasicBlock, 1, 64 and 1 only. forward: x [N, inplanes, H, W] -> [N, planes, H/stride, W/stride], any float dtype.
+
+    Raises ValueError for other groups or base_width, NotImplementedError for a dilation, as torchvision's.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError("groups, base_width: FusedPreActBasicBlock only supports groups=1 and base_width=64")
+        if dilation > 1:
+            raise NotImplementedError("dilation: FusedPreActBasicBlock only supports dilation=1")
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn2 = norm_layer(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+
+class FusedPreActBottleneck(_PreAct):
+    """BN, ReLU, 1x1, BN, ReLU, 3x3 with the stride, BN, ReLU, 1x1, add (He et al., arXiv 1603.05027), fused.
+
+    inplanes: channels in; 4 * planes come out. stride: of the 3x3 convolution. downsample: None, or
+    nn.Sequential(1x1 convolution) to 4 * planes channels with that stride, applied to relu(bn1(x)); needed where channels
+    or stride change. groups, base_width, dilation, norm_layer: as torchvision's Bottleneck.
+    forward: x [N, inplanes, H, W] -> [N, 4 * planes, H/stride, W/stride], any float dtype.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = conv1x1(inplanes, width)
+        self.bn2 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.bn3 = norm_layer(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+
+def _projection_unfusable(downsample: nn.Module) -> str | None:
+    if type(downsample) is not nn.Sequential or len(downsample) != 1:
+        return f"downsample: {type(downsample).__name__} is not Sequential(Conv2d)"
+    reason = tampered(downsample) or convolution_unfusable(downsample[0])
+    return reason and f"downsample: {reason}"
+
+
+def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> Tensor:
+    if uses_batch_statistics(bn):
+        return batch_norm_act(_convolved(x, conv), bn)
+    return conv_bn_act(x, conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, **_places(conv))
+
+
+def _convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
+    return conv_bn_act(x, conv.weight, residual=residual, relu=False, **_places(conv))
+
+
+def _places(conv: nn.Conv2d) -> dict:
+    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}

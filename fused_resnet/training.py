@@ -1,0 +1,128 @@
+"""Blocks whose batch norms use the batch's statistics: convolutions hand on raw results, BN is applied on load.
+
+conv1 -> raw, statistics -> conv2 of relu(BN(raw)) -> raw, statistics -> ... -> BN, shortcut and ReLU. Autograd keeps the
+raw results and the block's input; of an expanding 1x1 convolution at the end, or of a projection, not even the raw
+result (backends/composed.py has the arithmetic). With memory="lean" a block keeps its input and its statistics alone and
+runs its convolutions again in the backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from .functional import update_running_stats
+
+_ops = torch.ops.fused_resnet
+MEMORY = ("default", "lean")
+
+
+class Norm(NamedTuple):
+    """A batch norm with the statistics of a batch, for an op to apply: mean, var, weight, bias: [C]."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+NOTHING = Norm(None, None, None, None, 0.0)
+
+
+class Statistics:
+    """Where a block's batch statistics come from: the ops; or, when its convolutions run again, the first time's."""
+
+    def __init__(self):
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.complete = False
+        self.next = 0
+
+    def begin(self) -> None:
+        self.next = 0
+
+    def known(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance of the next batch norm, if this is not the first time."""
+        if not self.complete:
+            return None
+        self.next += 1
+        return self.kept[self.next - 1]
+
+    def keep(self, bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor) -> Norm:
+        update_running_stats(bn, y, mean, var)
+        self.kept.append((mean, var))
+        return Norm(mean, var, bn.weight, bn.bias, bn.eps)
+
+
+def convolve(x: Tensor, norm: Norm, conv: nn.Conv2d, bn: nn.Module, statistics: Statistics) -> tuple[Tensor, Norm]:
+    """(raw convolution of relu(norm(x)), or of x where norm is NOTHING; bn as the norm of that result)."""
+    known = statistics.known()
+    y, mean, var = _ops.bn_act_conv.default(
+        x, conv.weight, *norm, True, conv.stride, conv.padding, conv.dilation, conv.groups, known is None
+    )
+    if known is not None:
+        return y, Norm(*known, bn.weight, bn.bias, bn.eps)
+    return y, statistics.keep(bn, y, mean, var)
+
+
+def normalised(
+    x: Tensor,
+    norm: Norm,
+    conv: nn.Conv2d,
+    bn: nn.Module,
+    residual: Tensor | None,
+    statistics: Statistics,
+    relu: bool = True,
+) -> Tensor:
+    """relu?(bn(convolution of relu(norm(x))) + residual)."""
+    if not expands(conv):
+        y, after = convolve(x, norm, conv, bn, statistics)
+        return _ops.bn_act.default(y, *after, residual, relu, True)
+    y, mean, var, _, _ = _ops.pointwise_bn_act.default(
+        x, conv.weight, *norm, True, bn.weight, bn.bias, bn.eps, residual, conv.stride, relu
+    )
+    if statistics.known() is None:
+        statistics.keep(bn, y, mean, var)
+    return y
+
+
+def expands(conv: nn.Conv2d) -> bool:
+    """Whether a convolution's raw result is better not kept: 1x1, to at least twice as many channels.
+
+    What stands for it is a product with [C, C] in the forward and one in the backward; its passes over memory grow with
+    the channels that come out.
+    """
+    plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    return plain and 2 * conv.in_channels <= conv.out_channels
+
+
+def _keep_outputs(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """A block's output stays in any case: the next block reads it."""
+    last = op in (_ops.bn_act.default, _ops.pointwise_bn_act.default)
+    relu = args[7] if op is _ops.bn_act.default else args[-1]
+    return CheckpointPolicy.MUST_SAVE if last and relu else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def lean(function, x: Tensor) -> Tensor:
+    """function(x, statistics), nothing in it kept for the backward but x and the statistics: the rest runs again.
+
+    Unlike an activation checkpoint around a block, the running statistics are updated once, the batch's are computed
+    once, and the last op does not run again. Under torch.compile, whose partitioner decides what is kept, function runs
+    as it is.
+    """
+    statistics = Statistics()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(x, statistics)
+
+    def run(x):
+        statistics.begin()
+        y = function(x, statistics)
+        statistics.complete = True
+        return y
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_outputs)
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
