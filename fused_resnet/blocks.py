@@ -7,7 +7,6 @@ fused path cannot honour (hooks, parametrizations, foreign norm layers) runs thr
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
 from torchvision.models.feature_extraction import NodePathTracer
@@ -50,10 +49,6 @@ class FusedBottleneck(Bottleneck):
 
 
 def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    if _needs_collective(bn):
-        y = bn(conv(x))
-        y = y if residual is None else y + residual
-        return y.relu() if relu else y
     if uses_batch_statistics(bn):
         return batch_norm_act(conv(x), bn, residual, relu=relu)
     return conv_bn_act(
@@ -94,17 +89,6 @@ def _recorded(x: Tensor) -> bool:
     feature extractors trace both modes, so they may have the fused path.
     """
     return isinstance(x, fx.Proxy) and not isinstance(x.tracer, NodePathTracer)
-
-
-def _needs_collective(bn: nn.Module) -> bool:
-    """SyncBatchNorm over several processes: its statistics are a collective's business."""
-    return (
-        type(bn) is nn.SyncBatchNorm
-        and bn.training
-        and dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size(bn.process_group) > 1
-    )
 
 
 # --- what may be fused: asked at every forward, since hooks come and go; convert.py tells the reasons -----------------

@@ -5,6 +5,7 @@
     bn_act                  y = act(BN(x) + residual) with given statistics
     update_running_stats_   the only op that mutates
     conv_bn_act_bwd, bn_act_bwd
+    bn_act_bwd_input        dx of bn_act from sums over a batch that is not all here (sync.py)
 
 To autograd, the statistics of `bn_stats` are constants: `bn_act(..., batch_stats=True)` carries their derivative. The
 `_bwd` ops are differentiable in turn, through the reference. vmap, torch.func and forward-mode AD raise.
@@ -37,6 +38,8 @@ _SCHEMAS = {
     "bool relu, bool batch_stats) -> Tensor",
     "bn_act_bwd": "(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, float eps, "
     "bool relu, bool batch_stats, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bn_act_bwd_input": "(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor scale, Tensor mean_g, Tensor slope, "
+    "bool relu) -> Tensor",
     "update_running_stats_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     "Tensor mean, Tensor var, SymInt count, float? momentum) -> ()",
 }
@@ -311,6 +314,25 @@ def _bn_act_bwd_fake(grad, y, x, *args):
     return _optional(result, args[-1], x)
 
 
+def _bn_act_bwd_input(*args):
+    return backends.run("bn_act_bwd_input", *args, check=_check_bwd_input)
+
+
+def _check_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu) -> None:
+    _check_4d(x, RuntimeError)
+    for name, t in (("grad", grad), ("y", y)):
+        if t is not None and t.shape != x.shape:
+            raise RuntimeError(f"{name}: expected {list(x.shape)}, the shape of x, got {list(t.shape)}")
+    if relu and y is None:
+        raise RuntimeError("y: expected the output under the ReLU, got None")
+    _check_vectors(x.shape[1], "x", x, mean=mean, scale=scale, mean_g=mean_g, slope=slope)
+
+
+def _bn_act_bwd_input_fake(grad, y, x, *args):
+    _check_bwd_input(grad, y, x, *args)
+    return _empty(x.shape, x, output_format(x))
+
+
 def _bn_setup(ctx, inputs, output):
     x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats = inputs
     if not batch_stats:
@@ -352,9 +374,13 @@ def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean,
         num_batches_tracked.add_(1)
     if count == 0:
         return
+    follow(running_mean, running_var, num_batches_tracked, mean, var * (count / (count - 1)), momentum)
+
+
+def follow(running_mean, running_var, num_batches_tracked, mean, unbiased, momentum) -> None:
+    """Running statistics after one more batch, which num_batches_tracked counts already."""
     if momentum is None:  # the cumulative average over all batches so far
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-    unbiased = var * (count / (count - 1))
     running, batch = [running_mean, running_var], [mean, unbiased]
     if running_mean.dtype is running_var.dtype is mean.dtype:
         torch._foreach_mul_(running, 1 - momentum)  # one launch for both
@@ -417,7 +443,8 @@ def _register_double_backward(name: str, function, differentiable: tuple[int, ..
     def backward(ctx, *grads):
         saved = iter(ctx.saved_tensors)
         args = tuple(next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.rest, strict=True))
-        grads = [g if on else None for g, on in zip(grads, args[-1], strict=True)]
+        if isinstance(args[-1], list):  # the output mask
+            grads = [g if on else None for g, on in zip(grads, args[-1], strict=True)]
         return _vjp(function, {i: args[i] for i in differentiable}, args, grads, ctx.needs_input_grad)
 
     _register_autograd(name, setup, backward)
@@ -463,6 +490,7 @@ _register("conv_bn_act_bwd", functools.partial(_run_bwd, "conv_bn_act_bwd"), _co
 _register("bn_stats", _bn_stats, _bn_stats_fake)
 _register("bn_act", _bn_act, _bn_act_fake)
 _register("bn_act_bwd", functools.partial(_run_bwd, "bn_act_bwd"), _bn_act_bwd_fake)
+_register("bn_act_bwd_input", _bn_act_bwd_input, _bn_act_bwd_input_fake)
 _register("update_running_stats_", _update_running_stats_, _update_running_stats_fake)
 
 
@@ -475,5 +503,6 @@ _register_autograd("bn_act", _bn_setup, _bn_backward)
 _register_autograd("bn_stats", _stats_setup, lambda ctx, *grads: (None,))
 _register_double_backward("conv_bn_act_bwd", reference.conv_bn_act_bwd, (0, 2, 3, 4))
 _register_double_backward("bn_act_bwd", _batch_norm_bwd_from_input, (0, 2, 5))
+_register_double_backward("bn_act_bwd_input", lambda *args: (reference.bn_act_bwd_input(*args),), (0, 2, 3, 4, 5, 6))
 _register_autocast("conv_bn_act", _cast_conv)
 _register_autocast("bn_act", _cast_bn)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..folding import fold
-from .layout import output_format, with_strides_of
+from .layout import as_channels, output_format, with_strides_of
 from .reference import accumulator, inverse_and_scale
 
 _aten = torch.ops.aten
@@ -127,3 +127,10 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     if need_x:
         dx = dx.contiguous(memory_format=output_format(x))
     return dx, dbn_weight, dbn_bias, g if need_residual else None
+
+
+def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):
+    mean, scale, mean_g, slope = map(as_channels, _to(accumulator(x.dtype), mean, scale, mean_g, slope))
+    expected = (x - mean).mul_(slope).add_(mean_g)  # in the accumulator's dtype, as the vectors are
+    dx = torch.sub(relu_bwd(grad, y, relu), expected, out=expected).mul_(scale)
+    return dx.to(x.dtype).contiguous(memory_format=output_format(x))

@@ -8,7 +8,7 @@ import torch
 
 from ..folding import fold
 from . import aten
-from .aten import bn_act, bn_act_bwd, bn_stats, conv_bn_act_bwd  # noqa: F401  (the backend's functions)
+from .aten import bn_act, bn_act_bwd, bn_act_bwd_input, bn_stats, conv_bn_act_bwd  # noqa: F401  (the backend's functions)
 from .layout import output_format
 
 NAME = "cudnn"

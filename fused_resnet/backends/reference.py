@@ -140,3 +140,10 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     if need_residual:
         dresidual = g.to(x.dtype).contiguous(memory_format=output_format(x))
     return dx, moment * inv if need_bn_weight else None, total if need_bn_bias else None, dresidual
+
+
+def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):
+    acc = accumulator(x.dtype)
+    mean, scale, mean_g, slope = (as_channels(v.to(acc)) for v in (mean, scale, mean_g, slope))
+    dx = (_masked(grad, y, relu, acc) - mean_g - (x.to(acc) - mean) * slope) * scale
+    return dx.to(x.dtype).contiguous(memory_format=output_format(x))
