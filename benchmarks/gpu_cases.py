@@ -95,6 +95,8 @@ def norm_arguments(op: str, spec, device, dtype, format) -> tuple:
     if op == "bn_act":
         return x, mean, var, weight, bias, 1e-5, other if residual else None, True, batch_stats
     y = _maps((n, c, h, w), device, dtype, format, 4).relu()
+    if op == "bn_act_bwd_input":
+        return other, y, x, mean, weight, bias, var, True
     return other, y, x, mean, var, weight, 1e-5, True, batch_stats, [True, True, True, residual]
 
 

@@ -42,6 +42,7 @@ SANITIZED = [
         ("bn_stats", "batch"),
         ("bn_act", "batch"),
         ("bn_act_bwd", "batch"),
+        ("bn_act_bwd_input", "batch"),
         ("conv_bn_act", "7x7-stem"),
         ("conv_bn_act", "1x1-stride2"),
     )

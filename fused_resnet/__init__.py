@@ -6,11 +6,14 @@ from .backends import backend
 from .blocks import FusedBasicBlock, FusedBottleneck
 from .convert import restore_blocks, swap_blocks, swap_report
 from .engine import OptimizedModel, optimize_for_inference
+from .preact import FusedPreActBasicBlock, FusedPreActBottleneck
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedBasicBlock",
     "FusedBottleneck",
+    "FusedPreActBasicBlock",
+    "FusedPreActBottleneck",
     "OptimizedModel",
     "backend",
     "functional",

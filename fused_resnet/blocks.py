@@ -7,7 +7,6 @@ fused path cannot honour (hooks, parametrizations, foreign norm layers) runs thr
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
 from torchvision.models.feature_extraction import NodePathTracer
@@ -15,7 +14,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import training
-from .functional import batch_norm_act, conv_bn_act, uses_batch_statistics
+from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
+from .sync import needs_collective
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
 PARTS = {BasicBlock: ("conv1", "bn1", "conv2", "bn2"), Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
@@ -32,7 +32,7 @@ class FusedBasicBlock(BasicBlock):
     memory = "default"
 
     def forward(self, x: Tensor) -> Tensor:
-        if unfusable(self) is not None or _recorded(x):
+        if unfusable(self) is not None or recorded(x):
             return super().forward(x)
         if _on_batch_statistics(self):
             return _trained(x, self)
@@ -51,7 +51,7 @@ class FusedBottleneck(Bottleneck):
     memory = "default"
 
     def forward(self, x: Tensor) -> Tensor:
-        if unfusable(self) is not None or _recorded(x):
+        if unfusable(self) is not None or recorded(x):
             return super().forward(x)
         if _on_batch_statistics(self):
             return _trained(x, self)
@@ -63,11 +63,7 @@ class FusedBottleneck(Bottleneck):
 def _on_batch_statistics(block: nn.Module) -> bool:
     """Whether all of a block's own batch norms use the batch's statistics, of this process alone."""
     norms = [block._modules[name] for name in PARTS[_kind(block)][1::2]]
-    return all(map(_on_own_batch, norms))
-
-
-def _on_own_batch(bn: nn.Module) -> bool:
-    return uses_batch_statistics(bn) and not _needs_collective(bn)
+    return all(map(on_own_batch, norms))
 
 
 def _kind(block: nn.Module) -> type[nn.Module]:
@@ -75,8 +71,7 @@ def _kind(block: nn.Module) -> type[nn.Module]:
 
 
 def _trained(x: Tensor, block: nn.Module) -> Tensor:
-    if block.memory not in training.MEMORY:
-        raise ValueError(f"memory: expected 'default' or 'lean', got {block.memory!r}")
+    training.check_memory(block.memory)
 
     def run(x: Tensor, statistics: training.Statistics) -> Tensor:
         *first, conv, bn = (block._modules[name] for name in PARTS[_kind(block)])
@@ -96,16 +91,12 @@ def not_lean(block: nn.Module) -> str | None:
     if block.downsample is None:
         return None
     reason = projection_unfusable(block.downsample)
-    if reason is None and _needs_collective(block.downsample[1]):
+    if reason is None and needs_collective(block.downsample[1]):
         reason = "its batch norm is synchronized"
     return reason and f"downsample: {reason}"
 
 
 def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    if _needs_collective(bn):
-        y = bn(conv(x))
-        y = y if residual is None else y + residual
-        return y.relu() if relu else y
     if uses_batch_statistics(bn):
         return batch_norm_act(conv(x), bn, residual, relu=relu)
     return conv_bn_act(
@@ -125,9 +116,7 @@ def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None 
     )
 
 
-def _shortcut(
-    x: Tensor, block: nn.Module, out: Tensor, statistics: training.Statistics | None = None
-) -> Tensor:
+def _shortcut(x: Tensor, block: nn.Module, out: Tensor, statistics: training.Statistics | None = None) -> Tensor:
     """What is added to the last convolution's result, whose maps are as large as those of `out`."""
     downsample = block.downsample
     if downsample is None:
@@ -139,29 +128,18 @@ def _shortcut(
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
         return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
     conv, bn = downsample
-    if statistics is not None and _on_own_batch(bn):
+    if statistics is not None and on_own_batch(bn):
         return training.normalised(x, training.NOTHING, conv, bn, None, statistics, relu=False)
     return _conv_bn(x, conv, bn, relu=False)
 
 
-def _recorded(x: Tensor) -> bool:
+def recorded(x: Tensor) -> bool:
     """Whether torch.fx writes down the path that this call takes.
 
     Called as modules, BNs can still be switched between training and eval in its graph, and quantized. torchvision's
     feature extractors trace both modes, so they may have the fused path.
     """
     return isinstance(x, fx.Proxy) and not isinstance(x.tracer, NodePathTracer)
-
-
-def _needs_collective(bn: nn.Module) -> bool:
-    """SyncBatchNorm over several processes: its statistics are a collective's business."""
-    return (
-        type(bn) is nn.SyncBatchNorm
-        and bn.training
-        and dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size(bn.process_group) > 1
-    )
 
 
 # --- what may be fused: asked at every forward, since hooks come and go; convert.py tells the reasons -----------------
@@ -174,13 +152,13 @@ def unfusable(block: nn.Module) -> str | None:
     parts = PARTS[_kind(block)]
     modules = block._modules
     for name in parts:
-        reason = _unfusable_conv(modules[name]) if name[0] == "c" else _unfusable_norm(modules[name])
+        reason = convolution_unfusable(modules[name]) if name[0] == "c" else norm_unfusable(modules[name])
         if reason is not None:
             return f"{name}: {reason}"
     relu = modules.get("relu")
     if type(relu) is not nn.ReLU:
         return f"relu: {type(relu).__name__} is not ReLU"
-    reason = _tampered(relu)
+    reason = tampered(relu)
     return reason and f"relu: {reason}"
 
 
@@ -189,13 +167,13 @@ def projection_unfusable(downsample: nn.Module) -> str | None:
     if type(downsample) is not nn.Sequential or len(downsample) != 2:
         return f"{type(downsample).__name__} is not Sequential(Conv2d, BatchNorm2d)"
     conv, bn = downsample[0], downsample[1]
-    reason = _tampered(downsample) or _unfusable_conv(conv)
+    reason = tampered(downsample) or convolution_unfusable(conv)
     if reason is None and conv.kernel_size != (1, 1):
         reason = f"kernel_size is {conv.kernel_size}, not (1, 1)"
-    return reason or _unfusable_norm(bn)
+    return reason or norm_unfusable(bn)
 
 
-def _tampered(m: nn.Module) -> str | None:
+def tampered(m: nn.Module) -> str | None:
     """Why this module must be called, rather than its parameters read."""
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return "has hooks"
@@ -203,7 +181,7 @@ def _tampered(m: nn.Module) -> str | None:
     return overridden and f"{overridden} is overridden on the instance"
 
 
-def _unfusable_conv(conv: nn.Module) -> str | None:
+def convolution_unfusable(conv: nn.Module) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not Conv2d"
     if conv.bias is not None:
@@ -212,10 +190,10 @@ def _unfusable_conv(conv: nn.Module) -> str | None:
         return f"padding_mode is {conv.padding_mode!r}, not 'zeros'"
     if isinstance(conv.padding, str):
         return f"padding is {conv.padding!r}, not two integers"
-    return _tampered(conv)
+    return tampered(conv)
 
 
-def _unfusable_norm(bn: nn.Module) -> str | None:
+def norm_unfusable(bn: nn.Module) -> str | None:
     if type(bn) not in NORMS:
         return f"{type(bn).__name__} is none of {', '.join(t.__name__ for t in NORMS)}"
-    return _tampered(bn)
+    return tampered(bn)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, projection_unfusable, unfusable
+from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, unfusable
+from .training import check_memory
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 ORIGINAL = {fused: original for original, fused in FUSED.items()}
@@ -59,7 +60,12 @@ class SwapReport:
         return "\n".join(lines)
 
 
-def swap_blocks(model: nn.Module, *, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
+def swap_blocks(
+    model: nn.Module,
+    *,
+    memory_format: torch.memory_format = torch.channels_last,
+    memory: str | None = None,
+) -> nn.Module:
     """Turn every torchvision BasicBlock and Bottleneck inside `model` into its fused twin, in place.
 
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Parameters, buffers, hooks
@@ -73,13 +79,19 @@ def swap_blocks(model: nn.Module, *, memory_format: torch.memory_format = torch.
     where an optimizer with fused=True holds state already, or loads some: it combines state and weight by their places
     in memory, whatever their layouts (as after `model.to(memory_format=...)`, too).
 
-    Returns the same model. Raises TypeError if model is not a module, ValueError for another memory_format.
+    memory: what the fused blocks of the model, those of earlier calls included, keep for the backward while they train.
+    "default": raw results of convolutions, without those that can be done without; "lean": a block's input and output
+    alone, the convolutions run again in the backward. None, the default, changes nothing.
+
+    Returns the same model. Raises TypeError if model is not a module, ValueError for another memory_format or memory.
     """
     if memory_format not in (*_FORMATS, torch.preserve_format):
         raise ValueError(
             "memory_format: expected torch.channels_last, torch.contiguous_format or torch.preserve_format, "
             f"got {memory_format}"
         )
+    if memory is not None:
+        check_memory(memory)
     shared = _shared_convolutions(_module(model))
     swapped = False
     for _, block in _blocks(model):
@@ -102,6 +114,7 @@ def restore_blocks(model: nn.Module) -> nn.Module:
     for _, block in _blocks(_module(model)):
         if type(block) in ORIGINAL:
             block.__class__ = ORIGINAL[type(block)]
+            block.__dict__.pop("memory", None)
     for m in model.modules():
         former = m.__dict__.pop(_FORMER, None)
         if former is not None:
@@ -129,7 +142,11 @@ def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
     type_name = type(block).__name__
     if isinstance(block, tuple(ORIGINAL)):  # FSDP makes subclasses of fused blocks
         reason = unfusable(block)
-        note = _downsample_note(block)
+        notes = [_downsample_note(block)]
+        if block.memory == "lean":
+            kept = not_lean(block)
+            notes.append(f"not lean: {kept}" if kept else "lean")
+        note = "; ".join(n for n in notes if n)
         return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
     reason = _why_left(block, shared)
     if reason is None:

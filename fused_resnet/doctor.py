@@ -26,7 +26,7 @@ VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "which GPUs PyTorch sees",
     "OMP_NUM_THREADS": "threads of PyTorch's CPU kernels",
 }
-OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd")
+OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input")
 
 
 def environment() -> dict:
@@ -124,6 +124,7 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
         "bn_stats": (maps(),),
         "bn_act": (maps(), vector(), vector(), vector(), vector(), 1e-5, maps(), True, True),
         "bn_act_bwd": (maps(), maps(), maps(), vector(), vector(), vector(), 1e-5, True, True, [True] * 4),
+        "bn_act_bwd_input": (maps(), maps(), maps(), vector(), vector(), vector(), vector(), True),
     }[op]
 
 

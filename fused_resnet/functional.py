@@ -21,6 +21,7 @@ from torch._C import (
 )
 from torch.autograd import _profiler_enabled, forward_ad
 
+from . import sync
 from .ops import conv_bn_act_kernel
 
 _ops = torch.ops.fused_resnet
@@ -92,9 +93,9 @@ def _nothing_to_record(x: Tensor, weight: Tensor, residual: Tensor | None) -> bo
 def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
     """Batch norm by the module's state, shortcut add and ReLU: relu(bn(x) + residual).
 
-    x, residual: [N, C, H, W] of one dtype. bn: nn.BatchNorm2d, torchvision's FrozenBatchNorm2d, or nn.SyncBatchNorm in
-    a single process. Uses the batch's statistics, and updates the running ones, exactly when `bn` itself would. Returns
-    [N, C, H, W] in the dtype of x.
+    x, residual: [N, C, H, W] of one dtype. bn: nn.BatchNorm2d, nn.SyncBatchNorm (sync.py: over several processes, on a
+    CPU as well, and differentiable once) or torchvision's FrozenBatchNorm2d. Uses the batch's statistics, and updates
+    the running ones, exactly when `bn` itself would. Returns [N, C, H, W] in the dtype of x.
 
     Raises ValueError for an x that is not 4-D or, with batch statistics, has one value a channel.
     """
@@ -102,6 +103,8 @@ def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, 
         return _ops.bn_act.default(
             x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, residual, relu, False
         )
+    if sync.needs_collective(bn):
+        return sync.batch_norm_act(x, bn, residual, relu)
     mean, var = _ops.bn_stats.default(x)
     update_running_stats(bn, x, mean, var)
     return _ops.bn_act.default(x, mean, var, bn.weight, bn.bias, bn.eps, residual, relu, True)
@@ -121,6 +124,11 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
         return False  # FrozenBatchNorm2d
     return bn.training or bn.running_mean is None
+
+
+def on_own_batch(bn: nn.Module) -> bool:
+    """Whether this BN normalises with the statistics of this process' batch alone."""
+    return uses_batch_statistics(bn) and not sync.needs_collective(bn)
 
 
 def _pair(v, name: str) -> list[int]:

@@ -4,9 +4,9 @@
     bn_stats                mean and biased variance per channel
     bn_act                  y = act(BN(x) + residual) with given statistics
     update_running_stats_   the only op that mutates
-    bn_act_conv             raw convolution of relu(BN(x)), BN applied while loading, and the statistics of the result
-    pointwise_bn_act        y = act(BN(1x1 convolution of relu(BN(x))) + residual), the raw convolution not kept
-    conv_bn_act_bwd, bn_act_bwd, bn_act_conv_bwd, pointwise_bn_act_bwd
+    conv_bn_act_bwd, bn_act_bwd
+    bn_act_bwd_input        dx of bn_act from sums over a batch that is not all here (sync.py)
+    bn_act_conv, pointwise_bn_act   and their backwards, in training_ops.py
 
 To autograd, the statistics of a batch are constants: the op that normalises with them (`bn_act(..., batch_stats=True)`,
 `bn_act_conv`, `pointwise_bn_act`) carries their derivative. The `_bwd` ops are differentiable in turn, through the
@@ -29,9 +29,8 @@ from .backends.reference import accumulator
 
 _lib = torch.library.Library("fused_resnet", "DEF")
 
-_PLACES = "int[] stride, int[] padding, int[] dilation, int groups"
-_CONV = f"{_PLACES}, bool relu"
-_LOADED = "Tensor? mean, Tensor? var, Tensor? bn_weight, Tensor? bn_bias, float eps, bool relu"
+PLACES = "int[] stride, int[] padding, int[] dilation, int groups"
+_CONV = f"{PLACES}, bool relu"
 _SCHEMAS = {
     "conv_bn_act": "(Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? running_mean, "
     f"Tensor? running_var, float eps, Tensor? residual, {_CONV}) -> Tensor",
@@ -42,21 +41,15 @@ _SCHEMAS = {
     "bool relu, bool batch_stats) -> Tensor",
     "bn_act_bwd": "(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, float eps, "
     "bool relu, bool batch_stats, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
-    "bn_act_conv": f"(Tensor x, Tensor weight, {_LOADED}, {_PLACES}, bool stats) -> (Tensor, Tensor, Tensor)",
-    "bn_act_conv_bwd": f"(Tensor grad, Tensor x, Tensor weight, {_LOADED}, {_PLACES}, bool[] output_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "pointwise_bn_act": f"(Tensor x, Tensor weight, {_LOADED}, Tensor? out_weight, Tensor? out_bias, float out_eps, "
-    "Tensor? residual, int[] stride, bool out_relu) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "pointwise_bn_act_bwd": f"(Tensor grad, Tensor? y, Tensor x, Tensor weight, {_LOADED}, Tensor? out_weight, "
-    "Tensor y_mean, Tensor y_var, float out_eps, Tensor a_mean, Tensor a_cov, int[] stride, bool out_relu, "
-    "bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bn_act_bwd_input": "(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor scale, Tensor mean_g, Tensor slope, "
+    "bool relu) -> Tensor",
     "update_running_stats_": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     "Tensor mean, Tensor var, SymInt count, float? momentum) -> ()",
 }
 
 
-def _register(name: str, kernel, fake) -> None:
-    _lib.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+def register(name: str, schema: str, kernel, fake) -> None:
+    _lib.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def batched(info, in_dims, *args):
         raise NotImplementedError(
@@ -68,7 +61,7 @@ def _register(name: str, kernel, fake) -> None:
     torch.library.register_vmap(f"fused_resnet::{name}", batched, lib=_lib)
 
 
-def _register_autograd(name: str, setup, formula) -> None:
+def register_autograd(name: str, setup, formula) -> None:
     """torch.library.register_autograd, at a quarter of its cost a call, and with forward mode refused."""
     op = getattr(torch.ops.fused_resnet, name).default
 
@@ -109,7 +102,7 @@ def _register_autograd(name: str, setup, formula) -> None:
 # --- validation: the same in the op and in its fake; every message names the argument ---
 
 
-def _check_given(**tensors: Tensor | None) -> None:
+def check_given(**tensors: Tensor | None) -> None:
     """The dispatcher takes None for a tensor that is not defined."""
     for name, t in tensors.items():
         if t is None:
@@ -136,7 +129,7 @@ def _check_device(t: Tensor, name: str, x: Tensor) -> None:
         raise RuntimeError(f"{name}: expected on {x.device}, the device of x, got {t.device}")
 
 
-def _check_vectors(channels, owner: str, x: Tensor, **vectors: Tensor | None) -> None:
+def check_vectors(channels, owner: str, x: Tensor, **vectors: Tensor | None) -> None:
     for name, v in vectors.items():
         if v is None:
             continue
@@ -147,7 +140,7 @@ def _check_vectors(channels, owner: str, x: Tensor, **vectors: Tensor | None) ->
         _check_device(v, name, x)
 
 
-def _check_residual(residual: Tensor | None, shape, x: Tensor) -> None:
+def check_residual(residual: Tensor | None, shape, x: Tensor) -> None:
     if residual is None:
         return
     if residual.dim() != 4 or any(a != b for a, b in zip(residual.shape, shape, strict=True)):
@@ -162,18 +155,18 @@ def _check_conv(
     x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
 ):
     """Raise for what no backend could compute; return the output's shape [N, K, P, Q]."""
-    shape = _check_places(x, weight, stride, padding, dilation, groups)
+    shape = check_places(x, weight, stride, padding, dilation, groups)
     if (running_mean is None) != (running_var is None):
         raise RuntimeError("running_mean and running_var: expected both or neither")
     if running_mean is None and not (bn_weight is None and bn_bias is None):
         raise RuntimeError("running_mean: bn_weight and bn_bias need running_mean and running_var")
     bn = dict(bn_weight=bn_weight, bn_bias=bn_bias, running_mean=running_mean, running_var=running_var)
-    _check_vectors(weight.shape[0], "the output", x, **bn)
-    _check_residual(residual, shape, x)
+    check_vectors(weight.shape[0], "the output", x, **bn)
+    check_residual(residual, shape, x)
     return shape
 
 
-def _check_places(x, weight, stride, padding, dilation, groups):
+def check_places(x, weight, stride, padding, dilation, groups):
     # Conv2d takes 3-D (no batch), so BatchNorm2d is who refuses it, with a ValueError.
     _check_4d(x, ValueError if x.dim() == 3 else RuntimeError)
     if weight.dim() != 4:
@@ -197,50 +190,18 @@ def _check_places(x, weight, stride, padding, dilation, groups):
     return shape
 
 
-def _check_loaded(x, mean, var, bn_weight, bn_bias) -> None:
-    """The batch norm that a convolution applies to x while loading it."""
-    if (mean is None) != (var is None):
-        raise RuntimeError("mean and var: expected both or neither")
-    if mean is None and not (bn_weight is None and bn_bias is None):
-        raise RuntimeError("mean: bn_weight and bn_bias need mean and var")
-    _check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
-
-
-def _check_bn_act_conv(
-    x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation, groups, stats
-):  # fmt: skip
-    shape = _check_places(x, weight, stride, padding, dilation, groups)
-    _check_loaded(x, mean, var, bn_weight, bn_bias)
-    if stats:
-        _check_values(shape)
-    return shape
-
-
-def _check_pointwise(
-    x, weight, mean, var, bn_weight, bn_bias, eps, relu, out_weight, out_bias, out_eps, residual, stride, out_relu
-):
-    shape = _check_places(x, weight, stride, [0, 0], [1, 1], 1)
-    if weight.shape[2:] != (1, 1):
-        raise RuntimeError(f"weight: expected a 1x1 convolution's [K, C, 1, 1], got {list(weight.shape)}")
-    _check_loaded(x, mean, var, bn_weight, bn_bias)
-    _check_vectors(weight.shape[0], "the output", x, out_weight=out_weight, out_bias=out_bias)
-    _check_residual(residual, shape, x)
-    _check_values(shape)
-    return shape
-
-
 def _check_bn(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats) -> None:
     _check_4d(x, ValueError)
-    _check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
-    _check_residual(residual, x.shape, x)
+    check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
+    check_residual(residual, x.shape, x)
 
 
 def _check_stats(x) -> None:
     _check_4d(x, ValueError)
-    _check_values(x.shape)
+    check_values(x.shape)
 
 
-def _check_values(shape) -> None:
+def check_values(shape) -> None:
     if shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"x: expected more than 1 value per channel when training, got input size {list(shape)}")
 
@@ -248,11 +209,11 @@ def _check_values(shape) -> None:
 # --- outputs: shapes and strides, for the fakes ---
 
 
-def _empty(shape, like: Tensor, format: torch.memory_format, dtype=None) -> Tensor:
+def empty(shape, like: Tensor, format: torch.memory_format, dtype=None) -> Tensor:
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format)
 
 
-def _optional(result, output_mask, like: Tensor):
+def optional(result, output_mask, like: Tensor):
     """An op cannot return None: gradients that nobody asked for are empty."""
     return tuple(r if on else like.new_empty(0) for r, on in zip(result, output_mask, strict=True))
 
@@ -263,35 +224,35 @@ def _run_bwd(op: str, grad, y, x, *args):
     of_bn = (d if d is None else d.to(acc) for d in (dbn_weight, dbn_bias))
     if dresidual is not None and dresidual.data_ptr() == grad.data_ptr():
         dresidual = dresidual.clone()  # an op's output may not be its input
-    return _optional((*gradients, *of_bn, dresidual), args[-1], x)
+    return optional((*gradients, *of_bn, dresidual), args[-1], x)
 
 
 # --- conv_bn_act ---
 
 
 def conv_bn_act_kernel(*args):
-    _check_given(x=args[0], weight=args[1])
+    check_given(x=args[0], weight=args[1])
     y = backends.repeated(*args)
     return backends.run("conv_bn_act", *args, check=_check_conv) if y is None else y
 
 
 def _conv_bn_act_fake(*args):
-    _check_given(x=args[0], weight=args[1])
+    check_given(x=args[0], weight=args[1])
     shape = _check_conv(*args)
-    return _empty(shape, args[0], output_format(*args[:2]))
+    return empty(shape, args[0], output_format(*args[:2]))
 
 
 def _conv_bn_act_bwd_fake(grad, y, x, weight, *args):
     acc, format = accumulator(x.dtype), output_format(x, weight)
     channel = x.new_empty(weight.shape[0], dtype=acc)
     result = (
-        _empty(x.shape, x, format),
+        empty(x.shape, x, format),
         torch.empty_like(weight),
         channel,
         torch.empty_like(channel),
-        _empty(grad.shape, x, format),
+        empty(grad.shape, x, format),
     )
-    return _optional(result, args[-1], x)
+    return optional(result, args[-1], x)
 
 
 def _conv_setup(ctx, inputs, output):
@@ -355,14 +316,33 @@ def _bn_act(*args):
 
 def _bn_act_fake(x, *args):
     _check_bn(x, *args)
-    return _empty(x.shape, x, output_format(x))
+    return empty(x.shape, x, output_format(x))
 
 
 def _bn_act_bwd_fake(grad, y, x, *args):
     format = output_format(x)
     channel = x.new_empty(x.shape[1], dtype=accumulator(x.dtype))
-    result = (_empty(x.shape, x, format), channel, torch.empty_like(channel), _empty(x.shape, x, format))
-    return _optional(result, args[-1], x)
+    result = (empty(x.shape, x, format), channel, torch.empty_like(channel), empty(x.shape, x, format))
+    return optional(result, args[-1], x)
+
+
+def _bn_act_bwd_input(*args):
+    return backends.run("bn_act_bwd_input", *args, check=_check_bwd_input)
+
+
+def _check_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu) -> None:
+    _check_4d(x, RuntimeError)
+    for name, t in (("grad", grad), ("y", y)):
+        if t is not None and t.shape != x.shape:
+            raise RuntimeError(f"{name}: expected {list(x.shape)}, the shape of x, got {list(t.shape)}")
+    if relu and y is None:
+        raise RuntimeError("y: expected the output under the ReLU, got None")
+    check_vectors(x.shape[1], "x", x, mean=mean, scale=scale, mean_g=mean_g, slope=slope)
+
+
+def _bn_act_bwd_input_fake(grad, y, x, *args):
+    _check_bwd_input(grad, y, x, *args)
+    return empty(x.shape, x, output_format(x))
 
 
 def _bn_setup(ctx, inputs, output):
@@ -400,150 +380,19 @@ def _bn_backward(ctx, grad):
     )
 
 
-# --- convolutions between batch norms of the batch's own statistics ---
-
-
-def _bn_act_conv(*args):
-    _check_given(x=args[0], weight=args[1])
-    y, *stats = backends.run("bn_act_conv", *args, check=_check_bn_act_conv)
-    return y, *_optional(stats, (args[-1],) * 2, y)
-
-
-def _bn_act_conv_fake(*args):
-    _check_given(x=args[0], weight=args[1])
-    x, weight = args[:2]
-    y = _empty(_check_bn_act_conv(*args), x, output_format(x, weight))
-    mean, var = (y.new_empty(weight.shape[0] if args[-1] else 0, dtype=accumulator(x.dtype)) for _ in range(2))
-    return y, mean, var
-
-
-def _bn_act_conv_bwd(*args):
-    dx, dweight, *of_bn = backends.run("bn_act_conv_bwd", *args)
-    acc = accumulator(args[0].dtype)
-    return _optional((dx, dweight, *(d if d is None else d.to(acc) for d in of_bn)), args[-1], args[1])
-
-
-def _bn_act_conv_bwd_fake(grad, x, weight, *args):
-    channel = x.new_empty(x.shape[1], dtype=accumulator(x.dtype))
-    result = (
-        _empty(x.shape, x, output_format(x, weight)),
-        torch.empty_like(weight),
-        channel,
-        torch.empty_like(channel),
-    )
-    return _optional(result, args[-1], x)
-
-
-def _bn_act_conv_setup(ctx, inputs, output):
-    x, weight, mean, var, bn_weight, bn_bias, *options, stats = inputs
-    ctx.save_for_backward(x, weight, mean, var, bn_weight, bn_bias)
-    ctx.options = options
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _bn_act_conv_backward(ctx, grad, *_):
-    none = (None,) * 13
-    needs = ctx.needs_input_grad
-    mask = [needs[0], needs[1], needs[4], needs[5]]
-    if grad is None or not any(mask):
-        return none
-    *tensors, bn_weight, bn_bias = ctx.saved_tensors
-    dx, dweight, dbn_weight, dbn_bias = torch.ops.fused_resnet.bn_act_conv_bwd.default(
-        grad, *tensors, bn_weight, bn_bias, *ctx.options, mask
-    )
-    return (
-        dx if mask[0] else None,
-        dweight if mask[1] else None,
-        *none[2:4],
-        dbn_weight.to(bn_weight.dtype) if mask[2] else None,
-        dbn_bias.to(bn_bias.dtype) if mask[3] else None,
-        *none[6:],
-    )
-
-
-def _pointwise(*args):
-    _check_given(x=args[0], weight=args[1])
-    return backends.run("pointwise_bn_act", *args, check=_check_pointwise)
-
-
-def _pointwise_fake(*args):
-    _check_given(x=args[0], weight=args[1])
-    x, weight = args[:2]
-    acc = accumulator(x.dtype)
-    y = _empty(_check_pointwise(*args), x, output_format(x, weight))
-    y_mean, y_var = (x.new_empty(weight.shape[0], dtype=acc) for _ in range(2))
-    return y, y_mean, y_var, x.new_empty(x.shape[1], dtype=acc), x.new_empty(x.shape[1], x.shape[1], dtype=acc)
-
-
-def _pointwise_bwd(grad, *args):
-    *gradients, dresidual = backends.run("pointwise_bn_act_bwd", grad, *args)
-    acc = accumulator(grad.dtype)
-    gradients = (*gradients[:2], *(d if d is None else d.to(acc) for d in gradients[2:]))
-    if dresidual is not None and dresidual.data_ptr() == grad.data_ptr():
-        dresidual = dresidual.clone()  # an op's output may not be its input
-    return _optional((*gradients, dresidual), args[-1], grad)
-
-
-def _pointwise_bwd_fake(grad, y, x, weight, *args):
-    format = output_format(x, weight)
-    c, k = (x.new_empty(n, dtype=accumulator(x.dtype)) for n in (x.shape[1], weight.shape[0]))
-    vectors = (c, torch.empty_like(c), k, torch.empty_like(k))
-    result = (_empty(x.shape, x, format), torch.empty_like(weight), *vectors, _empty(grad.shape, x, format))
-    return _optional(result, args[-1], x)
-
-
-def _pointwise_setup(ctx, inputs, output):
-    *before, out_weight, out_bias, out_eps, residual, stride, out_relu = inputs
-    y, y_mean, y_var, a_mean, a_cov = output
-    x, weight, mean, var, bn_weight, bn_bias, *ctx.loaded = before
-    tensors = (x, weight, mean, var, bn_weight, bn_bias, out_weight, y_mean, y_var, a_mean, a_cov)
-    ctx.save_for_backward(y if out_relu else None, *tensors)
-    ctx.options = (out_eps, stride, out_relu)
-    ctx.bias_dtype = None if out_bias is None else out_bias.dtype
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _pointwise_backward(ctx, grad, *_):
-    none = (None,) * 14
-    if grad is None:
-        return none
-    y, x, weight, mean, var, bn_weight, bn_bias, out_weight, y_mean, y_var, a_mean, a_cov = ctx.saved_tensors
-    out_eps, stride, out_relu = ctx.options
-    needs = ctx.needs_input_grad
-    mask = [*(needs[i] for i in (0, 1, 4, 5, 8, 9)), needs[11] and out_relu]
-    gradients = (None,) * 7
-    if any(mask):
-        given = (mean, var, bn_weight, bn_bias, *ctx.loaded, out_weight, y_mean, y_var, out_eps, a_mean, a_cov)
-        gradients = torch.ops.fused_resnet.pointwise_bn_act_bwd.default(
-            grad, y, x, weight, *given, stride, out_relu, mask
-        )
-    dx, dweight, dbn_weight, dbn_bias, dout_weight, dout_bias, dresidual = (
-        g if on else None for g, on in zip(gradients, mask, strict=True)
-    )
-    return (
-        dx,
-        dweight,
-        *none[2:4],
-        dbn_weight if dbn_weight is None else dbn_weight.to(bn_weight.dtype),
-        dbn_bias if dbn_bias is None else dbn_bias.to(bn_bias.dtype),
-        *none[6:8],
-        dout_weight if dout_weight is None else dout_weight.to(out_weight.dtype),
-        dout_bias if dout_bias is None else dout_bias.to(ctx.bias_dtype),
-        None,
-        dresidual if out_relu or not needs[11] else grad,
-        *none[12:],
-    )
-
-
 def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
-    _check_vectors(mean.shape[0], "x", mean, running_mean=running_mean, running_var=running_var)
+    check_vectors(mean.shape[0], "x", mean, running_mean=running_mean, running_var=running_var)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if count == 0:
         return
+    follow(running_mean, running_var, num_batches_tracked, mean, var * (count / (count - 1)), momentum)
+
+
+def follow(running_mean, running_var, num_batches_tracked, mean, unbiased, momentum) -> None:
+    """Running statistics after one more batch, which num_batches_tracked counts already."""
     if momentum is None:  # the cumulative average over all batches so far
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-    unbiased = var * (count / (count - 1))
     running, batch = [running_mean, running_var], [mean, unbiased]
     if running_mean.dtype is running_var.dtype is mean.dtype:
         torch._foreach_mul_(running, 1 - momentum)  # one launch for both
@@ -554,7 +403,7 @@ def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean,
 
 
 def _update_running_stats_fake(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
-    _check_vectors(mean.shape[0], "x", mean, running_mean=running_mean, running_var=running_var)
+    check_vectors(mean.shape[0], "x", mean, running_mean=running_mean, running_var=running_var)
 
 
 # --- double backward: the derivative of a `_bwd` op is that of its reference ---
@@ -596,24 +445,7 @@ def _batch_norm_bwd_from_input(grad, y, x, mean, var, bn_weight, eps, relu, batc
     return reference.bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask)
 
 
-def _bn_act_conv_bwd_from_input(grad, x, weight, mean, var, *args):
-    if mean is not None:
-        mean, var = reference.bn_stats(x)
-    return reference.bn_act_conv_bwd(grad, x, weight, mean, var, *args)
-
-
-def _pointwise_bwd_from_input(grad, y, x, weight, mean, var, *args):
-    *loaded, out_weight, y_mean, y_var, out_eps, a_mean, a_cov, stride, out_relu, output_mask = args
-    if mean is not None:
-        mean, var = reference.bn_stats(x)
-    _, y_mean, y_var, *_ = reference.pointwise_bn_act(
-        x, weight, mean, var, *loaded, out_weight, None, out_eps, None, stride, False
-    )
-    args = (*loaded, out_weight, y_mean, y_var, out_eps, a_mean, a_cov, stride, out_relu, output_mask)
-    return reference.pointwise_bn_act_bwd(grad, y, x, weight, mean, var, *args)
-
-
-def _register_double_backward(name: str, function, differentiable: tuple[int, ...]) -> None:
+def register_double_backward(name: str, function, differentiable: tuple[int, ...]) -> None:
     def setup(ctx, inputs, output):
         tensors = [a for a in inputs if isinstance(a, Tensor)]
         ctx.save_for_backward(*tensors)
@@ -623,16 +455,17 @@ def _register_double_backward(name: str, function, differentiable: tuple[int, ..
     def backward(ctx, *grads):
         saved = iter(ctx.saved_tensors)
         args = tuple(next(saved) if t else a for t, a in zip(ctx.is_tensor, ctx.rest, strict=True))
-        grads = [g if on else None for g, on in zip(grads, args[-1], strict=True)]
+        if isinstance(args[-1], list):  # the output mask
+            grads = [g if on else None for g, on in zip(grads, args[-1], strict=True)]
         return _vjp(function, {i: args[i] for i in differentiable}, args, grads, ctx.needs_input_grad)
 
-    _register_autograd(name, setup, backward)
+    register_autograd(name, setup, backward)
 
 
 # --- autocast: activations, weights and the shortcut are cast; BN's vectors stay as they are ---
 
 
-def _register_autocast(name: str, cast) -> None:
+def register_autocast(name: str, cast) -> None:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
         torch._C.DispatchKey.AutocastCUDA
     )
@@ -649,25 +482,14 @@ def _register_autocast(name: str, cast) -> None:
         _lib.impl(name, kernel(device), key, with_keyset=True)
 
 
-def _lowered(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def lowered(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype is torch.float64 or not t.is_floating_point() else t.to(dtype)
 
 
 def _cast_conv(dtype, args):
     x, weight, *bn, residual, stride, padding, dilation, groups, relu = args
-    x, weight, residual = (_lowered(t, dtype) for t in (x, weight, residual))
+    x, weight, residual = (lowered(t, dtype) for t in (x, weight, residual))
     return x, weight, *bn, residual, stride, padding, dilation, groups, relu
-
-
-def _cast_bn_act_conv(dtype, args):
-    x, weight, *rest = args
-    return *(_lowered(t, dtype) for t in (x, weight)), *rest
-
-
-def _cast_pointwise(dtype, args):
-    x, weight, *middle, residual, stride, out_relu = args
-    x, weight, residual = (_lowered(t, dtype) for t in (x, weight, residual))
-    return x, weight, *middle, residual, stride, out_relu
 
 
 def _cast_bn(dtype, args):
@@ -675,32 +497,27 @@ def _cast_bn(dtype, args):
     return x, *middle, residual if residual is None else residual.to(x.dtype), relu, batch_stats
 
 
-_register("conv_bn_act", conv_bn_act_kernel, _conv_bn_act_fake)
-_register("conv_bn_act_bwd", functools.partial(_run_bwd, "conv_bn_act_bwd"), _conv_bn_act_bwd_fake)
-_register("bn_stats", _bn_stats, _bn_stats_fake)
-_register("bn_act", _bn_act, _bn_act_fake)
-_register("bn_act_bwd", functools.partial(_run_bwd, "bn_act_bwd"), _bn_act_bwd_fake)
-_register("bn_act_conv", _bn_act_conv, _bn_act_conv_fake)
-_register("bn_act_conv_bwd", _bn_act_conv_bwd, _bn_act_conv_bwd_fake)
-_register("pointwise_bn_act", _pointwise, _pointwise_fake)
-_register("pointwise_bn_act_bwd", _pointwise_bwd, _pointwise_bwd_fake)
-_register("update_running_stats_", _update_running_stats_, _update_running_stats_fake)
+for _name, _kernel, _fake in (
+    ("conv_bn_act", conv_bn_act_kernel, _conv_bn_act_fake),
+    ("conv_bn_act_bwd", functools.partial(_run_bwd, "conv_bn_act_bwd"), _conv_bn_act_bwd_fake),
+    ("bn_stats", _bn_stats, _bn_stats_fake),
+    ("bn_act", _bn_act, _bn_act_fake),
+    ("bn_act_bwd", functools.partial(_run_bwd, "bn_act_bwd"), _bn_act_bwd_fake),
+    ("bn_act_bwd_input", _bn_act_bwd_input, _bn_act_bwd_input_fake),
+    ("update_running_stats_", _update_running_stats_, _update_running_stats_fake),
+):
+    register(_name, _SCHEMAS[_name], _kernel, _fake)
 
 
 def _stats_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output)
 
 
-_register_autograd("conv_bn_act", _conv_setup, _conv_backward)
-_register_autograd("bn_act", _bn_setup, _bn_backward)
-_register_autograd("bn_act_conv", _bn_act_conv_setup, _bn_act_conv_backward)
-_register_autograd("pointwise_bn_act", _pointwise_setup, _pointwise_backward)
-_register_autograd("bn_stats", _stats_setup, lambda ctx, *grads: (None,))
-_register_double_backward("conv_bn_act_bwd", reference.conv_bn_act_bwd, (0, 2, 3, 4))
-_register_double_backward("bn_act_bwd", _batch_norm_bwd_from_input, (0, 2, 5))
-_register_double_backward("bn_act_conv_bwd", _bn_act_conv_bwd_from_input, (0, 1, 2, 5, 6))
-_register_double_backward("pointwise_bn_act_bwd", _pointwise_bwd_from_input, (0, 2, 3, 6, 7, 10))
-_register_autocast("conv_bn_act", _cast_conv)
-_register_autocast("bn_act_conv", _cast_bn_act_conv)
-_register_autocast("pointwise_bn_act", _cast_pointwise)
-_register_autocast("bn_act", _cast_bn)
+register_autograd("conv_bn_act", _conv_setup, _conv_backward)
+register_autograd("bn_act", _bn_setup, _bn_backward)
+register_autograd("bn_stats", _stats_setup, lambda ctx, *grads: (None,))
+register_double_backward("conv_bn_act_bwd", reference.conv_bn_act_bwd, (0, 2, 3, 4))
+register_double_backward("bn_act_bwd", _batch_norm_bwd_from_input, (0, 2, 5))
+register_double_backward("bn_act_bwd_input", lambda *args: (reference.bn_act_bwd_input(*args),), (0, 2, 3, 4, 5, 6))
+register_autocast("conv_bn_act", _cast_conv)
+register_autocast("bn_act", _cast_bn)

@@ -86,8 +86,9 @@ class FusedPreActBasicBlock(_PreAct):
 
     inplanes, planes: channels in and out. stride: of the first convolution. downsample: None, or
     nn.Sequential(1x1 convolution) to `planes` channels with that stride, applied to relu(bn1(x)); needed where channels
-    or stride change. norm_layer: a class like nn.BatchNorm2d, the default. groups, base_width, dilation: as torchvision's
-    BasicBlock, 1, 64 and 1 only. forward: x [N, inplanes, H, W] -> [N, planes, H/stride, W/stride], any float dtype.
+    or stride change. norm_layer: a class like nn.BatchNorm2d, the default. groups, base_width, dilation: as
+    torchvision's BasicBlock, 1, 64 and 1 only. memory, an attribute: as FusedBasicBlock's.
+    forward: x [N, inplanes, H, W] -> [N, planes, H/stride, W/stride], any float dtype.
 
     Raises ValueError for other groups or base_width, NotImplementedError for a dilation, as torchvision's.
     """
@@ -124,8 +125,9 @@ class FusedPreActBottleneck(_PreAct):
     """BN, ReLU, 1x1, BN, ReLU, 3x3 with the stride, BN, ReLU, 1x1, add (He et al., arXiv 1603.05027), fused.
 
     inplanes: channels in; 4 * planes come out. stride: of the 3x3 convolution. downsample: None, or
-    nn.Sequential(1x1 convolution) to 4 * planes channels with that stride, applied to relu(bn1(x)); needed where channels
-    or stride change. groups, base_width, dilation, norm_layer: as torchvision's Bottleneck.
+    nn.Sequential(1x1 convolution) to 4 * planes channels with that stride, applied to relu(bn1(x)); needed where
+    channels or stride change. groups, base_width, dilation, norm_layer: as torchvision's Bottleneck. memory, an
+    attribute: as FusedBottleneck's.
     forward: x [N, inplanes, H, W] -> [N, 4 * planes, H/stride, W/stride], any float dtype.
     """
 

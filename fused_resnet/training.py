@@ -1,9 +1,9 @@
 """Blocks whose batch norms use the batch's statistics: convolutions hand on raw results, BN is applied on load.
 
-conv1 -> raw, statistics -> conv2 of relu(BN(raw)) -> raw, statistics -> ... -> BN, shortcut and ReLU. Autograd keeps the
-raw results and the block's input; of an expanding 1x1 convolution at the end, or of a projection, not even the raw
-result (backends/composed.py has the arithmetic). With memory="lean" a block keeps its input and its statistics alone and
-runs its convolutions again in the backward.
+conv1 -> raw, statistics -> conv2 of relu(BN(raw)) -> raw, statistics -> ... -> BN, shortcut and ReLU. Autograd keeps
+the raw results and the block's input; of an expanding 1x1 convolution at the end, or of a projection, not even the raw
+result (backends/composed.py has the arithmetic). With memory="lean" a block keeps its input and its statistics alone
+and runs its convolutions again in the backward.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from . import training_ops  # noqa: F401  (registers the ops)
 from .functional import update_running_stats
 
 _ops = torch.ops.fused_resnet
@@ -52,6 +53,13 @@ class Statistics:
         self.next += 1
         return self.kept[self.next - 1]
 
+    def of(self, x: Tensor, bn: nn.Module) -> Norm:
+        """bn as the norm of x."""
+        known = self.known()
+        if known is not None:
+            return Norm(*known, bn.weight, bn.bias, bn.eps)
+        return self.keep(bn, x, *_ops.bn_stats.default(x))
+
     def keep(self, bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor) -> Norm:
         update_running_stats(bn, y, mean, var)
         self.kept.append((mean, var))
@@ -88,6 +96,19 @@ def normalised(
     if statistics.known() is None:
         statistics.keep(bn, y, mean, var)
     return y
+
+
+def convolved(x: Tensor, norm: Norm, conv: nn.Conv2d) -> Tensor:
+    """Raw convolution of relu(norm(x)), of which nobody wants the statistics."""
+    y, _, _ = _ops.bn_act_conv.default(
+        x, conv.weight, *norm, True, conv.stride, conv.padding, conv.dilation, conv.groups, False
+    )
+    return y
+
+
+def check_memory(memory: str) -> None:
+    if memory not in MEMORY:
+        raise ValueError(f"memory: expected 'default' or 'lean', got {memory!r}")
 
 
 def expands(conv: nn.Conv2d) -> bool:

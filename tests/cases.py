@@ -178,6 +178,13 @@ def bn_case(
     return BN((x, mean, var, *norm, 1e-3, other, relu, batch_stats), grad)
 
 
+def bwd_input_case(dtype=torch.float64, layout="contiguous", relu=True, device="cpu", size=(5, 3, 7, 9)) -> tuple:
+    """The arguments of bn_act_bwd_input, in the op's order."""
+    case = bn_case(dtype, layout, relu=relu, batch_stats=False, device=device, size=size)
+    grad, y, x, mean, var, weight, *_ = case.bwd
+    return grad, y, x, mean, weight, var - 1, mean + 0.25, relu
+
+
 def unfused_bn(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats) -> Tensor:
     """bn_act as a user writes it; with batch_stats, mean and var are found anew."""
     stats = (None, None) if batch_stats else (mean, var)

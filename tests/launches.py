@@ -89,6 +89,7 @@ def norm(op: str, n=3, c=48, size=5, dtype=torch.float16, layout=CL, batch_stats
         "bn_stats": (x,),
         "bn_act": (x, mean, var, weight, bias, 1e-5, other, True, batch_stats),
         "bn_act_bwd": (other, y.relu(), x, mean, var, weight, 1e-5, True, batch_stats, list(mask)),
+        "bn_act_bwd_input": (other, y.relu(), x, mean, var, weight, bias, True),
     }[op]
 
 
@@ -127,6 +128,7 @@ CASES = {
     "norm-contiguous": ("bn_act", norm, {"layout": torch.contiguous_format}),
     "norm-backward": ("bn_act_bwd", norm, {}),
     "norm-backward-frozen": ("bn_act_bwd", norm, {"batch_stats": False, "mask": (True, True, False, False)}),
+    "norm-backward-of-several": ("bn_act_bwd_input", norm, {}),
 }
 
 

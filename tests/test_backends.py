@@ -21,6 +21,7 @@ from cases import (
     Conv,
     Shape,
     bn_case,
+    bwd_input_case,
     conv_case,
     outputs_and_grads,
     same_strides,
@@ -31,13 +32,14 @@ from cases import (
 from torch._subclasses import FakeTensorMode
 
 import fused_resnet
-from fused_resnet import backends
+from fused_resnet import backends, ops
 from fused_resnet.backends import reference, verify
 
 conv_bn_act = torch.ops.fused_resnet.conv_bn_act.default
 conv_bn_act_bwd = torch.ops.fused_resnet.conv_bn_act_bwd.default
 bn_act = torch.ops.fused_resnet.bn_act.default
 bn_act_bwd = torch.ops.fused_resnet.bn_act_bwd.default
+bn_act_bwd_input = torch.ops.fused_resnet.bn_act_bwd_input.default
 bn_stats = torch.ops.fused_resnet.bn_stats.default
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -294,6 +296,30 @@ def test_bn_act_takes_any_strides(backend, device, batch_stats, how, dtype):
         torch.testing.assert_close(v / scale, e.to(v.dtype) / scale, **close)
 
 
+@dtypes
+@pytest.mark.parametrize("how", ["sliced", "permuted", "offset", "contiguous", "channels_last"])
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+def test_bn_act_bwd_input(backend, device, relu, how, dtype):
+    """Against the formula in float64, whatever the strides; a mean of the maps hands over an expanded gradient."""
+    grad, y, x, *vectors, _ = bwd_input_case(dtype, relu=relu, device=device)
+    grad = grad[:, :, :1, :1]
+    if refused(backend, "bn_act_bwd_input", grad, y, x, *vectors, relu):
+        pytest.skip(f"{backend} declines")
+    mean, scale, mean_g, slope = (v.double().view(1, -1, 1, 1) for v in vectors)
+    g = grad.double().expand_as(x)
+    g = g.masked_fill(y <= 0, 0) if relu else g
+    expected = (g - mean_g - (x.double() - mean) * slope) * scale
+    y, x = (
+        t if t is None else t.contiguous(memory_format=LAYOUTS[how]) if how in LAYOUTS else strange(t, how)
+        for t in (y, x)
+    )
+    args = (grad.expand_as(x), y, x, *vectors, relu)
+    with fused_resnet.backend(backend):
+        dx = bn_act_bwd_input(*args)
+    assert_as_fake(bn_act_bwd_input, args, dx)
+    assert parity.error(dx, expected) < 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 def test_an_expanded_gradient_is_as_good_as_a_dense_one(backend, device, relu):
     """y.sum().backward() and a mean over the maps hand over a gradient of stride zero."""
@@ -504,7 +530,7 @@ class Fake:
         return None
 
     def __getattr__(self, op):
-        if op not in ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd"):
+        if not hasattr(reference, op) or op not in ops._SCHEMAS:
             raise AttributeError(op)
 
         def call(*args):
@@ -600,7 +626,7 @@ def test_a_backend_that_is_right_serves(trial):
     assert list(verify._verdicts.values()) == [None]
 
 
-@pytest.mark.parametrize("op", ["conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd"])
+@pytest.mark.parametrize("op", ["conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input"])
 def test_every_op_is_judged(trial, op, caplog):
     fake = trial(scaled(1.01))
     args = {
@@ -608,6 +634,7 @@ def test_every_op_is_judged(trial, op, caplog):
         "bn_stats": bn_args().args[:1],
         "bn_act": bn_args().args,
         "bn_act_bwd": (*bn_args().bwd, [True] * 4),
+        "bn_act_bwd_input": bwd_input_case(torch.float32),
     }[op]
     found = verify._tuple(getattr(torch.ops.fused_resnet, op)(*args))
     for v, e in zip(found, verify._tuple(getattr(reference, op)(*args)), strict=True):
@@ -887,6 +914,7 @@ def test_every_op_is_served_without_a_choice(chosen):
         "bn_stats": bn_args().args[:1],
         "bn_act": bn_args().args,
         "bn_act_bwd": (*bn_args().bwd, [True] * 4),
+        "bn_act_bwd_input": bwd_input_case(torch.float32),
     }
     for op, args in calls.items():
         call = getattr(torch.ops.fused_resnet, op).default

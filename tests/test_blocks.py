@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
-from fused_resnet import FusedBasicBlock, FusedBottleneck, backends, blocks, restore_blocks, swap_blocks, swap_report
+from fused_resnet import FusedBasicBlock, FusedBottleneck, backends, restore_blocks, swap_blocks, swap_report, sync
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 MARGIN = 1e-4
@@ -342,9 +342,11 @@ def test_sync_batch_norm_conversion(maker, layout, device):
 
 
 @pytest.mark.parametrize("maker", named([basic_down, bottleneck, bottleneck_down]))
-def test_norm_that_collects_from_other_processes(maker, device, monkeypatch):
-    """Where SyncBatchNorm has a collective to do it is called, and the rest of the block around it stays the same."""
-    monkeypatch.setattr(blocks, "_needs_collective", lambda bn: type(bn) is nn.SyncBatchNorm and bn.training)
+def test_norm_that_collects_from_other_processes_under_a_compiler(maker, device, monkeypatch):
+    """There SyncBatchNorm is called, and the rest of the block around it stays the same; tests/test_sync.py has the
+    fused path."""
+    monkeypatch.setattr(sync, "needs_collective", lambda bn: type(bn) is nn.SyncBatchNorm and bn.training)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     block = made(maker, norm=nn.SyncBatchNorm, device=device)
     called = []
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda bn, x: called.append(bn) or nn.BatchNorm2d.forward(bn, x))
@@ -361,11 +363,11 @@ def test_norm_that_collects_from_other_processes(maker, device, monkeypatch):
 @pytest.mark.parametrize("world, collects", [(0, False), (1, False), (2, True), (8, True)])
 def test_a_collective_takes_several_processes(world, collects, mode, monkeypatch):
     """world 0: no process group. Only SyncBatchNorm, only in training, only where there is somebody to ask."""
-    monkeypatch.setattr(blocks.dist, "is_initialized", lambda: world > 0)
-    monkeypatch.setattr(blocks.dist, "get_world_size", lambda group=None: world)
+    monkeypatch.setattr(sync.dist, "is_initialized", lambda: world > 0)
+    monkeypatch.setattr(sync.dist, "get_world_size", lambda group=None: world)
     for norm in (nn.SyncBatchNorm(3), nn.BatchNorm2d(3)):
         expected = collects and mode == "train" and type(norm) is nn.SyncBatchNorm
-        assert blocks._needs_collective(norm.train(mode == "train")) is expected
+        assert sync.needs_collective(norm.train(mode == "train")) is expected
 
 
 # --- nothing goes stale -----------------------------------------------------------------------------------------------

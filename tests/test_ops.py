@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases import LAYOUTS, SHAPES, Shape, bn_case, conv_case, unfused_bn, unfused_conv
+from cases import LAYOUTS, SHAPES, Shape, bn_case, bwd_input_case, conv_case, unfused_bn, unfused_conv
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -17,6 +17,7 @@ conv_bn_act = torch.ops.fused_resnet.conv_bn_act.default
 conv_bn_act_bwd = torch.ops.fused_resnet.conv_bn_act_bwd.default
 bn_act = torch.ops.fused_resnet.bn_act.default
 bn_act_bwd = torch.ops.fused_resnet.bn_act_bwd.default
+bn_act_bwd_input = torch.ops.fused_resnet.bn_act_bwd_input.default
 bn_stats = torch.ops.fused_resnet.bn_stats.default
 update_running_stats_ = torch.ops.fused_resnet.update_running_stats_.default
 
@@ -86,6 +87,15 @@ def test_opcheck_bn_act(options, layout, device):
 def test_opcheck_bn_act_bwd(batch_stats, mask, layout, device):
     case = bn_case(torch.float32, layout, batch_stats=batch_stats, device=device)
     torch.library.opcheck(bn_act_bwd, (*case.bwd, mask))
+
+
+@layouts
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["constant", "grad"])
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+def test_opcheck_bn_act_bwd_input(relu, requires_grad, layout, device):
+    grad, y, *rest = bwd_input_case(torch.float32, layout, relu, device)
+    grad, *rest = (a.requires_grad_(requires_grad) if isinstance(a, torch.Tensor) else a for a in (grad, *rest))
+    torch.library.opcheck(bn_act_bwd_input, (grad, y, *rest))
 
 
 @layouts
@@ -184,6 +194,24 @@ def test_gradcheck_batch_norm_act(batch_stats, affine, layout):
     inputs = (x, residual, *((weight, bias) if affine else ()))
     assert gradcheck(call, inputs)
     assert gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+def test_gradcheck_bn_act_bwd_input(relu):
+    grad, y, *rest = bwd_input_case(relu=relu, size=(2, 3, 2, 3))
+    grad, *rest = (a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in (grad, *rest))
+    bind, inputs = differentiable((grad, y, *rest))
+    assert gradcheck(bind(bn_act_bwd_input), inputs)
+    assert gradgradcheck(bind(bn_act_bwd_input), inputs)
+
+
+@pytest.mark.parametrize("wrong", ["grad", "y", "mean", "slope", "no-y"])
+def test_bn_act_bwd_input_names_what_it_refuses(wrong):
+    args = list(bwd_input_case())
+    at = {"grad": 0, "y": 1, "no-y": 1, "mean": 3, "slope": 6}[wrong]
+    args[at] = None if wrong == "no-y" else args[at][:-1]
+    with pytest.raises(RuntimeError, match=f"^{wrong.removeprefix('no-')}: expected"):
+        bn_act_bwd_input(*args)
 
 
 @pytest.mark.parametrize("op", ["conv_bn_act", "bn_act"])

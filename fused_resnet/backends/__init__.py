@@ -9,8 +9,8 @@ and, if it likes,
     prepare(op, *args)  a function for this call and for all like it
 
 An automatic choice takes the first that has no such reason; on a GPU a kernel is compared with the reference, once a
-signature (verify.py), before it is trusted, and of the ops in MEASURED the fastest that agreed serves (fastest.py). A forced choice (`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs
-that backend or raises its reason.
+signature (verify.py), before it is trusted, and of an op in MEASURED the fastest that agreed serves (fastest.py). A
+forced choice (`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs that backend or raises its reason.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..folding import fold
-from .layout import output_format, with_strides_of
+from .layout import as_channels, output_format, with_strides_of
 from .reference import accumulator, inverse_and_scale
 
 _aten = torch.ops.aten
@@ -134,3 +134,10 @@ def conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_ma
     conv = (None, stride, padding, dilation, False, [0, 0], groups)
     da, dweight, _ = _aten.convolution_backward(grad, a, weight, *conv, [*output_mask, False])
     return da, dweight if dweight is None else with_strides_of(weight, dweight)
+
+
+def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):
+    mean, scale, mean_g, slope = map(as_channels, _to(accumulator(x.dtype), mean, scale, mean_g, slope))
+    expected = (x - mean).mul_(slope).add_(mean_g)  # in the accumulator's dtype, as the vectors are
+    dx = torch.sub(relu_bwd(grad, y, relu), expected, out=expected).mul_(scale)
+    return dx.to(x.dtype).contiguous(memory_format=output_format(x))

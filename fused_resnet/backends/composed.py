@@ -10,8 +10,8 @@ raw = a W^T, A the covariance of a, s = gamma * inv and inv = 1 / sqrt(var + eps
     dW = s * G - M * t * W A
     da = g (s W) - (a - mean(a)) (W^T t W) - (s * dbeta / M) W
 
-(s, t and inv scale rows), which is batch norm's derivative with raw - mean(raw) = (a - mean(a)) W^T put in: two products
-with [C, C] in place of the passes over raw, which has four times as many channels as a in a bottleneck.
+(s, t and inv scale rows), which is batch norm's derivative with raw - mean(raw) = (a - mean(a)) W^T put in: two
+products with [C, C] in place of the passes over raw, which has four times as many channels as a in a bottleneck.
 
 `backend` below is a module with bn_stats, bn_act, bn_act_bwd, conv_bn_act and conv_gradients.
 """

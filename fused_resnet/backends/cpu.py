@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..folding import fold
 from . import aten, composed, cuda
-from .aten import bn_act, bn_act_bwd, bn_stats, conv_bn_act_bwd  # noqa: F401  (the backend's functions)
+from .aten import bn_act, bn_act_bwd, bn_act_bwd_input, bn_stats, conv_bn_act_bwd  # noqa: F401  (the backend's functions)
 from .cpu_gradients import conv_gradients  # noqa: F401
 from .layout import output_format
 

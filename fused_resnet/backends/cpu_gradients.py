@@ -1,8 +1,8 @@
 """Gradients of a convolution on a CPU, in channels_last, as matrix products.
 
 oneDNN's weight gradients of channels_last convolutions are slower than its forward, and so are both gradients of 1x1
-ones; the BLAS behind torch.mm does not care which operand is transposed. A 1x1 convolution is a product of rows; for the
-weight gradient of a larger one a's windows are written out, a few images at a time.
+ones; the BLAS behind torch.mm does not care which operand is transposed. A 1x1 convolution is a product of rows; for
+the weight gradient of a larger one a's windows are written out, a few images at a time.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ WINDOW_ELEMENTS = 2**20  # of the windows written out at once: what the product 
 LEAST_CHANNELS = 128  # of a, for windows: with fewer, writing them costs more than the product gains
 
 
-def conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_mask) -> tuple[Tensor | None, Tensor | None]:
+def conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_mask):
     """(da, dweight) of y = conv(a, weight) for grad: [N, K, P, Q]; None where output_mask is off."""
     need_a, need_weight = output_mask
-    if groups != 1 or a.dtype not in (torch.float32, torch.float64) or not (is_channels_last(a) and is_channels_last(grad)):
+    laid_out = is_channels_last(a) and is_channels_last(grad)
+    if groups != 1 or not laid_out or a.dtype not in (torch.float32, torch.float64):
         return aten.conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_mask)
     pointwise = weight.shape[2:] == (1, 1) and not any(padding)
     da = dweight = None

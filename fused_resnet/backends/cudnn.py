@@ -9,7 +9,14 @@ import torch
 
 from ..folding import fold
 from . import aten, composed
-from .aten import bn_act, bn_act_bwd, bn_stats, conv_bn_act_bwd, conv_gradients  # noqa: F401  (the backend's functions)
+from .aten import (  # noqa: F401  (the backend's functions)
+    bn_act,
+    bn_act_bwd,
+    bn_act_bwd_input,
+    bn_stats,
+    conv_bn_act_bwd,
+    conv_gradients,
+)
 from .layout import output_format
 
 NAME = "cudnn"

@@ -142,6 +142,13 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     return dx, moment * inv if need_bn_weight else None, total if need_bn_bias else None, dresidual
 
 
+def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):
+    acc = accumulator(x.dtype)
+    mean, scale, mean_g, slope = (as_channels(v.to(acc)) for v in (mean, scale, mean_g, slope))
+    dx = (_masked(grad, y, relu, acc) - mean_g - (x.to(acc) - mean) * slope) * scale
+    return dx.to(x.dtype).contiguous(memory_format=output_format(x))
+
+
 def _operand(x, mean, var, bn_weight, bn_bias, eps, relu):
     """What the convolution multiplies: x after BN with these statistics and ReLU, as it would be stored; else x."""
     return x if mean is None else bn_act(x, mean, var, bn_weight, bn_bias, eps, None, relu, True)

@@ -30,7 +30,7 @@ except ImportError as error:
     _import_error = str(error)
 
 NAME = "triton"
-OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd")
+OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 2**10  # rows are counted in 32 bits, up to the end of the last tile
 
@@ -66,7 +66,7 @@ def declines(op: str, *args) -> str | None:
     if op not in OPS:
         return f"has no {op}"
     first = args[0]
-    x = args[2] if op.endswith("_bwd") else first
+    x = args[2] if "_bwd" in op else first
     if x.dtype not in _DTYPES:
         return f"needs float16, bfloat16 or float32, got {x.dtype}"
     if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):
@@ -619,28 +619,58 @@ def bn_act_bwd(
         if need_g:
             sum_g, sum_gx, dbn_weight = _finish(launch, partial_g, partial_gx, var, eps)
         if need_x and batch_stats:
-            launch(
-                _bn._bn_act_bwd_input_kernel,
-                (tiles.ceil_div(m, tile.block_r) * blocks_c,),
-                grad if dresidual is None else dresidual.rows,
-                y if dresidual is None else None,
-                x,
-                mean,
-                var,
-                bn_weight,
-                sum_g,
-                sum_gx,
-                dx.rows,
-                eps,
-                m,
-                c,
-                BLOCK_R=tile.block_r,
-                BLOCK_C=tile.block_c,
-                ALIGN=tile.align,
-            )
+            masked = (grad, y) if dresidual is None else (dresidual.rows, None)
+            _launch_bwd_input(launch, *masked, x, mean, var, bn_weight, sum_g, sum_gx, dx, eps)
         return (
             _result(dx),
             dbn_weight if need_bn_weight else None,
             sum_g if need_bn_bias else None,
             _result(dresidual),
         )
+
+
+def bn_act_bwd_input(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    mean_g: Tensor,
+    slope: Tensor,
+    relu: bool,
+    *,
+    launch=_dispatch,
+) -> Tensor:
+    """dx: [N, C, H, W] = (grad * mask - mean_g - (x - mean) * slope) * scale; [C] what is per channel."""
+    with _device_of(x):
+        dx = _Output(x.shape, output_format(x), x)
+        grad, x, y = _channels_last(grad), _channels_last(x), _channels_last(y) if relu else None
+        mean, scale, mean_g, slope = (v.float().contiguous() for v in (mean, scale, mean_g, slope))
+        _launch_bwd_input(launch, grad, y, x, mean, None, scale, mean_g, slope, dx, 0.0)
+        return dx.result()
+
+
+def _launch_bwd_input(launch, grad, y, x, mean, var, bn_weight, sum_g, sum_gx, dx: _Output, eps: float) -> None:
+    """dx.rows from channels_last tensors; var None: scale, mean of g and slope stand for the three after it."""
+    c = x.shape[1]
+    m = x.numel() // c
+    tile = tiles.row_tile(m, c)
+    launch(
+        _bn._bn_act_bwd_input_kernel,
+        (tiles.ceil_div(m, tile.block_r) * tiles.ceil_div(c, tile.block_c),),
+        grad,
+        y,
+        x,
+        mean,
+        var,
+        bn_weight,
+        sum_g,
+        sum_gx,
+        dx.rows,
+        eps,
+        m,
+        c,
+        BLOCK_R=tile.block_r,
+        BLOCK_C=tile.block_c,
+        ALIGN=tile.align,
+    )

@@ -228,10 +228,10 @@ def _bn_act_bwd_input_kernel(
     y_ptr,  # [M, C] or None: no ReLU, or grad already masked
     x_ptr,  # [M, C]
     mean_ptr,  # [C]
-    var_ptr,  # [C]
-    bn_weight_ptr,  # [C] or None
-    sum_g_ptr,  # [C] float32
-    sum_gx_ptr,  # [C] float32
+    var_ptr,  # [C], or None: what follows from it is given in place of what it follows from
+    bn_weight_ptr,  # [C] or None; without var the scale
+    sum_g_ptr,  # [C] float32; without var the mean of g
+    sum_gx_ptr,  # [C] float32; without var the slope
     dx_ptr,  # [M, C]
     eps,
     M,
@@ -249,12 +249,17 @@ def _bn_act_bwd_input_kernel(
     at = m[:, None] * C + c[None, :]
     ok = (m < M)[:, None] & (c < C)[None, :]
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    inv = tl.rsqrt(tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32) + eps)
-    mean_g = tl.load(sum_g_ptr + c, mask=c < C, other=0.0) / M
-    slope = inv * inv * (tl.load(sum_gx_ptr + c, mask=c < C, other=0.0) / M)
-    if bn_weight_ptr is not None:
-        inv *= tl.load(bn_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    if var_ptr is not None:
+        scale = tl.rsqrt(tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32) + eps)
+        mean_g = tl.load(sum_g_ptr + c, mask=c < C, other=0.0) / M
+        slope = scale * scale * (tl.load(sum_gx_ptr + c, mask=c < C, other=0.0) / M)
+        if bn_weight_ptr is not None:
+            scale *= tl.load(bn_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    else:
+        scale = tl.load(bn_weight_ptr + c, mask=c < C, other=0.0)
+        mean_g = tl.load(sum_g_ptr + c, mask=c < C, other=0.0)
+        slope = tl.load(sum_gx_ptr + c, mask=c < C, other=0.0)
     g = _masked(grad_ptr, y_ptr, at, ok).to(tl.float32)
     x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    dx = (g - mean_g[None, :] - (x - mean[None, :]) * slope[None, :]) * inv[None, :]
+    dx = (g - mean_g[None, :] - (x - mean[None, :]) * slope[None, :]) * scale[None, :]
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)

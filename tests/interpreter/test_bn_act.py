@@ -1,4 +1,4 @@
-"""bn_stats, bn_act and bn_act_bwd against float64."""
+"""bn_stats, bn_act, bn_act_bwd and bn_act_bwd_input against float64."""
 
 from __future__ import annotations
 
@@ -246,3 +246,42 @@ def test_backward_not_finite(batch_stats, tile):
     for name, g, w in zip(NAMES, got, want, strict=True):
         pick = (lambda t: t[sound]) if g.dim() == 1 else (lambda t: t[:, sound])
         assert_close(pick(g), pick(w), factor=3.0, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_backward_from_given_sums(shape, relu, dtype, tile):
+    check_bwd_input(*bwd_input_args(shape, dtype, "channels_last", relu))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_from_given_sums_layouts(layout):
+    *args, relu = bwd_input_args((5, 6, 7, 9), torch.float32, layout, True)
+    check_bwd_input(*args, relu)
+    wide = [torch.stack((v, v), 1)[:, 0] for v in args[3:]]  # vectors with a stride
+    assert torch.equal(backend.bn_act_bwd_input(*args[:3], *wide, relu), backend.bn_act_bwd_input(*args, relu))
+
+
+def test_backward_from_given_sums_not_finite(tile):
+    """A NaN output passes the mask; a sum that is not finite stays in its channel."""
+    *args, relu = bwd_input_args((1, 70, 7, 9), torch.float32, "channels_last", True)
+    args[1][0, 1, 0, 0], args[5][3] = float("nan"), float("inf")
+    check_bwd_input(*args, relu, sound=[c for c in range(70) if c != 3])
+    assert not backend.bn_act_bwd_input(*args, relu)[:, 3].isfinite().any()
+
+
+def bwd_input_args(shape, dtype, layout, relu):
+    """(grad, y, x, mean, scale, mean_g, slope, relu)"""
+    x, grad, y = (lay(rand(*shape, dtype=dtype, seed=seed), layout) for seed in (1, 2, 3))
+    return grad, y if relu else None, x, *(rand(shape[1], seed=seed) for seed in (4, 5, 6, 7)), relu
+
+
+def check_bwd_input(grad, y, x, *vectors, sound=slice(None)):
+    *vectors, relu = vectors
+    mean, scale, mean_g, slope = (common.channels(v.double()) for v in vectors)
+    g = grad.double().masked_fill(y <= 0, 0) if relu else grad.double()
+    dx = backend.bn_act_bwd_input(grad, y, x, *vectors, relu)
+    want = (g - mean_g - (x.double() - mean) * slope) * scale
+    assert_close(dx[:, sound], want[:, sound])
+    assert dx.dtype == x.dtype and dx.stride() == torch.empty(x.shape, memory_format=output_format(x)).stride()
