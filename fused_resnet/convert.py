@@ -103,6 +103,10 @@ def swap_blocks(
             former = _lay_out(conv, memory_format)
             if former is not None:
                 conv.__dict__.setdefault(_FORMER, str(former))  # torch.save cannot write a memory format
+    if memory is not None:
+        for _, block in _blocks(model):
+            if isinstance(block, tuple(ORIGINAL)):
+                block.memory = memory
     return model
 
 
