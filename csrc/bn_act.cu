@@ -1,5 +1,5 @@
-// Launchers of bn_stats, bn_act, bn_act_bwd and relu_bwd_sum: check, guard the device, allocate, launch, check the
-// launch.
+// Launchers of bn_stats, bn_act, bn_act_bwd, bn_act_bwd_input and relu_bwd_sum: check, guard the device, allocate,
+// launch, check the launch.
 
 #include "bn_act.h"
 
@@ -117,6 +117,31 @@ BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const
   return sums;
 }
 
+// dx from grad and x, as bn_bwd_input_kernel tells; with batch, sum_g and dweight are sums over 1 / share rows.
+Tensor bwd_input(const char* op, const Device& device, const Tensor& grad, const std::optional<Tensor>& y,
+                 const Tensor& x, const Tensor& mean, const std::optional<Tensor>& var,
+                 const std::optional<Tensor>& weight, const Tensor& sum_g, const Tensor& dweight, float share,
+                 double eps, bool batch) {
+  const Tensor dx = torch::stable::empty_like(x);
+  const Geometry geometry = geometry_of(op, x,
+                                        {address(grad), address(y), address(x), address(dx), address(mean),
+                                         address(var), address(weight), address(sum_g), address(dweight)},
+                                        kStreamBlocks * device.multiprocessors);
+  with_type(op, x, geometry, [&](auto element, auto vector) {
+    using T = decltype(element);
+    with_bool(y.has_value(), [&](auto mask) {
+      with_bool(batch, [&](auto of_batch) {
+        launch(op, device, geometry.grid, geometry.block,
+               bn_bwd_input_kernel<T, decltype(vector)::value, decltype(mask)::value, decltype(of_batch)::value>,
+               data<T>(grad), data<T>(y), data<T>(x), data<float>(mean), data<float>(var), data<float>(weight),
+               data<float>(sum_g), data<float>(dweight), share, static_cast<float>(eps), mutable_data<T>(dx),
+               geometry.rows, geometry.channels, geometry.rows_per_block);
+      });
+    });
+  });
+  return dx;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
@@ -183,29 +208,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(const Tensor& grad, const 
   if (need_g) g = torch::stable::empty_like(x);
   if (need_sums || need_g || (need_x && batch_stats)) sums = bwd_sums(op, device, grad, y, x, mean, var, eps, g);
   if (need_x) {
-    dx = torch::stable::empty_like(x);
     // g, once it is stored, stands for grad and y: one read less.
-    const Tensor& from = need_g ? g : grad;
-    const std::optional<Tensor> under = need_g ? std::nullopt : y;
-    const Geometry geometry =
-        geometry_of(op, x,
-                    {address(from), address(under), address(x), address(dx), address(mean), address(var),
-                     address(weight), address(sums.sum_g), address(sums.dweight)},
-                    kStreamBlocks * device.multiprocessors);
-    with_type(op, x, geometry, [&](auto element, auto vector) {
-      using T = decltype(element);
-      with_bool(under.has_value(), [&](auto mask) {
-        with_bool(batch_stats, [&](auto batch) {
-          launch(op, device, geometry.grid, geometry.block,
-                 bn_bwd_input_kernel<T, decltype(vector)::value, decltype(mask)::value, decltype(batch)::value>,
-                 data<T>(from), data<T>(under), data<T>(x), data<float>(mean), data<float>(var), data<float>(weight),
-                 data<float>(sums.sum_g), data<float>(sums.dweight), static_cast<float>(eps), mutable_data<T>(dx),
-                 geometry.rows, geometry.channels, geometry.rows_per_block);
-        });
-      });
-    });
+    const float share = 1.0f / static_cast<float>(x.numel() / x.size(1));
+    dx = bwd_input(op, device, need_g ? g : grad, need_g ? std::nullopt : y, x, mean, var, weight, sums.sum_g,
+                   sums.dweight, share, eps, batch_stats);
   }
   return {dx, sums.dweight, sums.sum_g, g};
+}
+
+Tensor bn_act_bwd_input(const Tensor& grad, const std::optional<Tensor>& y, const Tensor& x, const Tensor& mean,
+                        const Tensor& scale, const Tensor& mean_g, const Tensor& slope) {
+  const char* op = "bn_act_bwd_input";
+  check_map(op, "x", x);
+  check_map_like(op, "grad", grad, x);
+  if (y.has_value()) check_map_like(op, "y", *y, x);
+  check_channels(op, "mean", mean, x);
+  check_channels(op, "scale", scale, x);
+  check_channels(op, "mean_g", mean_g, x);
+  check_channels(op, "slope", slope, x);
+  return bwd_input(op, Device(x), grad, y, x, mean, std::nullopt, scale, mean_g, slope, 1.0f, 0.0, true);
 }
 
 std::tuple<Tensor, Tensor> relu_bwd_sum(const Tensor& grad, const Tensor& y) {

@@ -26,6 +26,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(const Tensor& grad, const 
                                                       const std::optional<Tensor>& weight, double eps, bool batch_stats,
                                                       bool need_x, bool need_sums, bool need_g);
 
+// (grad under y's mask - mean_g - (x - mean) * slope) * scale; y is the output where a ReLU was applied, else absent
+Tensor bn_act_bwd_input(const Tensor& grad, const std::optional<Tensor>& y, const Tensor& x, const Tensor& mean,
+                        const Tensor& scale, const Tensor& mean_g, const Tensor& slope);
+
 // g and its sum per channel, in one pass
 std::tuple<Tensor, Tensor> relu_bwd_sum(const Tensor& grad, const Tensor& y);
 

@@ -35,6 +35,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
       "bn_act_bwd(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? weight, float eps, bool "
       "batch_stats, "
       "bool need_x, bool need_sums, bool need_g) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_act_bwd_input(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor scale, Tensor mean_g, Tensor slope) -> "
+      "Tensor");
   m.def("relu_bwd_sum(Tensor grad, Tensor y) -> (Tensor, Tensor)");
   m.def("chain_instances() -> Tensor");
   m.def(
@@ -60,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("bn_stats", TORCH_BOX(&fused_resnet::bn_stats));
   m.impl("bn_act", TORCH_BOX(&fused_resnet::bn_act));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
+  m.impl("bn_act_bwd_input", TORCH_BOX(&fused_resnet::bn_act_bwd_input));
   m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
   m.impl("chain_out", TORCH_BOX(&fused_resnet::chain_out));
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));

@@ -135,6 +135,19 @@ def test_bn_act_bwd(shape, dtype, misaligned, relu, batch_stats, mask):
         assert got[3].data_ptr() != grad.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape, misaligned", SHAPES)
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+def test_bn_act_bwd_input(shape, dtype, misaligned, relu):
+    x, y, grad, scale, slope = case(shape, dtype, misaligned, mean=2.0)
+    mean, mean_g = torch.randn(shape[1]) + 2, torch.randn(shape[1])
+    args = grad, y if relu else None, x, mean, scale, mean_g, slope
+    dx = cuda.bn_act_bwd_input(*args, relu)
+    expected = reference.bn_act_bwd_input(*(t if t is None else t.double() for t in args), relu)
+    assert dx.dtype == dtype and error(dx, expected) < bound(dtype)
+    assert dx.stride() == torch.empty(shape, memory_format=output_format(x)).stride()
+
+
 @pytest.mark.parametrize("which", range(4), ids=["mean", "var", "weight", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_a_parameter_may_lie_anywhere(dtype, which):

@@ -1,4 +1,4 @@
-// Device code of bn_stats, bn_act, bn_act_bwd and relu_bwd_sum. Raw pointers, no torch header.
+// Device code of bn_stats, bn_act, bn_act_bwd, bn_act_bwd_input and relu_bwd_sum. Raw pointers, no torch header.
 //
 // An activation in channels_last is a matrix [rows, channels], rows = N*H*W, dense. A thread owns one vector of V
 // channels (16 bytes, or one element where channels or alignment forbid) and walks down rows, so that what belongs to a
@@ -368,12 +368,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // dx = weight * inv * g, and with kBatch, where mean and var are functions of x,
-// dx = weight * inv * (g - sum_g / rows - (x - mean) * inv * dweight / rows), inv = 1 / sqrt(var + eps).
+// dx = weight * inv * (g - sum_g * share - (x - mean) * inv * dweight * share), inv = 1 / sqrt(var + eps), share being
+// one over the number of rows behind the sums. Where there is no var it is 1.
 template <typename T, int V, bool kMask, bool kBatch>
 __global__ void __launch_bounds__(kThreads, 3)
     bn_bwd_input_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                         const float* __restrict__ mean, const float* __restrict__ var, const float* __restrict__ weight,
-                        const float* __restrict__ sum_g, const float* __restrict__ dweight, float eps,
+                        const float* __restrict__ sum_g, const float* __restrict__ dweight, float share, float eps,
                         T* __restrict__ dx, int64_t rows, int channels, int64_t rows_per_block) {
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
@@ -386,7 +387,6 @@ __global__ void __launch_bounds__(kThreads, 3)
     load_parameters(flat, sum_g, slice.channel, 0.0f);
     load_parameters(slope, dweight, slice.channel, 0.0f);
   }
-  const float share = 1.0f / static_cast<float>(rows);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const float inv = rsqrtf(variance[j] + eps);

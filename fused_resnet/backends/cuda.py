@@ -19,7 +19,7 @@ from .library import FACTS, build_facts, chip, covers, load
 NAME = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COMPOSED = ("bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd")
-OPS = ("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "conv_bn_act_bwd", *COMPOSED)
+OPS = ("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", "conv_bn_act_bwd", *COMPOSED)
 
 
 def fingerprint(tensors: list[Tensor]) -> Tensor | None:
@@ -181,6 +181,13 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
         dbias if need_bias else None,
         _laid_out(g, format) if need_residual else None,
     )
+
+
+def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):
+    vectors = _vectors(mean, scale, mean_g, slope)
+    y = _rows(y) if relu else None
+    dx = torch.ops.fused_resnet_cuda.bn_act_bwd_input(_rows(grad), y, _rows(x), *vectors)
+    return _laid_out(dx, output_format(x))
 
 
 def conv_bn_act_bwd(grad, y, x, weight, *rest):
