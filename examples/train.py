@@ -159,7 +159,7 @@ def train_epoch(run: Training, told: report.Report, stop: Stop) -> bool:
             group["lr"] = lr
         loss, stopped = step(run, batches, stop)
         if not math.isfinite(loss):
-            raise Refused(f"--lr {chosen.lr}: the loss is {loss} after step {run.steps_done}; try a lower one, or --clip-grad")
+            raise Refused(f"--lr: the loss is {loss} in step {run.steps_done + 1}; lower than {chosen.lr} may do")
         at.steps += 1
         at.loss += loss
         told.step(at.epochs + 1, run.steps_done, loss, lr, chosen.batch_size / (time.perf_counter() - start))
@@ -192,7 +192,7 @@ def end_epoch(run: Training, told: report.Report) -> None:
     at = run.at
     test_loss, accuracy = evaluate(run)
     better, at.best = accuracy > at.best, max(accuracy, at.best)
-    told.epoch(at.epochs + 1, run.steps_done, at.loss / run.loaders.steps, test_loss, accuracy, at.best)
+    told.epoch(at.epochs + 1, run.steps_done, at.loss / run.loaders.steps, test_loss, accuracy, better)
     at.epochs, at.steps, at.loss = at.epochs + 1, 0, 0.0
     if better and run.team.first:
         checkpoint.save(run.options.out / "best.pt", run.bare.state_dict())
@@ -207,6 +207,7 @@ def train(chosen: options.Options, team: processes.Team) -> tuple[nn.Module, boo
     if chosen.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    processes.seed(chosen.seed, team.rank)
     found = data.load(chosen, team)
     run = Training(chosen, team, data.Loaders(found, chosen, team), found)
     chosen.out.mkdir(parents=True, exist_ok=True)

@@ -50,17 +50,22 @@ def _stem(channels: int, planes: int) -> nn.Conv2d:
 
 def build(options: Options, channels: int, classes: int) -> nn.Module:
     """The model on the CPU, in channels_last; its weights follow from --seed and --model, whatever --blocks is."""
-    torch.manual_seed(options.seed)
-    if options.model == "tiny":
-        model = TinyResNet(channels, classes)
-    else:
-        model = torchvision.models.get_model(options.model, weights=None, num_classes=classes)
-        model.conv1, model.maxpool = _stem(channels, 64), nn.Identity()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = _network(options, channels, classes)
     if options.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.blocks == "fused":
         fused_resnet.swap_blocks(model)
     return model.to(memory_format=torch.channels_last)
+
+
+def _network(options: Options, channels: int, classes: int) -> nn.Module:
+    if options.model == "tiny":
+        return TinyResNet(channels, classes)
+    model = torchvision.models.get_model(options.model, weights=None, num_classes=classes)
+    model.conv1, model.maxpool = _stem(channels, 64), nn.Identity()
+    return model
 
 
 def optimizer(model: nn.Module, options: Options) -> torch.optim.SGD:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -53,7 +55,8 @@ class Team:
 @contextmanager
 def team(device: str) -> Iterator[Team]:
     """Joins the others, over NCCL on GPUs and gloo on CPUs. device: auto, cpu or cuda."""
-    rank, local, world = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # torchrun's
+    world = int(os.environ.get("WORLD_SIZE", 1))
     chosen = _device(device, local)
     if world > 1:
         on_gpu = chosen.type == "cuda"
@@ -75,3 +78,10 @@ def _device(name: str, local_rank: int) -> torch.device:
         raise Refused(f"--nproc-per-node: at most one process a GPU, and there are {gpus}; --device cpu needs none")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def seed(number: int, rank: int) -> None:
+    """Seeds the generators that code in a training loop might draw from (dropout, say), of each process differently."""
+    random.seed(number + rank)
+    np.random.seed((number + rank) % 2**32)
+    torch.manual_seed(number + rank)

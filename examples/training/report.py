@@ -22,6 +22,7 @@ class Report:
         self.task = self.progress.add_task("", total=steps)
         self.path = folder / "metrics.jsonl" if first else None
         self.file = None
+        self.speed = 0.0  # images/s, of the last steps more than of those before
 
     def open(self, epochs: int, step: int) -> None:
         """Go on after `epochs` whole ones and `step` steps: what was written after those is taken out."""
@@ -45,13 +46,15 @@ class Report:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, epoch: int, step: int, loss: float, lr: float, images_per_s: float) -> None:
-        text = f"loss {loss:.4f}  lr {lr:.4f}  {images_per_s:,.0f} images/s"
+        self.speed = 0.9 * self.speed + 0.1 * images_per_s if self.speed else images_per_s
+        text = f"epoch {epoch}  loss {loss:.4f}  lr {lr:.4f}  {self.speed:,.0f} images/s"
         self.progress.update(self.task, completed=step, description=text)
         self._write(step=step, epoch=epoch, loss=loss, lr=lr, images_per_s=images_per_s)
 
-    def epoch(self, epoch: int, step: int, train_loss: float, test_loss: float, accuracy: float, best: float) -> None:
-        mark = " (best)" if accuracy == best else ""
-        self.say(f"epoch {epoch}: loss {train_loss:.4f}, test {test_loss:.4f}, accuracy {accuracy:.2%}{mark}")
+    def epoch(self, epoch: int, step: int, train_loss: float, test_loss: float, accuracy: float, best: bool) -> None:
+        losses = f"loss {train_loss:.4f}, on test images {test_loss:.4f}"
+        mark = " (best so far)" if best else ""
+        self.say(f"epoch {epoch}: {losses}, accuracy {accuracy:.2%}{mark}, {self.speed:,.0f} images/s")
         self._write(step=step, epoch=epoch, train_loss=train_loss, test_loss=test_loss, accuracy=accuracy)
 
     def _write(self, **record) -> None:
