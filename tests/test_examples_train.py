@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import fused_resnet
@@ -178,7 +179,7 @@ def test_fused_blocks_train_as_torchvisions(uninterrupted, tmp_path, monkeypatch
 
 def test_two_processes_train_one_model(tmp_path, capsys):
     out = tmp_path / "out"
-    answer = torchrun(tmp_path, *driver(signal.SIGTERM, NO_STEP, out))
+    answer = torchrun(tmp_path, *driver(signal.SIGTERM, NO_STEP, out, "--epochs", "1"))
     assert answer.returncode == 0, answer.stderr
     assert "cpu, 2 processes, 5 steps an epoch" in answer.stdout
     assert answer.stdout.count("epoch 1:") == 1
@@ -194,12 +195,12 @@ def test_two_processes_train_one_model(tmp_path, capsys):
     network.load_state_dict(last["model"])
     assert accuracy(network, found) == numbers(out)[-1]["accuracy"]
 
-    assert train.main([*SHORT, "--out", str(out)]) == 2
+    assert train.main([*SHORT, "--epochs", "1", "--out", str(out)]) == 2
     assert "number of processes was 2, is 1" in capsys.readouterr().err
 
 
 def test_accumulation_makes_as_many_steps(uninterrupted, tmp_path):
-    assert train.main([*SHORT, "--epochs", "1", "--accumulate", "2", "--out", str(tmp_path)]) == 0
+    assert train.main([*SHORT, "--epochs", "1", "--accumulate", "2", "--clip-grad", "1", "--out", str(tmp_path)]) == 0
     assert [r["step"] for r in numbers(tmp_path) if "loss" in r] == [1, 2, 3, 4, 5]
     # Batch norm sees halves, so the numbers are others, but of the same images and weights.
     assert losses(tmp_path)[0] == pytest.approx(losses(uninterrupted)[0], rel=0.05)
@@ -257,6 +258,7 @@ def test_stopped_and_resumed_gives_the_same_numbers(step, uninterrupted, tmp_pat
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_everything_that_has_state_goes_on(tmp_path, monkeypatch):
     """fp16's scaler, clipped gradients, accumulation, and a code that draws from every generator."""
     told = report.Report.step
@@ -486,7 +488,7 @@ def test_processes_share_the_images():
 # --- model, schedule, report ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", "resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["tiny", "resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_fused_and_torchvisions_models_begin_alike(name):
     build = [options.parse(["--model", name, "--blocks", blocks]) for blocks in ("fused", "torchvision")]
     fused, untouched = (model.build(chosen, 3, 10) for chosen in build)
@@ -545,8 +547,8 @@ def test_the_picture_is_written(uninterrupted, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "curve.png"
     assert report.draw(uninterrupted / "metrics.jsonl", picture) == "curve.png shows loss and accuracy"
-    pixels = torchvision.io.decode_image(str(picture))
-    assert pixels.shape[1] > 500 and pixels.float().std() > 5
+    with Image.open(picture) as image:
+        assert image.width > 500 and np.asarray(image.convert("L")).std() > 5
 
 
 def test_without_matplotlib_there_is_a_sentence(uninterrupted, tmp_path, monkeypatch):
