@@ -210,7 +210,10 @@ def train(chosen: options.Options, team: processes.Team) -> tuple[nn.Module, boo
     processes.seed(chosen.seed, team.rank)
     found = data.load(chosen, team)
     run = Training(chosen, team, data.Loaders(found, chosen, team), found)
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    try:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out: cannot be made a folder: {error}") from error
     resumed = run.resume()
 
     told = report.Report(chosen.out, team.first, run.steps)
@@ -234,10 +237,11 @@ def train(chosen: options.Options, team: processes.Team) -> tuple[nn.Module, boo
 
 def introduction(run: Training, found: data.Data) -> str:
     chosen, team = run.options, run.team
-    why = f" (no CIFAR-10 in {chosen.data}; --download fetches it)" if found.name != chosen.dataset == "auto" else ""
+    fallen_back = chosen.dataset == "auto" and found.name == "digits"
+    why = f" (no intact CIFAR-10 in {chosen.data}; --download fetches it)" if fallen_back else ""
     blocks = len(fused_resnet.swap_report(run.bare).fused)
     return (
-        f"{found.name}{why if found.name == 'digits' else ''}: {len(found.train.labels)} training and "
+        f"{found.name}{why}: {len(found.train.labels)} training and "
         f"{len(found.test.labels)} test images of {list(found.train.images.shape[1:])}\n"
         f"{chosen.model}, {f'{blocks} fused blocks' if blocks else 'untouched'}; {team.device.type}, "
         f"{team.world} process{'es' * (team.world > 1)}, {run.loaders.steps} steps an epoch"

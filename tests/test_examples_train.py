@@ -35,7 +35,7 @@ SHORT = ["--dataset", "digits", "--model", "tiny", "--device", "cpu", "--epochs"
 STEPS = 10  # of SHORT: 1,437 images are 5 batches of 256
 ALONE = processes.Team(0, 1, torch.device("cpu"))
 
-# The script, but after `step` of rank 0 it sends a signal to `target`; at its end every rank leaves its state_dict.
+# The script, but after `step` rank 0 sends itself a signal; at its end every rank leaves its state_dict.
 DRIVER = """
 import os, signal, sys
 sys.path[:0] = sys.argv[1:3]
@@ -216,6 +216,23 @@ def test_mixed_precision_follows_float32(amp, uninterrupted, tmp_path, monkeypat
     assert bool(checkpoint.load(tmp_path / "last.pt")["scaler"]) == (amp == "fp16")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_a_gpu_trains_and_goes_on(amp, uninterrupted, tmp_path, monkeypatch):
+    common = [*SHORT, "--device", "cuda", "--amp", amp, "--deterministic", "--workers", "1", "--out"]
+    try:
+        assert train.main([*common, str(tmp_path / "whole")]) == 0
+        with monkeypatch.context() as patch:
+            stop_after(patch, 6)
+            assert train.main([*common, str(tmp_path / "broken")]) == train.STOPPED
+        assert train.main([*common, str(tmp_path / "broken")]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(tmp_path / "whole")[0] == pytest.approx(losses(uninterrupted)[0], rel=0.02)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
 # --- interruptions -------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +389,7 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path):
         (["--lr", "-1"], "argument --lr: expected a number above 0, got '-1'"),
         (["--lr", "nan"], "argument --lr: expected a number above 0, got 'nan'"),
         (["--warmup", "1"], "argument --warmup: expected a number from 0 to below 1, got '1'"),
-        (["--seed", "x"], "argument --seed: expected an integer of at least 0, got 'x'"),
+        (["--seed", "x"], "argument --seed: expected an integer from 0 to 4294967295, got 'x'"),
         (["--model", "vgg"], "argument --model: invalid choice"),
         (["--download"], "--download: is for CIFAR-10"),
         (["--fresh", "--resume"], "argument --resume: not allowed with argument --fresh"),
@@ -381,9 +398,10 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path):
         (["--batch-size", "2000"], "--batch-size: there are 1437 training images, got 2000"),
         (["--sync-bn"], "--sync-bn: PyTorch's SyncBatchNorm needs GPUs"),
         (["--dataset", "cifar10"], "--download fetches CIFAR-10"),
+        (["--out", __file__], "--out: cannot be made a folder: "),
         (["--lr", "1e30"], "--lr: the loss is "),
     ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+    ids=lambda v: " ".join(v).replace(__file__, "file") if isinstance(v, list) else "",
 )
 def test_what_cannot_be_is_refused_by_the_options_name(arguments, sentence, tmp_path, capsys):
     try:

@@ -59,6 +59,7 @@ def _number(kind: Callable, wanted: str, accepts: Callable[[float], bool]) -> Ca
 
 _count = _number(int, "an integer of at least 1", lambda v: v >= 1)
 _count_or_none = _number(int, "an integer of at least 0", lambda v: v >= 0)
+_seed = _number(int, "an integer from 0 to 4294967295", lambda v: 0 <= v < 2**32)
 _positive = _number(float, "a number above 0", lambda v: 0 < v < float("inf"))
 _not_negative = _number(float, "a number of at least 0", lambda v: 0 <= v < float("inf"))
 _share = _number(float, "a number from 0 to below 1", lambda v: 0 <= v < 1)
@@ -122,7 +123,7 @@ def _add_training(group) -> None:
 def _add_run(group) -> None:
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if any)")
     text = "of weights, order and augmentation (default: 0)"
-    group.add_argument("--seed", metavar="N", type=_count_or_none, default=0, help=text)
+    group.add_argument("--seed", metavar="N", type=_seed, default=0, help=text)
     text = "on a GPU: only kernels that give the same bits every time, and slower ones for it; a CPU's always do"
     group.add_argument("--deterministic", action="store_true", help=text)
     text = "folder of last.pt, best.pt, metrics.jsonl and curve.png (default: runs/train)"
