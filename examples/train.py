@@ -7,7 +7,8 @@
 It saves its state after every epoch (--save-every: more often), and after the step in which SIGTERM or Ctrl-C came; it
 then exits with status 143. Called again, it goes on where it was: after any interruption, a killed process included,
 with the numbers that it would have had without (on a GPU: with --deterministic). Everything is in --out: last.pt, from
-which it goes on; best.pt, a state_dict, chosen on the test images; metrics.jsonl, a line a step and a line an epoch; curve.png.
+which it goes on; best.pt, the state_dict that did best on the test images; metrics.jsonl, a line a step and a line an
+epoch; curve.png.
 """
 
 from __future__ import annotations
