@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -type f)
 STAGES := lint test-interpreter test-aot test-cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpu test-slow test-aot test-aot-slow test-interpreter lint format bench results peers wheel sdist gpu-check clean distclean
+.PHONY: help setup demo train test test-cpu test-slow test-aot test-aot-slow test-interpreter lint format bench results peers wheel sdist gpu-check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ setup: $(VENV)/.built  ## .venv with the pinned versions, and the compiled part 
 
 demo: setup  ## a swapped ResNet-50: parity of outputs and gradients, the timing table, a photo classified
 	$(PY) examples/demo.py
+
+train: setup  ## examples/train.py on the handwritten digits, with a picture of the curve; ARGS="--epochs 5"
+	$(PIP) install -q -c constraints.txt matplotlib
+	$(PY) examples/train.py --dataset digits --model tiny --epochs 15 --batch-size 64 --out runs/digits $(ARGS)
 
 test: setup  ## lint, then every test that is not slow: interpreter, ahead-of-time compilation, and the suite on the CPU
 	@status=0; for stage in $(STAGES); do echo "== make $$stage"; $(MAKE) --no-print-directory $$stage || status=1; done; exit $$status
