@@ -88,7 +88,7 @@ struct Tasks {
 };
 
 Tasks tasks_of(int64_t rows, int64_t wanted) {
-  const int64_t each = ceil_div(ceil_div(rows, std::max<int64_t>(wanted, 1)), 8) * 8;  // what the kernels take at once
+  const int64_t each = ceil_div(rows, std::max<int64_t>(wanted, 1));
   return {rows, each, ceil_div(rows, each)};
 }
 
