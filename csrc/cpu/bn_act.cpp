@@ -142,6 +142,18 @@ class Sums {
   std::unique_ptr<double[]> numbers_;
 };
 
+// A plain sum in place of each mean that is not finite: inf less a pivot of inf is NaN, where PyTorch's mean is inf.
+void plain_means(const Tensor& x, double* mean) {
+  const int64_t channels = x.size(1), rows = x.numel() / channels;
+  if (std::all_of(mean, mean + channels, [](double m) { return std::isfinite(m); })) return;
+  std::vector<double> sum(channels);
+  const float* row = data(x);
+  for (int64_t i = 0; i < rows; ++i, row += channels)
+    for (int64_t c = 0; c < channels; ++c) sum[c] += row[c];
+  for (int64_t c = 0; c < channels; ++c)
+    if (!std::isfinite(mean[c])) mean[c] = sum[c] / static_cast<double>(rows);
+}
+
 Tensor new_channels(const Tensor& x, int64_t channels) {
   return torch::stable::new_empty(x, {channels}, ScalarType::Float);
 }
@@ -192,6 +204,7 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x, int64_t isa) {
       deviations[c] += other_deviations[c] + delta * delta * share * before;
     }
   }
+  plain_means(x, all);
   float *m = mutable_data(mean), *v = mutable_data(var);
   for (int64_t c = 0; c < channels; ++c) {
     m[c] = static_cast<float>(all[c]);
