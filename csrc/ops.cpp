@@ -5,6 +5,7 @@
 #include "bn_act.h"
 #include "chain.h"
 #include "conv_bn_act.h"
+#include "cpu/bn_act.h"
 #include "cpu/engine/program.h"
 #include "cpu/fingerprint.h"
 
@@ -13,11 +14,31 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
   m.def("unchanged(Tensor[] tensors, Tensor proof) -> bool");
   m.def("program_isa(int isa) -> Tensor");
   m.def("run_program(Tensor program, Tensor(a!)[] buffers, Tensor(b!)? times) -> ()");
+  m.def("bn_stats(Tensor x, int isa=-1) -> (Tensor, Tensor)");
+  m.def(
+      "bn_act(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, bool relu, "
+      "int isa=-1) -> Tensor");
+  m.def(
+      "bn_act_out(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
+      "bool relu, Tensor(a!) out, int isa=-1) -> ()");
+  m.def(
+      "bn_act_bwd(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "bool relu, bool batch_stats, bool need_x, bool need_sums, bool need_g, int isa=-1) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_act_bwd_out(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+      "float eps, bool relu, bool batch_stats, bool need_sums, Tensor(a!)? dx, Tensor(b!)? g, int isa=-1) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
   m.impl("fingerprint", TORCH_BOX(&fused_resnet::fingerprint));
   m.impl("run_program", TORCH_BOX(&fused_resnet::run_program));
+  m.impl("bn_stats", TORCH_BOX(&fused_resnet::cpu::bn_stats));
+  m.impl("bn_act", TORCH_BOX(&fused_resnet::cpu::bn_act));
+  m.impl("bn_act_out", TORCH_BOX(&fused_resnet::cpu::bn_act_out));
+  m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::cpu::bn_act_bwd));
+  m.impl("bn_act_bwd_out", TORCH_BOX(&fused_resnet::cpu::bn_act_bwd_out));
 }
 
 // On any device, to answer "no" where the tensors are not on the CPU.

@@ -1,4 +1,5 @@
-"""oneDNN's fused convolutions: weight, BN and shortcut in one call, on folded and prepacked weights.
+"""oneDNN's fused convolutions: weight, BN and shortcut in one call, on folded and prepacked weights. Batch norm of
+float32 channels_last tensors by the kernels of csrc/cpu.
 
 One folded copy of a weight is kept, weakly by its storage, once the same weight has come twice. Before every use
 the raw bytes of the weight and of its BN are fingerprinted (128 bits) and compared with what the copy was made of: code
@@ -19,9 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..folding import fold
 from . import aten, composed, cuda
-from .aten import bn_act, bn_act_bwd, bn_act_bwd_input, bn_stats, conv_bn_act_bwd  # noqa: F401  (the backend's functions)
+from .aten import bn_act_bwd_input, conv_bn_act_bwd  # noqa: F401  (two of the backend's functions)
 from .cpu_gradients import conv_gradients  # noqa: F401
-from .layout import output_format
+from .layout import as_float32_vectors, as_rows, is_channels_last, output_format
+from .library import load
 
 NAME = "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -183,6 +185,45 @@ def conv_bn_act(*args):
     packed, bias = _folded(x, weight, bn, eps, residual, stride, padding, dilation, groups)
     y = _pointwise(x, packed, bias, residual, stride, padding, dilation, groups)
     return (y.relu_() if relu else y).contiguous(memory_format=format)
+
+
+def _compiled_bn(*tensors: Tensor | None) -> bool:
+    """Whether csrc/cpu has batch norm for these tensors, x being the first: they are float32, and its result would be
+    channels_last."""
+    return (
+        all(t is None or t.dtype is torch.float32 for t in tensors) and is_channels_last(tensors[0]) and load() is None
+    )
+
+
+def bn_stats(x):
+    if not _compiled_bn(x):
+        return aten.bn_stats(x)
+    return torch.ops.fused_resnet_cpu.bn_stats.default(x)
+
+
+def bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
+    if not _compiled_bn(x):
+        return aten.bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats)
+    vectors = as_float32_vectors(mean, var, bn_weight, bn_bias)
+    return torch.ops.fused_resnet_cpu.bn_act.default(x, *vectors, eps, as_rows(residual), relu)
+
+
+def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask):
+    y = y if relu else None
+    if not _compiled_bn(x, grad, y):
+        return aten.bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask)
+    need_x, need_weight, need_bias, need_residual = output_mask
+    vectors = as_float32_vectors(mean, var, bn_weight)
+    need = (need_x, need_weight or need_bias, need_residual)
+    dx, dweight, dbias, g = torch.ops.fused_resnet_cpu.bn_act_bwd.default(
+        as_rows(grad), as_rows(y), x, *vectors, None, eps, relu, batch_stats, *need
+    )
+    return (
+        dx if need_x else None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+        g if need_residual else None,
+    )
 
 
 _here = sys.modules[__name__]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import aten, composed, cuda_conv, cudnn
-from .layout import output_format
+from .layout import as_float32_vectors, as_rows, output_format
 from .library import FACTS, build_facts, chip, covers, load
 
 NAME = "cuda"
@@ -116,7 +116,7 @@ class _Convolution:
 
     def __call__(self, x, weight, *rest):
         *bn, eps, residual, stride, padding, dilation, _, relu = rest
-        tensors = (_rows(x), _rows(weight), *_vectors(*bn), eps, _rows(residual))
+        tensors = (as_rows(x), as_rows(weight), *as_float32_vectors(*bn), eps, as_rows(residual))
         y = torch.ops.fused_resnet_cuda.conv_bn_act(self.instance.index, *tensors, stride, padding, dilation, relu)
         return _laid_out(y, self.format)
 
@@ -124,11 +124,6 @@ class _Convolution:
 def prepare(op: str, *args):
     """The function for this call and for all of the same shapes, strides, alignments, dtypes and options."""
     return _Convolution(*args) if op == "conv_bn_act" else globals()[op]
-
-
-def _rows(t: Tensor | None) -> Tensor | None:
-    """Dense and channels_last, as the kernels read it."""
-    return t if t is None else t.contiguous(memory_format=torch.channels_last)
 
 
 def _laid_out(t: Tensor, format: torch.memory_format) -> Tensor:
@@ -139,32 +134,28 @@ def _laid_out(t: Tensor, format: torch.memory_format) -> Tensor:
     return t if t.stride() == strides else t.as_strided(t.shape, strides)
 
 
-def _vectors(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None else t.to(torch.float32).contiguous() for t in tensors]
-
-
 def conv_bn_act(*args):
     """One kernel, and before it a small one for scale and shift of a BN."""
     return _Convolution(*args)(*args)
 
 
 def bn_stats(x):
-    return torch.ops.fused_resnet_cuda.bn_stats(_rows(x))
+    return torch.ops.fused_resnet_cuda.bn_stats(as_rows(x))
 
 
 def bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
-    mean, var, bn_weight, bn_bias = _vectors(mean, var, bn_weight, bn_bias)
-    y = torch.ops.fused_resnet_cuda.bn_act(_rows(x), mean, var, bn_weight, bn_bias, eps, _rows(residual), relu)
+    mean, var, bn_weight, bn_bias = as_float32_vectors(mean, var, bn_weight, bn_bias)
+    y = torch.ops.fused_resnet_cuda.bn_act(as_rows(x), mean, var, bn_weight, bn_bias, eps, as_rows(residual), relu)
     return _laid_out(y, output_format(x))
 
 
 def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask):
     need_x, need_weight, need_bias, need_residual = output_mask
-    mean, var, bn_weight = _vectors(mean, var, bn_weight)
+    mean, var, bn_weight = as_float32_vectors(mean, var, bn_weight)
     dx, dweight, dbias, g = torch.ops.fused_resnet_cuda.bn_act_bwd(
-        _rows(grad),
-        _rows(y) if relu else None,
-        _rows(x),
+        as_rows(grad),
+        as_rows(y) if relu else None,
+        as_rows(x),
         mean,
         var,
         bn_weight,
@@ -184,15 +175,15 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
 
 
 def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):
-    vectors = _vectors(mean, scale, mean_g, slope)
-    y = _rows(y) if relu else None
-    dx = torch.ops.fused_resnet_cuda.bn_act_bwd_input(_rows(grad), y, _rows(x), *vectors)
+    vectors = as_float32_vectors(mean, scale, mean_g, slope)
+    y = as_rows(y) if relu else None
+    dx = torch.ops.fused_resnet_cuda.bn_act_bwd_input(as_rows(grad), y, as_rows(x), *vectors)
     return _laid_out(dx, output_format(x))
 
 
 def conv_bn_act_bwd(grad, y, x, weight, *rest):
     """The mask and the sum of the masked gradient in one pass; the convolution's gradients by PyTorch's own kernels."""
-    g, sum_g = torch.ops.fused_resnet_cuda.relu_bwd_sum(_rows(grad), _rows(y))
+    g, sum_g = torch.ops.fused_resnet_cuda.relu_bwd_sum(as_rows(grad), as_rows(y))
     g = g.contiguous(memory_format=output_format(x, weight))
     return aten.conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest)
 

@@ -35,6 +35,16 @@ def as_channels(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
 
+def as_rows(t: Tensor | None) -> Tensor | None:
+    """t dense and channels_last, as the compiled kernels read it: a matrix [N*H*W, C]."""
+    return t if t is None else t.contiguous(memory_format=torch.channels_last)
+
+
+def as_float32_vectors(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Per-channel vectors as the compiled kernels read them."""
+    return [t if t is None else t.to(torch.float32).contiguous() for t in tensors]
+
+
 def with_strides_of(like: Tensor, t: Tensor) -> Tensor:
     """t in another's dtype and strides: the gradient of a weight lies in memory as the weight (DDP's contract)."""
     kept = torch.empty_like(like, requires_grad=False)

@@ -19,24 +19,6 @@ using namespace engine;
 constexpr int64_t kVersion = 1;
 enum Op : int64_t { kConv, kWinograd, kStem, kMaxPool, kAvgPool };
 
-const Kernels* kernels_of(int64_t isa) {
-  switch (isa) {
-    case 0:
-      return &kernels_base;
-#if defined(__x86_64__)
-    case 1:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernels_avx2 : nullptr;
-    case 2:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vl")
-                 ? &kernels_avx512
-                 : nullptr;
-#endif
-    default:
-      return nullptr;
-  }
-}
-
 // Reads the program word by word, and proves that each operand lies inside its buffer.
 class Reader {
  public:
@@ -269,8 +251,7 @@ class Machine {
 }  // namespace
 
 Tensor program_isa(int64_t isa) {
-  for (int64_t best = 2; isa == -1; --best)
-    if (kernels_of(best)) isa = best;
+  if (isa == -1) isa = best_isa();
   const Kernels* kernels = kernels_of(isa);
   Tensor out = torch::stable::empty({4}, torch::headeronly::ScalarType::Long, std::nullopt,
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU));

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "bn_rows.h"
+
 // A function that is not inlined is kept once for all instruction sets, and it may be the widest one's.
 #define FUSED_RESNET_INLINE inline __attribute__((always_inline))
 
@@ -113,6 +115,8 @@ struct Kernels {
 
   void (*max_pool)(const MaxPool&, int64_t row);
   void (*avg_pool)(const AvgPool&, int64_t image);
+
+  BnKernels bn;
 };
 
 extern const Kernels kernels_base;
@@ -120,5 +124,10 @@ extern const Kernels kernels_base;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
+
+// 0 baseline, 1 AVX2 with FMA, 2 AVX-512; null if this processor has not got it.
+const Kernels* kernels_of(int64_t isa);
+// The last of them that it has.
+int64_t best_isa();
 
 }  // namespace fused_resnet::engine

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "bn.h"
 #include "conv.h"
 #include "pool.h"
 #include "stem.h"
@@ -22,5 +23,6 @@
                          stem_scratch,      \
                          stem_task,         \
                          max_pool_row,      \
-                         avg_pool_image};   \
+                         avg_pool_image,    \
+                         kBn};              \
   }
