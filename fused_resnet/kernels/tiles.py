@@ -102,6 +102,18 @@ def conv_tile(
     return ConvTile(block_m, block_n, block_k, 8, num_warps, num_stages, per_tile, flat)
 
 
+@cache
+def bn_act_conv_tile(
+    m: int, k: int, c: int, taps: int, itemsize: int, arch: int, sms: int, fma: bool, normalises: bool
+) -> ConvTile:
+    """The tile for one `_bn_act_conv_fwd_kernel` launch: that of the plain convolution, except that channels which are
+    normalised on the way in are never flattened with the taps."""
+    tile = conv_tile(m, k, c, 1, taps, itemsize, arch, sms, fma)
+    if tile.flat and normalises:
+        tile = tile._replace(flat=False, block_k=16)
+    return tile
+
+
 class RowTile(NamedTuple):
     """Tile of a kernel over channels_last rows [M, C], and how its reduction is split."""
 
