@@ -18,10 +18,11 @@ from .triton import _dispatch
 try:
     from ..kernels import bn_act as _bn
     from ..kernels import bn_act_conv as _conv
+    from ..kernels import gram as _gram
 except ImportError:  # `declines_train` says so
     pass
 
-OPS = ("bn_act_conv", "gram", "pointwise")
+OPS = ("bn_act_conv", "pointwise", "gram")
 _AFFINE_BLOCK = 128  # channels; whole channel blocks of any tile, so that the convolution reads vectors without a mask
 
 
@@ -98,6 +99,85 @@ def pointwise(
             launch, x, weight, affine, relu, scale, shift, residual, stride, [0, 0], [1, 1], out_relu, stats=False
         )
         return out.result()
+
+
+def gram(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    stride: list[int],
+    *,
+    launch=_dispatch,
+) -> tuple[Tensor, Tensor]:
+    """(mean: [C], biased covariance: [C, C]), in float32, of a as in `bn_act_conv` over the positions that a 1x1
+    convolution of this stride reads."""
+    with _base._device_of(x):
+        affine = _affine(launch, x, mean, var, bn_weight, bn_bias, eps)
+        if x.stride(1) != 1:
+            x = _base._channels_last(x)
+        n, c, h, w = x.shape
+        p, q = (tiles.ceil_div(size, step) for size, step in zip((h, w), stride, strict=True))
+        m = n * p * q
+        xn, xc, xh, xw = _base._strides(x)
+        xh, xw = xh * stride[0], xw * stride[1]
+        row_stride = _base._row_stride((n, p, q), (xn, xh, xw))
+        tile = tiles.gram_tile(m, c, x.element_size())
+        partial, sums = _base._floats(x, tile.splits, c, c), _base._floats(x, tile.splits, c)
+        pivot = x.dtype is float32  # of 16 bits a difference would be rounded, while products of values are exact
+        affine_stride = 0 if affine is None else affine.shape[1]
+        launch(
+            _gram._gram_partial_kernel,
+            (tile.pairs, tile.splits),
+            x,
+            affine,
+            partial,
+            sums,
+            m,
+            p,
+            q,
+            c,
+            affine_stride,
+            xn,
+            xh,
+            xw if row_stride is None else row_stride,
+            xc,
+            tile.steps,
+            ROWS=row_stride is not None,
+            PIVOT=pivot,
+            EVEN_C=c % tile.block_c == 0,
+            ALIGN_X=math.gcd(xn, xh, xw, 16),
+            RELU=relu,
+            INPUT_PRECISION="ieee" if x.dtype is float32 else "tf32",
+            UPCAST=_base.interpreting() and x.dtype is _bfloat16,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+        a_mean, a_cov = _base._floats(x, c), _base._floats(x, c, c)
+        block_s, block_c = min(64, tiles.power_of_2(tile.splits)), 8
+        launch(
+            _gram._gram_merge_kernel,
+            (tiles.upper_tiles(c, block_c),),
+            x if pivot else None,
+            affine,
+            partial,
+            sums,
+            a_mean,
+            a_cov,
+            m,
+            c,
+            tile.splits,
+            affine_stride,
+            xc,
+            RELU=relu,
+            BLOCK_S=block_s,
+            BLOCK_C=block_c,
+        )
+        return a_mean, a_cov
 
 
 def _affine(launch, x: Tensor, mean, var, bn_weight, bn_bias, eps: float) -> Tensor | None:

@@ -91,7 +91,7 @@ def _bn_stats_merge_kernel(
         m2 = tl.load(partial_m2_ptr + s * C + c[None, :], mask=ok, other=0.0)
         total += tl.where(ok, m2 + count * away * away, 0.0)
     if x_ptr is not None:
-        mean += tl.load(x_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        mean = tl.load(x_ptr + c, mask=c < C, other=0.0).to(tl.float32) + mean
     tl.store(mean_ptr + c, mean, mask=c < C)
     tl.store(var_ptr + c, tl.sum(total, axis=0) / M, mask=c < C)
 

@@ -39,12 +39,15 @@ def _bn_affine_kernel(
 
 
 @triton.jit
-def _normalised(x, c, affine_ptr, affine_stride, RELU: tl.constexpr):
-    """relu(bn(x)) of x: [rows, channels c], in x's dtype, as a network that stores it would. A channel that is not
-    there, of which x is zero, stays zero."""
-    mean = tl.load(affine_ptr + c)
-    scale = tl.load(affine_ptr + affine_stride + c)
-    bias = tl.load(affine_ptr + 2 * affine_stride + c)
+def _affine(ptr, stride, c):
+    """(mean, scale, bias) of channels c, from what `_bn_affine_kernel` wrote."""
+    return tl.load(ptr + c), tl.load(ptr + stride + c), tl.load(ptr + 2 * stride + c)
+
+
+@triton.jit
+def _normalised(x, mean, scale, bias, RELU: tl.constexpr):
+    """relu(bn(x)) of x: [rows, channels], in x's dtype, as a network that stores it would. A channel that is not there,
+    of which x is zero, stays zero."""
     # Centre first: x * scale + (bias - mean * scale) cancels where mean >> std.
     a = (x.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :]
     if RELU:
@@ -152,7 +155,8 @@ def _bn_act_conv_fwd_kernel(
                 a = tl.load(a_ptrs, mask=(c < C)[None, :], other=0.0)
             b = tl.load(b_ptrs) if EVEN_C else tl.load(b_ptrs, mask=(c < C)[:, None], other=0.0)
             if affine_ptr is not None:
-                a = _normalised(a, c, affine_ptr, affine_stride, RELU)
+                mean, scale, bias = _affine(affine_ptr, affine_stride, c)
+                a = _normalised(a, mean, scale, bias, RELU)
                 if PADDED:
                     a = tl.where(inside, a, tl.zeros_like(a))  # padding is zero behind BatchNorm and ReLU
             a = _operand(a, ROUND_TF32, UPCAST)
