@@ -149,7 +149,7 @@ def gram(
             ROWS=row_stride is not None,
             PIVOT=pivot,
             EVEN_C=c % tile.block_c == 0,
-            ALIGN_X=math.gcd(xn, xh, xw, 16),
+            ALIGN_X=math.gcd(c, xn, xh, xw, 16),
             RELU=relu,
             INPUT_PRECISION="ieee" if x.dtype is float32 else "tf32",
             UPCAST=_base.interpreting() and x.dtype is _bfloat16,

@@ -169,9 +169,7 @@ def _conv_bn_act_fwd_kernel(
     lane = tl.arange(0, BLOCK_K)
     if FLAT_C > 0:
         where = (x_rows, w_rows, h0, w0, H, W, stride_xh, stride_xw, stride_xc, dilation_h, dilation_w)
-        acc = _flat_product(
-            acc, *where, S, TAPS, PADDED, FLAT_C, INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_K
-        )
+        acc = _flat_product(acc, *where, S, TAPS, PADDED, FLAT_C, INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_K)
     else:
         # One loop over (channel block, tap): nested loops would drain the pipeline at every tap. Taps are innermost:
         # the R*S shifted reads of one channel block overlap, and dividing by the constant TAPS is cheap.

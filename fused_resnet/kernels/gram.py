@@ -48,7 +48,7 @@ def _gram_partial_kernel(
     ROWS: tl.constexpr,  # rows are evenly spaced
     PIVOT: tl.constexpr,  # sums are of the distances from the first row
     EVEN_C: tl.constexpr,  # BLOCK_C divides C
-    ALIGN_X: tl.constexpr,  # what divides x's strides, up to 16
+    ALIGN_X: tl.constexpr,  # what divides x's strides and C, up to 16: Triton finds out only whether 16 does
     RELU: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # operands to fp32: the interpreter's tl.dot returns garbage for bf16
@@ -56,6 +56,7 @@ def _gram_partial_kernel(
     BLOCK_C: tl.constexpr,
 ):
     if ALIGN_X < 16:
+        C = C // ALIGN_X * ALIGN_X
         stride_xn = stride_xn // ALIGN_X * ALIGN_X
         stride_xh = stride_xh // ALIGN_X * ALIGN_X
         stride_xw = stride_xw // ALIGN_X * ALIGN_X

@@ -146,16 +146,15 @@ def upper_tiles(c: int, block_c: int) -> int:
 def gram_tile(m: int, c: int, itemsize: int, programs: int = 256) -> GramTile:
     """The tile for the covariance of c channels over m rows. It depends on the shape alone, so sums come out the same
     on every run and every GPU."""
-    # Float32 runs on FMA units, whose operands live in registers; rows that no vector load fits take a register for
-    # every pointer.
-    largest = 64 if itemsize == 4 or c * itemsize % 16 != 0 else 128
+    # Float32 runs on FMA units, whose operands live in registers.
+    largest = 64 if itemsize == 4 or c % 128 != 0 else 128
     block_c = max(16, min(largest, power_of_2(c)))
-    block_r = 16 if itemsize == 4 else 64
+    block_r = 16 if itemsize == 4 else 32
     pairs = upper_tiles(c, block_c)
     blocks = ceil_div(m, block_r)
     splits = max(1, min(blocks, programs // pairs, GRAM_PARTIALS // (4 * c * c)))
     steps = ceil_div(blocks, splits)
-    return GramTile(block_r, block_c, pairs, ceil_div(blocks, steps), steps, 8 if block_c == 128 else 4)
+    return GramTile(block_r, block_c, pairs, ceil_div(blocks, steps), steps, 8 if block_c * itemsize == 256 else 4)
 
 
 class RowTile(NamedTuple):

@@ -1,4 +1,4 @@
-"""bn_act_conv, pointwise and gram, which normalise on load, against float64."""
+"""bn_act_conv and pointwise, which normalise what they convolve as they load it, against float64."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ CASES = {
     "1x1_odd": (1, 70, 7, 9, 5, 1, 1, (1, 1), (0, 0), (1, 1)),
     "1x1_stride2": (5, 33, 7, 9, 70, 1, 1, (2, 2), (0, 0), (1, 1)),
     "1x1_padded": (1, 5, 7, 9, 16, 1, 1, (1, 1), (1, 1), (1, 1)),
+    "1x1_few_channels": (5, 3, 7, 9, 16, 1, 1, (1, 1), (0, 0), (1, 1)),
     "1x1_map": (5, 64, 1, 1, 33, 1, 1, (1, 1), (0, 0), (1, 1)),
     "7x7_few_channels": (1, 3, 17, 19, 5, 7, 7, (2, 2), (3, 3), (1, 1)),
 }
@@ -204,6 +205,46 @@ def test_a_channel_that_is_not_finite_spoils_no_padding():
     y, *_ = backend.bn_act_conv(x, weight, mean, var, gamma, beta, EPS, True, [1, 1], [3, 3], [1, 1], 1)
     assert torch.count_nonzero(y[:, :, 0, 0]) == 0
     assert y[:, :, 1:-1, 1:-1].isnan().all()
+
+
+POINTWISE = [case for case in CASES if case.startswith("1x1") and case != "1x1_padded"]
+
+
+def check_pointwise(case, dtype, normalises=True, residual=True, out_relu=True, layout="channels_last"):
+    x, weight, bn, (stride, *conv) = inputs(case, dtype, layout)
+    bn = bn if normalises else [None] * 4
+    k = weight.shape[0]
+    scale, shift = rand(k, seed=5).add(1), rand(k, seed=6)
+    want = convolved(x, weight, bn, True, (stride, *conv))
+    want = want * common.channels(scale.double()) + common.channels(shift.double())
+    added = lay(rand(*want.shape, dtype=dtype, seed=7), layout) if residual else None
+    want = want + added.double() if residual else want
+    y = backend.pointwise(x, weight, *bn, EPS, True, scale, shift, added, stride, out_relu)
+    assert y.dtype is dtype
+    assert y.stride() == torch.empty(y.shape, memory_format=output_format(x, weight)).stride()
+    assert_close(y, want.relu() if out_relu else want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", POINTWISE)
+def test_pointwise(case, dtype):
+    check_pointwise(case, dtype)
+
+
+@pytest.mark.parametrize("out_relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("normalises", [False, True], ids=["raw", "normalised"])
+def test_pointwise_variants(normalises, residual, out_relu, small_tiles):
+    check_pointwise("1x1_stride2", torch.float32, normalises, residual, out_relu)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "sliced_nchw"])
+def test_pointwise_layouts(layout):
+    check_pointwise("1x1", torch.float32, layout=layout)
+
+
+def test_pointwise_of_few_raw_channels():
+    check_pointwise("1x1_few_channels", torch.float16, normalises=False)
 
 
 def test_a_second_run_has_the_same_bits(small_tiles):
