@@ -26,6 +26,23 @@ OPS = ("bn_act_conv", "pointwise", "gram")
 _AFFINE_BLOCK = 128  # channels; whole channel blocks of any tile, so that the convolution reads vectors without a mask
 
 
+def declines_train(op: str, *args) -> str | None:
+    """Why this call cannot run here, as the rest of a sentence; None where it can."""
+    if op not in OPS:
+        return f"has no {op}"
+    if reason := _base.unavailable():
+        return reason
+    x = args[0]
+    if op == "gram":
+        return _base.declines("bn_stats", x)
+    stride, padding, dilation, groups = args[8:12] if op == "bn_act_conv" else (args[11], [0, 0], [1, 1], 1)
+    if groups > 1:
+        return f"needs groups == 1, got {groups}"
+    if op == "pointwise" and args[1].shape[2:] != (1, 1):
+        return f"needs a 1x1 weight, got {'x'.join(map(str, args[1].shape[2:]))}"
+    return _base.declines("conv_bn_act", *args[:2], *[None] * 6, stride, padding, dilation)
+
+
 def bn_act_conv(
     x: Tensor,
     weight: Tensor,

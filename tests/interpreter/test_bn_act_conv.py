@@ -207,6 +207,26 @@ def test_a_channel_that_is_not_finite_spoils_no_padding():
     assert y[:, :, 1:-1, 1:-1].isnan().all()
 
 
+def test_what_is_declined():
+    x, weight, bn, (stride, padding, dilation) = inputs("1x1", torch.float32)
+    vectors = [rand(64), rand(64), None]
+
+    def declined(x=x, weight=weight, stride=stride, groups=1):
+        return backend.declines_train("bn_act_conv", x, weight, *bn, EPS, True, stride, padding, dilation, groups)
+
+    assert declined() is None
+    assert declined(groups=2) == "needs groups == 1, got 2"
+    assert "float64" in declined(x.double())
+    assert "empty batch" in declined(x[:0])
+    assert "empty output" in declined(weight=rand(64, 32, 9, 9))
+    assert backend.declines_train("pointwise", x, weight, *bn, EPS, True, *vectors, stride, True) is None
+    wide = rand(64, 32, 3, 3)
+    assert "1x1" in backend.declines_train("pointwise", x, wide, *bn, EPS, True, *vectors, stride, True)
+    assert backend.declines_train("gram", x, *bn, EPS, True, stride) is None
+    assert "float64" in backend.declines_train("gram", x.double(), *bn, EPS, True, stride)
+    assert backend.declines_train("conv_bn_act", x) == "has no conv_bn_act"
+
+
 POINTWISE = [case for case in CASES if case.startswith("1x1") and case != "1x1_padded"]
 
 
