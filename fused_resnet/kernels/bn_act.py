@@ -91,8 +91,10 @@ def _bn_stats_merge_kernel(
         m2 = tl.load(partial_m2_ptr + s * C + c[None, :], mask=ok, other=0.0)
         total += tl.where(ok, m2 + count * away * away, 0.0)
     if x_ptr is not None:
-        mean = tl.load(x_ptr + c, mask=c < C, other=0.0).to(tl.float32) + mean
-    tl.store(mean_ptr + c, mean, mask=c < C)
+        pivot = tl.load(x_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(mean_ptr + c, pivot + mean, mask=c < C)
+    else:
+        tl.store(mean_ptr + c, mean, mask=c < C)
     tl.store(var_ptr + c, tl.sum(total, axis=0) / M, mask=c < C)
 
 
