@@ -61,7 +61,7 @@ def _bn_stats_partial_kernel(
 
 @triton.jit(do_not_specialize=["M", "splits", "rows_per_split"])
 def _bn_stats_merge_kernel(
-    x_ptr,  # [M, C], for its first row, the pivot
+    x_ptr,  # [M, C], for its first row, the pivot; None: partial means are of x itself
     partial_mean_ptr,  # [splits, C] float32
     partial_m2_ptr,  # [splits, C] float32
     mean_ptr,  # [C] float32
@@ -90,8 +90,11 @@ def _bn_stats_merge_kernel(
         away = tl.load(partial_mean_ptr + s * C + c[None, :], mask=ok, other=0.0) - mean[None, :]
         m2 = tl.load(partial_m2_ptr + s * C + c[None, :], mask=ok, other=0.0)
         total += tl.where(ok, m2 + count * away * away, 0.0)
-    pivot = tl.load(x_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(mean_ptr + c, pivot + mean, mask=c < C)
+    if x_ptr is not None:
+        pivot = tl.load(x_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        tl.store(mean_ptr + c, pivot + mean, mask=c < C)
+    else:
+        tl.store(mean_ptr + c, mean, mask=c < C)
     tl.store(var_ptr + c, tl.sum(total, axis=0) / M, mask=c < C)
 
 

@@ -30,6 +30,51 @@ def _banded(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return band * GROUP_M + in_band % band_rows, in_band // band_rows
 
 
+@triton.jit
+def _flat_product(
+    acc,  # [BLOCK_M, BLOCK_N] float32
+    x_rows,  # [BLOCK_M] pointers, before the first tap
+    w_rows,  # [BLOCK_N] pointers
+    h0,  # [BLOCK_M], read with PADDED
+    w0,
+    H,
+    W,
+    stride_xh,
+    stride_xw,
+    stride_xc,
+    dilation_h,
+    dilation_w,
+    S: tl.constexpr,
+    TAPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    FLAT_C: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc plus the convolution of a few input channels: the reduction index is (tap, channel) flattened."""
+    lane = tl.arange(0, BLOCK_K)
+    for step in tl.range(0, tl.cdiv(TAPS * FLAT_C, BLOCK_K)):
+        i = step * BLOCK_K + lane
+        tap = i // FLAT_C
+        dh = tap // S * dilation_h
+        dw = tap % S * dilation_w
+        offset = dh.to(tl.int64) * stride_xh + dw.to(tl.int64) * stride_xw + (i % FLAT_C).to(tl.int64) * stride_xc
+        ok = i < TAPS * FLAT_C
+        x_ok = ok[None, :]
+        if PADDED:
+            h = h0[:, None] + dh[None, :]
+            w = w0[:, None] + dw[None, :]
+            x_ok = x_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        a = tl.load(x_rows[:, None] + offset[None, :], mask=x_ok, other=0.0)
+        b = tl.load(w_rows[None, :] + i[:, None], mask=ok[:, None], other=0.0)
+        a = _operand(a, ROUND_TF32, UPCAST)
+        b = _operand(b, ROUND_TF32, UPCAST)
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "P", "Q", "H", "W"])
 def _conv_bn_act_fwd_kernel(
     x_ptr,  # [N, C, H, W], any strides (a channel stride of 1 is what makes it fast)
@@ -100,6 +145,8 @@ def _conv_bn_act_fwd_kernel(
     m_read = tl.minimum(m, M - 1)
     if ROWS:
         x_rows = x_ptr + m_read.to(tl.int64) * stride_xw
+        h0 = 0
+        w0 = 0
     else:
         n = m_read // (P * Q)
         p = m_read // Q % P
@@ -121,23 +168,8 @@ def _conv_bn_act_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     lane = tl.arange(0, BLOCK_K)
     if FLAT_C > 0:
-        for step in tl.range(0, tl.cdiv(TAPS * FLAT_C, BLOCK_K)):
-            i = step * BLOCK_K + lane
-            tap = i // FLAT_C
-            dh = tap // S * dilation_h
-            dw = tap % S * dilation_w
-            offset = dh.to(tl.int64) * stride_xh + dw.to(tl.int64) * stride_xw + (i % FLAT_C).to(tl.int64) * stride_xc
-            ok = i < TAPS * FLAT_C
-            x_ok = ok[None, :]
-            if PADDED:
-                h = h0[:, None] + dh[None, :]
-                w = w0[:, None] + dw[None, :]
-                x_ok = x_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            a = tl.load(x_rows[:, None] + offset[None, :], mask=x_ok, other=0.0)
-            b = tl.load(w_rows[None, :] + i[:, None], mask=ok[:, None], other=0.0)
-            a = _operand(a, ROUND_TF32, UPCAST)
-            b = _operand(b, ROUND_TF32, UPCAST)
-            acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        where = (x_rows, w_rows, h0, w0, H, W, stride_xh, stride_xw, stride_xc, dilation_h, dilation_w)
+        acc = _flat_product(acc, *where, S, TAPS, PADDED, FLAT_C, INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_K)
     else:
         # One loop over (channel block, tap): nested loops would drain the pipeline at every tap. Taps are innermost:
         # the R*S shifted reads of one channel block overlap, and dividing by the constant TAPS is cheap.

@@ -102,6 +102,61 @@ def conv_tile(
     return ConvTile(block_m, block_n, block_k, 8, num_warps, num_stages, per_tile, flat)
 
 
+@cache
+def bn_act_conv_tile(
+    m: int, k: int, c: int, taps: int, itemsize: int, arch: int, sms: int, fma: bool, normalises: bool
+) -> ConvTile:
+    """The tile of one `_bn_act_conv_fwd_kernel` launch: the plain convolution's, unless x is normalised on the way in.
+
+    It then passes through registers, which eight warps have and four are short of; with three stages two blocks of
+    128 x 64 find room on an SM, so that one normalises while the other multiplies. Channels are never flattened with
+    the taps: each has its own scale.
+    """
+    tile = conv_tile(m, k, c, 1, taps, itemsize, arch, sms, fma)
+    if not normalises:
+        return tile
+    return tile._replace(
+        flat=False,
+        block_k=16 if tile.flat else tile.block_k,
+        num_warps=8 if tile.block_m == 128 else tile.num_warps,
+        num_stages=min(tile.num_stages, 3),
+    )
+
+
+class GramTile(NamedTuple):
+    """Tile of `_gram_partial_kernel`, and how its reduction is split."""
+
+    block_r: int
+    block_c: int
+    pairs: int  # tiles of the upper triangle
+    splits: int
+    steps: int  # row blocks a split walks
+    num_warps: int
+
+
+GRAM_PARTIALS = 16 << 20  # bytes of [splits, C, C]: written and read once, they should cost less than x
+
+
+def upper_tiles(c: int, block_c: int) -> int:
+    """Tiles of block_c on or above the diagonal of [c, c]."""
+    return ceil_div(c, block_c) * (ceil_div(c, block_c) + 1) // 2
+
+
+@cache
+def gram_tile(m: int, c: int, itemsize: int, programs: int = 256) -> GramTile:
+    """The tile for the covariance of c channels over m rows. It depends on the shape alone, so sums come out the same
+    on every run and every GPU."""
+    # Float32 runs on FMA units, whose operands live in registers.
+    largest = 64 if itemsize == 4 or c % 128 != 0 else 128
+    block_c = max(16, min(largest, power_of_2(c)))
+    block_r = 16 if itemsize == 4 else 32
+    pairs = upper_tiles(c, block_c)
+    blocks = ceil_div(m, block_r)
+    splits = max(1, min(blocks, programs // pairs, GRAM_PARTIALS // (4 * c * c)))
+    steps = ceil_div(blocks, splits)
+    return GramTile(block_r, block_c, pairs, ceil_div(blocks, steps), steps, 8 if block_c * itemsize == 256 else 4)
+
+
 class RowTile(NamedTuple):
     """Tile of a kernel over channels_last rows [M, C], and how its reduction is split."""
 

@@ -1,0 +1,299 @@
+"""Host side of the Triton kernels that train with batch statistics without storing a normalised tensor.
+
+As in backends/triton.py, whose helpers these are: checks nothing, guards the device, allocates, launches.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, float32
+from torch import bfloat16 as _bfloat16
+
+from ..kernels import tiles
+from . import triton as _base
+from .layout import conv_output_size, output_format
+from .triton import _dispatch
+
+try:
+    from ..kernels import bn_act as _bn
+    from ..kernels import bn_act_conv as _conv
+    from ..kernels import gram as _gram
+except ImportError:  # `declines_train` says so
+    pass
+
+OPS = ("bn_act_conv", "pointwise", "gram")
+_AFFINE_BLOCK = 128  # channels; whole channel blocks of any tile, so that the convolution reads vectors without a mask
+
+
+def declines_train(op: str, *args) -> str | None:
+    """Why this call cannot run here, as the rest of a sentence; None where it can."""
+    if op not in OPS:
+        return f"has no {op}"
+    if reason := _base.unavailable():
+        return reason
+    x = args[0]
+    if op == "gram":
+        return _base.declines("bn_stats", x)
+    stride, padding, dilation, groups = args[8:12] if op == "bn_act_conv" else (args[11], [0, 0], [1, 1], 1)
+    if groups > 1:
+        return f"needs groups == 1, got {groups}"
+    if op == "pointwise" and args[1].shape[2:] != (1, 1):
+        return f"needs a 1x1 weight, got {'x'.join(map(str, args[1].shape[2:]))}"
+    return _base.declines("conv_bn_act", *args[:2], *[None] * 6, stride, padding, dilation)
+
+
+def bn_act_conv(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    *,
+    launch=_dispatch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y: [N, K, P, Q], its mean: [K], its biased variance: [K]) of y = conv(a, weight: [K, C, R, S]), where
+    a = act((x - mean) / sqrt(var + eps) * bn_weight + bn_bias), rounded to x's dtype, of x: [N, C, H, W]; without a
+    mean a is x. The statistics are float32, of y as it is stored."""
+    with _base._device_of(x):
+        affine = _affine(launch, x, mean, var, bn_weight, bn_bias, eps)
+        out, partial_mean, partial_m2, block_m = _convolve(
+            launch, x, weight, affine, relu, None, None, None, stride, padding, dilation, False, stats=True
+        )
+        k = weight.shape[0]
+        m = out.rows.numel() // k
+        y_mean, y_var = _base._floats(x, k), _base._floats(x, k)
+        splits = partial_mean.shape[0]
+        block_s, block_c = tiles.finish_tile(splits, k)
+        launch(
+            _bn._bn_stats_merge_kernel,
+            (tiles.ceil_div(k, block_c),),
+            None,
+            partial_mean,
+            partial_m2,
+            y_mean,
+            y_var,
+            m,
+            k,
+            splits,
+            block_m,
+            BLOCK_S=block_s,
+            BLOCK_C=block_c,
+        )
+        return out.result(), y_mean, y_var
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: list[int],
+    out_relu: bool,
+    *,
+    launch=_dispatch,
+) -> Tensor:
+    """y: [N, K, P, Q] = out_act(conv(a, weight: [K, C, 1, 1]) * scale + shift + residual), a as in `bn_act_conv`, for
+    a scale and a shift: [K] of float32."""
+    with _base._device_of(x):
+        affine = _affine(launch, x, mean, var, bn_weight, bn_bias, eps)
+        scale, shift = map(_base._per_channel, (scale, shift))
+        out, *_ = _convolve(
+            launch, x, weight, affine, relu, scale, shift, residual, stride, [0, 0], [1, 1], out_relu, stats=False
+        )
+        return out.result()
+
+
+def gram(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    stride: list[int],
+    *,
+    launch=_dispatch,
+) -> tuple[Tensor, Tensor]:
+    """(mean: [C], biased covariance: [C, C]), in float32, of a as in `bn_act_conv` over the positions that a 1x1
+    convolution of this stride reads."""
+    with _base._device_of(x):
+        affine = _affine(launch, x, mean, var, bn_weight, bn_bias, eps)
+        if x.stride(1) != 1:
+            x = _base._channels_last(x)
+        n, c, h, w = x.shape
+        p, q = (tiles.ceil_div(size, step) for size, step in zip((h, w), stride, strict=True))
+        m = n * p * q
+        xn, xc, xh, xw = _base._strides(x)
+        xh, xw = xh * stride[0], xw * stride[1]
+        row_stride = _base._row_stride((n, p, q), (xn, xh, xw))
+        tile = tiles.gram_tile(m, c, x.element_size())
+        partial, sums = _base._floats(x, tile.splits, c, c), _base._floats(x, tile.splits, c)
+        pivot = x.dtype is float32  # of 16 bits a difference would be rounded, while products of values are exact
+        affine_stride = 0 if affine is None else affine.shape[1]
+        launch(
+            _gram._gram_partial_kernel,
+            (tile.pairs, tile.splits),
+            x,
+            affine,
+            partial,
+            sums,
+            m,
+            p,
+            q,
+            c,
+            affine_stride,
+            xn,
+            xh,
+            xw if row_stride is None else row_stride,
+            xc,
+            tile.steps,
+            ROWS=row_stride is not None,
+            PIVOT=pivot,
+            EVEN_C=c % tile.block_c == 0,
+            ALIGN_X=math.gcd(c, xn, xh, xw, 16),
+            RELU=relu,
+            INPUT_PRECISION="ieee" if x.dtype is float32 else "tf32",
+            UPCAST=_base.interpreting() and x.dtype is _bfloat16,
+            BLOCK_R=tile.block_r,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+        a_mean, a_cov = _base._floats(x, c), _base._floats(x, c, c)
+        block_s, block_c = min(64, tiles.power_of_2(tile.splits)), 8
+        launch(
+            _gram._gram_merge_kernel,
+            (tiles.upper_tiles(c, block_c),),
+            x if pivot else None,
+            affine,
+            partial,
+            sums,
+            a_mean,
+            a_cov,
+            m,
+            c,
+            tile.splits,
+            affine_stride,
+            xc,
+            RELU=relu,
+            BLOCK_S=block_s,
+            BLOCK_C=block_c,
+        )
+        return a_mean, a_cov
+
+
+def _affine(launch, x: Tensor, mean, var, bn_weight, bn_bias, eps: float) -> Tensor | None:
+    """[3, C and up to the next whole block] float32: mean, scale and bias of a BatchNorm; None without one."""
+    if mean is None:
+        return None
+    c = x.shape[1]
+    blocks = tiles.ceil_div(c, _AFFINE_BLOCK)
+    affine = _base._floats(x, 3, blocks * _AFFINE_BLOCK)
+    launch(
+        _conv._bn_affine_kernel,
+        (blocks,),
+        *map(_base._per_channel, (mean, var, bn_weight, bn_bias)),
+        affine,
+        eps,
+        c,
+        affine.shape[1],
+        BLOCK=_AFFINE_BLOCK,
+    )
+    return affine
+
+
+def _convolve(
+    launch,
+    x: Tensor,
+    weight: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    out_relu: bool,
+    stats: bool,
+):
+    """(y, partial means and sums of squared distances: [row tiles, K] or None, rows of a tile)."""
+    shape = n, k, p, q = conv_output_size(x, weight, stride, padding, dilation)
+    out = _base._Output(shape, output_format(x, weight), x)
+    _, c, r, s = weight.shape
+    h, w = x.shape[2:]
+    m = n * p * q
+    fma = x.dtype is float32 and not _base.tf32_allowed()
+    problem = (m, k, c, r * s, x.element_size(), *_base._chip(x), fma)
+    tile = tiles.bn_act_conv_tile(*problem, affine is not None)
+    if not tile.flat and x.stride(1) != 1:
+        x = _base._channels_last(x)
+    weight = _base._channels_last(weight)
+    xn, xc, xh, xw = _base._strides(x)
+    rows = r * s == 1 and not any(padding) and max(stride) == 1
+    row_stride = _base._row_stride((n, h, w), (xn, xh, xw)) if rows else None
+    row_tiles = tiles.ceil_div(m, tile.block_m)
+    partials = [_base._floats(x, row_tiles, k) if stats else None for _ in range(2)]
+    launch(
+        _conv._bn_act_conv_fwd_kernel,
+        (row_tiles * tiles.ceil_div(k, tile.block_n),),
+        x,
+        weight,
+        affine,
+        scale,
+        shift,
+        None if residual is None else _base._channels_last(residual),
+        out.rows,
+        *partials,
+        m,
+        p,
+        q,
+        h,
+        w,
+        k,
+        c,
+        0 if affine is None else affine.shape[1],
+        xn,
+        xh,
+        xw if row_stride is None else row_stride,
+        xc,
+        *stride,
+        *padding,
+        *dilation,
+        R=r,
+        S=s,
+        PADDED=any(padding),
+        ROWS=row_stride is not None,
+        FLAT_C=c if tile.flat else 0,
+        EVEN_C=c % tile.block_k == 0,
+        EVEN_K=k % tile.block_n == 0,
+        ALIGN_X=math.gcd(c, xn, xh, xw, 16),
+        ALIGN_K=math.gcd(k, 16),
+        RELU=relu,
+        OUT_RELU=out_relu,
+        INPUT_PRECISION="ieee" if fma else "tf32",
+        ROUND_TF32=x.dtype is float32 and not fma and not _base.interpreting(),
+        UPCAST=_base.interpreting() and x.dtype is _bfloat16,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out, *partials, tile.block_m
