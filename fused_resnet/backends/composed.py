@@ -13,7 +13,8 @@ raw = a W^T, A the covariance of a, s = gamma * inv and inv = 1 / sqrt(var + eps
 (s, t and inv scale rows), which is batch norm's derivative with raw - mean(raw) = (a - mean(a)) W^T put in: two
 products with [C, C] in place of the passes over raw, which has four times as many channels as a in a bottleneck.
 
-`backend` below is a module with bn_stats, bn_act, bn_act_bwd, conv_bn_act and conv_gradients.
+`backend` below is a module with bn_stats, bn_act, bn_act_bwd, conv_bn_act and conv_gradients. If it has them, it also
+lends bn_act_ and bn_act_bwd_, which may write their result over the first argument, and relu_bwd_sum.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _through_bn(backend, da, a, x, mean, var, bn_weight, eps, relu, needs):
     if da is None:
         return None, None, None
     da = da.contiguous(memory_format=output_format(x))
-    return backend.bn_act_bwd(da, a, x, mean, var, bn_weight, eps, relu, True, [*needs, False])[:3]
+    bn_act_bwd = getattr(backend, "bn_act_bwd_", backend.bn_act_bwd)
+    return bn_act_bwd(da, a, x, mean, var, bn_weight, eps, relu, True, [*needs, False])[:3]
 
 
 def covariance(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,8 @@ def pointwise_bn_act(backend, x, weight, mean, var, bn_weight, bn_bias, eps, rel
         raw = torch.conv2d(a, weight, None, stride).contiguous(memory_format=output_format(x, weight))
         del a
         y_mean, y_var = backend.bn_stats(raw)
-        y = backend.bn_act(raw, y_mean, y_var, out_weight, out_bias, out_eps, residual, out_relu, True)
+        bn_act = getattr(backend, "bn_act_", backend.bn_act)
+        y = bn_act(raw, y_mean, y_var, out_weight, out_bias, out_eps, residual, out_relu, True)
         return y, y_mean, y_var, a_mean, a_cov
     w = weight.flatten(1).to(a_cov.dtype)
     y_mean, y_var = w @ a_mean, torch.mm(w, a_cov).mul_(w).sum(1).clamp_min_(0)
@@ -98,14 +101,26 @@ def pointwise_bn_act(backend, x, weight, mean, var, bn_weight, bn_bias, eps, rel
     return y.contiguous(memory_format=output_format(x, weight)), y_mean, y_var, a_mean, a_cov
 
 
+def _sum(grad: Tensor, format: torch.memory_format) -> tuple[Tensor, Tensor]:
+    return grad.contiguous(memory_format=format), grad.sum((0, 2, 3), dtype=accumulator(grad.dtype))
+
+
+def _relu_bwd_sum(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient that the ReLU lets through, and its sum per channel."""
+    g = relu_bwd(grad, y, True)
+    return g, g.sum((0, 2, 3), dtype=accumulator(grad.dtype))
+
+
 def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *after):
     out_weight, y_mean, y_var, out_eps, a_mean, a_cov, stride, out_relu, output_mask = after
     need_x, need_weight, need_bn_weight, need_bn_bias, need_out_weight, need_out_bias, need_residual = output_mask
     format, acc = output_format(x, weight), accumulator(x.dtype)
-    g = relu_bwd(grad, y, out_relu).contiguous(memory_format=format)
+    relu_bwd_sum = getattr(backend, "relu_bwd_sum", _relu_bwd_sum)
+    g, sum_g = (
+        relu_bwd_sum(*(t.contiguous(memory_format=format) for t in (grad, y))) if out_relu else _sum(grad, format)
+    )
     rows_g = rows_of(g, (1, 1))
     count = rows_g.shape[0]
-    sum_g = rows_g.sum(0, dtype=acc)
     dresidual = g if need_residual else None
     need_a = need_x or need_bn_weight or need_bn_bias
     if not (need_a or need_weight or need_out_weight):

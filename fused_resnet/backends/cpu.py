@@ -24,6 +24,7 @@ from .aten import bn_act_bwd_input, conv_bn_act_bwd  # noqa: F401  (two of the b
 from .cpu_gradients import conv_gradients  # noqa: F401
 from .layout import as_float32_vectors, as_rows, is_channels_last, output_format
 from .library import load
+from .reference import accumulator
 
 NAME = "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -224,6 +225,52 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
         dbias if need_bias else None,
         g if need_residual else None,
     )
+
+
+# With leave to write over the first argument: no memory that the system would have to clear first.
+
+
+def bn_act_(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats):
+    if not _compiled_bn(x):
+        return bn_act(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats)
+    vectors = as_float32_vectors(mean, var, bn_weight, bn_bias)
+    torch.ops.fused_resnet_cpu.bn_act_out.default(x, *vectors, eps, as_rows(residual), relu, x)
+    return x
+
+
+def bn_act_bwd_(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask):
+    if not _compiled_bn(x, grad, y) or output_mask[3]:
+        return bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_mask)
+    need_x, need_weight, need_bias, _ = output_mask
+    grad = as_rows(grad)
+    dweight, dbias = torch.ops.fused_resnet_cpu.bn_act_bwd_out.default(
+        grad,
+        as_rows(y) if relu else None,
+        x,
+        *as_float32_vectors(mean, var, bn_weight),
+        None,
+        eps,
+        relu,
+        batch_stats,
+        need_weight or need_bias,
+        grad if need_x else None,
+        None,
+    )
+    return grad if need_x else None, dweight if need_weight else None, dbias if need_bias else None, None
+
+
+def relu_bwd_sum(grad, y):
+    """The gradient that the ReLU lets through, and its sum per channel."""
+    if not _compiled_bn(grad, y):
+        g = aten.relu_bwd(grad, y, True)
+        return g, g.sum((0, 2, 3), dtype=accumulator(g.dtype))
+    # A batch norm's backward of which only the mask and one sum are wanted; grad stands in for its input.
+    ones = grad.new_ones(grad.shape[1])
+    bn = (ones, ones, None, None, 0.0)
+    _, _, sum_g, g = torch.ops.fused_resnet_cpu.bn_act_bwd.default(
+        grad, as_rows(y), grad, *bn, True, False, False, True, True
+    )
+    return g, sum_g
 
 
 _here = sys.modules[__name__]

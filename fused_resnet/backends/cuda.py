@@ -195,6 +195,7 @@ _parts = types.SimpleNamespace(
     bn_act_bwd=bn_act_bwd,
     conv_bn_act=cudnn.conv_bn_act,
     conv_gradients=aten.conv_gradients,
+    relu_bwd_sum=lambda grad, y: torch.ops.fused_resnet_cuda.relu_bwd_sum(as_rows(grad), as_rows(y)),
 )
 bn_act_conv = functools.partial(composed.bn_act_conv, _parts)
 bn_act_conv_bwd = functools.partial(composed.bn_act_conv_bwd, _parts)
