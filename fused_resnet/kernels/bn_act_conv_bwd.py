@@ -39,6 +39,49 @@ def _reaching(u, pad, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.con
     return first, tap, (TAPS - tap + STEP - 1) // STEP, (first + pad - tap * DILATION) // STRIDE
 
 
+@triton.jit
+def _mask_and_sum(
+    g,  # [rows, columns], the gradient of a
+    c,  # [columns], which channels
+    origin,  # the tile's first position in x
+    row,  # [rows], positions from there
+    row_ok,  # [rows, 1]
+    partial_row,
+    x_ptr,
+    mean_ptr,
+    var_ptr,
+    bn_weight_ptr,
+    bn_bias_ptr,
+    g_ptr,
+    partial_g_ptr,
+    partial_gx_ptr,
+    eps,
+    C,
+    EVEN_C: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """Stores g where the ReLU let it through, and its sums over the rows."""
+    # 64 bits for the first row alone: an offset of 64 bits an element would fill the registers.
+    base = origin.to(tl.int64) * C
+    at = row[:, None] * C + c[None, :]
+    ok = row_ok if EVEN_C else row_ok & (c < C)[None, :]
+    if mean_ptr is not None:
+        mean, scale, bias = _bn_vectors(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, c, C)
+        x = tl.load(x_ptr + base + at, mask=ok, other=0.0)
+        centred = x.to(tl.float32) - mean[None, :]
+        if RELU:
+            # As the forward rounded it; a NaN lets the gradient through, as in PyTorch.
+            z = (centred * scale[None, :] + bias[None, :]).to(x.dtype)
+            g = tl.where(z <= 0, tl.zeros_like(g), g)
+        # Of g as it is stored; rows past the end hold copies of the last one's.
+        added = tl.where(ok, g.to(tl.float32), 0.0)
+        partial = partial_row.to(tl.int64) * C + c
+        tl.store(partial_g_ptr + partial, tl.sum(added, axis=0), mask=c < C)
+        tl.store(partial_gx_ptr + partial, tl.sum(added * centred, axis=0), mask=c < C)
+    if g_ptr is not None:
+        tl.store(g_ptr + base + at, g, mask=ok)
+
+
 @triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "tiles_m"])
 def _bn_act_conv_bwd_input_kernel(
     grad_ptr,  # [N*P*Q, K], dense
@@ -158,32 +201,22 @@ def _bn_act_conv_bwd_input_kernel(
         b = _operand(b, ROUND_TF32, UPCAST)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
 
-    # 64 bits for the tile's first row alone: an offset of 64 bits an element would fill the registers.
     if STRIDE_H * STRIDE_W > 1:
         origin = tl.min(row, axis=0)
     else:
         origin = tile_m * BLOCK_M
-    base = origin.to(tl.int64) * C
-    at = (row - origin)[:, None] * C + c[None, :]
-    ok = (m < M)[:, None]
-    if not EVEN_C:
-        ok = ok & (c < C)[None, :]
-    g = acc.to(grad_ptr.dtype.element_ty)
-    if mean_ptr is not None:
-        mean, scale, bias = _bn_vectors(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, c, C)
-        x = tl.load(x_ptr + base + at, mask=ok, other=0.0)
-        centred = x.to(tl.float32) - mean[None, :]
-        if RELU:
-            # As the forward rounded it; a NaN lets the gradient through, as in PyTorch.
-            z = (centred * scale[None, :] + bias[None, :]).to(x.dtype)
-            g = tl.where(z <= 0, tl.zeros_like(g), g)
-        # Of g as it is stored. A row that is not there may hold anything, and what is not finite must not spread.
-        added = tl.where(ok, g.to(tl.float32), 0.0)
-        partial = (member * tiles_m + tile_m).to(tl.int64) * C + c
-        tl.store(partial_g_ptr + partial, tl.sum(added, axis=0), mask=c < C)
-        tl.store(partial_gx_ptr + partial, tl.sum(tl.where(ok, added * centred, 0.0), axis=0), mask=c < C)
-    if g_ptr is not None:
-        tl.store(g_ptr + base + at, g, mask=ok)
+    ends = (x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, g_ptr, partial_g_ptr, partial_gx_ptr, eps, C)
+    where = (origin, row - origin, (m < M)[:, None], member * tiles_m + tile_m)
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    if BLOCK_N < 128:
+        _mask_and_sum(acc.to(dtype), c, *where, *ends, EVEN_C, RELU)
+    else:
+        # One half after the other: g, x and their products of a whole tile are more than the registers hold.
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _mask_and_sum(left.to(dtype), c, *where, *ends, EVEN_C, RELU)
+        _mask_and_sum(right.to(dtype), c + BLOCK_N // 2, *where, *ends, EVEN_C, RELU)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "steps"])
