@@ -208,7 +208,7 @@ def _bn_act_conv_bwd_input_kernel(
     ends = (x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, g_ptr, partial_g_ptr, partial_gx_ptr, eps, C)
     where = (origin, row - origin, (m < M)[:, None], member * tiles_m + tile_m)
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    if BLOCK_N < 128:
+    if BLOCK_M * BLOCK_N < 128 * 64:
         _mask_and_sum(acc.to(dtype), c, *where, *ends, EVEN_C, RELU)
     else:
         # One half after the other: g, x and their products of a whole tile are more than the registers hold.
