@@ -85,7 +85,8 @@ def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = Fa
     block_m = 128 if widest == 128 and k > 64 else 64  # a warp group's matrix instruction is 64 rows
     block_n = min(widest, tiles.power_of_2(c))
     block_k = 16 if fma else 32 if scattered else 128 // itemsize
-    num_warps = 8 if block_m * block_n >= 128 * 64 else 4
+    # Behind BN and ReLU a step's columns pass through registers: four warps would spill.
+    num_warps = 8 if widest == 128 and block_n >= 64 else 4
     tiles_mn = tiles.ceil_div(k, block_m) * tiles.ceil_div(c, block_n) * taps
     blocks = tiles.ceil_div(m, block_k)
     most = min(_PROGRAMS // tiles_mn, _PARTIAL_BYTES // (4 * k * c * taps), blocks)
