@@ -83,7 +83,7 @@ def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = Fa
     scattered = math.gcd(k, c) * itemsize % 16 != 0
     widest = 64 if fma or scattered else 128
     block_m = 128 if widest == 128 and k > 64 else 64  # a warp group's matrix instruction is 64 rows
-    block_n = min(widest, tiles.power_of_2(c))
+    block_n = min(widest, block_m, tiles.power_of_2(c))  # 64 x 128 spills on sm_100
     block_k = 16 if fma else 32 if scattered else 128 // itemsize
     # Behind BN and ReLU a step's columns pass through registers: four warps would spill.
     num_warps = 8 if widest == 128 and block_n >= 64 else 4
