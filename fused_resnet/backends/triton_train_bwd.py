@@ -1,0 +1,335 @@
+"""Host side of the Triton kernels for the backward of a convolution that normalises while it loads.
+
+Forward: y = conv(a, weight), a = relu((x - mean) * (bn_weight * rsqrt(var + eps)) + bn_bias), mean and var those of x.
+Neither a nor its gradient is ever in memory whole: what is, is x, the gradient of bn(x), and sums of it.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import tiles
+from . import triton as _base
+from .layout import output_format, with_strides_of
+from .triton import (
+    _channels_last,
+    _device_of,
+    _dispatch,
+    _finish,
+    _floats,
+    _Output,
+    _per_channel,
+    _result,
+    _rows,
+    interpreting,
+    tf32_allowed,
+)
+
+try:
+    from ..kernels import bn_act as _bn
+    from ..kernels import bn_act_conv_bwd as _conv_bwd
+except ImportError as error:
+    _import_error = str(error)
+else:
+    _import_error = None
+
+_FEWEST = 16  # channels on either side: what a tensor core's instruction takes at once
+_PROGRAMS = 256  # of the weight gradient: two for each multiprocessor of a large chip
+_PARTIAL_BYTES = 16 << 20  # of the weight gradient, at most, unless the rows are not split at all
+
+
+class Tile(NamedTuple):
+    """Tile of one GEMM: rows, columns and reduction of a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def input_tile(m: int, c: int, k: int, taps: int, itemsize: int, arch: int, sms: int, fma: bool = False) -> Tile:
+    """Tile of the input gradient: m positions, c columns, taps * k reduction."""
+    tile = tiles.conv_tile(m, c, k, 1, taps, itemsize, arch, sms, fma)
+    block_m, block_n, block_k, num_warps, stages = *tile[:3], tile.num_warps, tile.num_stages
+    if c * itemsize % 16 != 0:
+        # The weight, x and g then move a few bytes at a time, and each load takes a register for its pointer.
+        block_n, block_k = min(block_n, 64), min(block_k, 32)
+    return Tile(block_m, block_n, block_k, num_warps, stages)
+
+
+class WeightTile(NamedTuple):
+    """Tile of the weight gradient, and how its rows are split."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int
+    steps: int  # row blocks a split walks
+
+
+@cache
+def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = False) -> WeightTile:
+    """Tile of the weight gradient [k, taps, c] over m rows. It and the split depend on the shape alone, so sums come
+    out the same on every run and every GPU."""
+    scattered = math.gcd(k, c) * itemsize % 16 != 0
+    widest = 64 if fma or scattered else 128
+    block_m = 128 if widest == 128 and k > 64 else 64  # a warp group's matrix instruction is 64 rows
+    block_n = min(widest, block_m, tiles.power_of_2(c))  # 64 x 128 spills on sm_100
+    block_k = 16 if fma else 32 if scattered else 128 // itemsize
+    # Behind BN and ReLU a step's columns pass through registers: four warps would spill.
+    num_warps = 8 if widest == 128 and block_n >= 64 else 4
+    tiles_mn = tiles.ceil_div(k, block_m) * tiles.ceil_div(c, block_n) * taps
+    blocks = tiles.ceil_div(m, block_k)
+    most = min(_PROGRAMS // tiles_mn, _PARTIAL_BYTES // (4 * k * c * taps), blocks)
+    steps = tiles.ceil_div(blocks, max(1, most))
+    return WeightTile(block_m, block_n, block_k, num_warps, 3, tiles.ceil_div(blocks, steps), steps)
+
+
+def declines_train_bwd(grad: Tensor, x: Tensor, weight: Tensor, *args) -> str | None:
+    """Why `bn_act_conv_bwd` cannot run with these arguments, as the rest of a sentence; None where it can."""
+    if _import_error is not None:
+        return f"cannot import its kernels: {_import_error}"
+    *_, stride, padding, dilation, groups, _ = args
+    k, c = weight.shape[:2]
+    if x.dtype not in _base._DTYPES:
+        return f"needs float16, bfloat16 or float32, got {x.dtype}"
+    if not x.dtype == weight.dtype == grad.dtype:
+        return f"needs grad, x and weight of one dtype, got {grad.dtype}, {x.dtype} and {weight.dtype}"
+    if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):
+        return f"needs a CUDA tensor, got {x.device.type}"
+    if x.is_cuda and not interpreting() and _base._chip(x)[0] < 80:
+        major, minor = divmod(_base._chip(x)[0], 10)
+        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    if groups != 1:
+        return f"needs groups == 1, got {groups}"
+    if min(k, c) < _FEWEST:
+        return f"needs at least {_FEWEST} input and output channels, got {c} and {k}"
+    if x.numel() == 0 or grad.numel() == 0 or weight.numel() == 0:
+        return "needs a non-empty batch, output and weight"
+    rows = max(x.numel() // c, grad.numel() // k)
+    if rows > _base._MAX_ROWS:
+        return f"needs at most {_base._MAX_ROWS} positions, got {rows}"
+    return None
+
+
+def bn_act_conv_bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_mask: list[bool],
+    *,
+    launch=_dispatch,
+) -> tuple[Tensor | None, ...]:
+    """(dx: [N, C, H, W], dweight: [K, C, R, S], dbn_weight: [C], dbn_bias: [C]) for grad: [N, K, P, Q]; None where
+    output_mask is off.
+
+    mean, var: [C] float32, the batch statistics of x, through which dx goes as well; None: no BN and no ReLU, a is x.
+    groups is 1 (`declines_train_bwd`).
+    """
+    need_x, need_weight, need_bn_weight, need_bn_bias = output_mask
+    with _device_of(x):
+        dx = _Output(x.shape, output_format(x, weight), x) if need_x else None
+        grad, x = _channels_last(grad), _channels_last(x)
+        bn = *map(_per_channel, (mean, var, bn_weight, bn_bias)), eps, relu and mean is not None
+        conv = stride, padding, dilation
+        dweight = dbn_weight = dbn_bias = None
+        if need_weight:
+            dweight = _weight_gradient(launch, grad, x, weight, *bn, *conv)
+        if need_x or need_bn_weight or need_bn_bias:
+            partials = _masked_input_gradient(launch, grad, x, _channels_last(weight), *bn, *conv, _rows(dx))
+            if mean is not None:
+                mean, var, bn_weight, *_ = bn
+                sum_g, sum_gx, dbn_weight = _finish(launch, *partials, var, eps)
+                dbn_bias = sum_g
+                if need_x:
+                    _through_statistics(launch, dx.rows, x, mean, var, bn_weight, sum_g, sum_gx, eps)
+        return _result(dx), dweight, dbn_weight if need_bn_weight else None, dbn_bias if need_bn_bias else None
+
+
+def _masked_input_gradient(
+    launch, grad, x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation, g
+) -> tuple[Tensor, Tensor] | None:
+    """Writes the gradient of bn(x) into g: [N, C, H, W] channels_last; with BN, partials [*, C] of sum g and of
+    sum g * (x - mean)."""
+    n, c, h, w = x.shape
+    k, _, r, s = weight.shape
+    p, q = grad.shape[2:]
+    m = n * h * w
+    fma = x.dtype is torch.float32 and not tf32_allowed()
+    tile = input_tile(m, c, k, r * s, x.element_size(), *_base._chip(x), fma)
+    # The largest class of positions: those of one remainder by the stride.
+    class_rows = n * tiles.ceil_div(h, stride[0]) * tiles.ceil_div(w, stride[1])
+    tiles_m, classes = tiles.ceil_div(class_rows, tile.block_m), stride[0] * stride[1]
+    partials = None
+    if mean is not None:
+        partials = _floats(x, classes * tiles_m, c), _floats(x, classes * tiles_m, c)
+    launch(
+        _conv_bwd._bn_act_conv_bwd_input_kernel,
+        (tiles_m * tiles.ceil_div(c, tile.block_n), classes),
+        grad,
+        None if mean is None else x,
+        weight,
+        mean,
+        var,
+        bn_weight,
+        bn_bias,
+        g,
+        *((None, None) if partials is None else partials),
+        eps,
+        n,
+        h,
+        w,
+        p,
+        q,
+        c,
+        k,
+        *padding,
+        tiles_m,
+        R=r,
+        S=s,
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        DILATION_H=dilation[0],
+        DILATION_W=dilation[1],
+        STEP_H=stride[0] // math.gcd(stride[0], dilation[0]),
+        STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
+        ROWS=_same_rows(weight, stride, padding),
+        EVEN_C=c % tile.block_n == 0,
+        EVEN_K=k % tile.block_k == 0,
+        **_shared_constants(x, c, k, relu),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=8,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return partials
+
+
+def _through_statistics(launch, rows, x, mean, var, bn_weight, sum_g, sum_gx, eps) -> None:
+    """rows: [N, C, H, W], the gradient of bn(x), becomes that of x. In place: each element is read, then written, by
+    one thread, and no other element depends on it."""
+    c = x.shape[1]
+    m = x.numel() // c
+    tile = tiles.row_tile(m, c)
+    launch(
+        _bn._bn_act_bwd_input_kernel,
+        (tiles.ceil_div(m, tile.block_r) * tiles.ceil_div(c, tile.block_c),),
+        rows,
+        None,
+        x,
+        mean,
+        var,
+        bn_weight,
+        sum_g,
+        sum_gx,
+        rows,
+        eps,
+        m,
+        c,
+        BLOCK_R=tile.block_r,
+        BLOCK_C=tile.block_c,
+        ALIGN=tile.align,
+    )
+
+
+def _weight_gradient(
+    launch, grad, x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation
+) -> Tensor:
+    """dweight: [K, C, R, S], in weight's dtype and strides."""
+    _, c, h, w = x.shape
+    k, _, r, s = weight.shape
+    p, q = grad.shape[2:]
+    m = grad.numel() // k
+    fma = x.dtype is torch.float32 and not tf32_allowed()
+    tile = weight_tile(m, k, c, r * s, x.element_size(), fma)
+    dweight = torch.empty_like(weight)
+    if not dweight.is_contiguous(memory_format=torch.channels_last):
+        dweight = torch.empty_like(weight, memory_format=torch.channels_last)
+    partial = _floats(x, tile.splits, dweight.numel())
+    launch(
+        _conv_bwd._bn_act_conv_bwd_weight_kernel,
+        (tiles.ceil_div(k, tile.block_m) * tiles.ceil_div(c, tile.block_n) * r * s, tile.splits),
+        grad,
+        x,
+        mean,
+        var,
+        bn_weight,
+        bn_bias,
+        partial,
+        eps,
+        m,
+        h,
+        w,
+        p,
+        q,
+        c,
+        k,
+        *stride,
+        *padding,
+        *dilation,
+        tile.steps,
+        R=r,
+        S=s,
+        PADDED=any(padding),
+        ROWS=_same_rows(weight, stride, padding),
+        EVEN_C=c % tile.block_n == 0,
+        EVEN_K=k % tile.block_m == 0,
+        **_shared_constants(x, c, k, relu),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    block_s = min(16, tiles.power_of_2(tile.splits))
+    block_e = 1024 // block_s
+    launch(
+        _conv_bwd._bn_act_conv_bwd_weight_finish_kernel,
+        (tiles.ceil_div(dweight.numel(), block_e),),
+        partial,
+        dweight,
+        dweight.numel(),
+        tile.splits,
+        BLOCK_S=block_s,
+        BLOCK_E=block_e,
+    )
+    return with_strides_of(weight, dweight)
+
+
+def _same_rows(weight: Tensor, stride, padding) -> bool:
+    """Whether output position m is made of input position m alone."""
+    return weight.shape[2] * weight.shape[3] == 1 and max(stride) == 1 and not any(padding)
+
+
+def _shared_constants(x: Tensor, c: int, k: int, relu: bool) -> dict:
+    """What both GEMMs are specialised on."""
+    tf32 = x.dtype is torch.float32 and tf32_allowed()
+    return {
+        "ALIGN_C": math.gcd(c, 16),
+        "ALIGN_K": math.gcd(k, 16),
+        "RELU": relu,
+        "INPUT_PRECISION": "tf32" if x.dtype is not torch.float32 or tf32 else "ieee",
+        "ROUND_TF32": tf32 and not interpreting(),
+        "UPCAST": interpreting() and x.dtype is torch.bfloat16,
+    }
