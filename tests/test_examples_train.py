@@ -32,6 +32,7 @@ from training import Refused, checkpoint, data, model, options, processes, repor
 
 SCRIPT = str(ROOT / "examples" / "train.py")
 SHORT = ["--dataset", "digits", "--model", "tiny", "--device", "cpu", "--epochs", "2", "--batch-size", "256"]
+CHECKOUT = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for a script in a folder below it
 STEPS = 10  # of SHORT: 1,437 images are 5 batches of 256
 ALONE = processes.Team(0, 1, torch.device("cpu"))
 
@@ -61,7 +62,7 @@ NO_STEP = "0"
 
 def start(*command: object, **environment: str) -> subprocess.CompletedProcess:
     threads = str(torch.get_num_threads())
-    env = {**os.environ, "OMP_NUM_THREADS": threads, **environment}
+    env = {**os.environ, "PYTHONPATH": CHECKOUT, "OMP_NUM_THREADS": threads, **environment}
     return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=500)
 
 
@@ -299,7 +300,7 @@ def test_everything_that_has_state_goes_on(tmp_path, monkeypatch):
 def test_workers_outlive_a_signal_to_the_whole_group(uninterrupted, tmp_path):
     script = DRIVER.replace("os.kill(os.getpid(), number)", "os.killpg(0, number)")
     command = [sys.executable, "-c", script, *map(str, driver(signal.SIGTERM, 6, tmp_path, "--workers", "2"))]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env = {**os.environ, "PYTHONPATH": CHECKOUT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     answer = subprocess.run(command, env=env, capture_output=True, text=True, start_new_session=True, timeout=500)
     assert answer.returncode == train.STOPPED, answer.stderr
     assert answer.stderr == ""
