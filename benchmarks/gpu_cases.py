@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fused_resnet
-from benchmarks import gpu_conv, gpu_engine
+from benchmarks import gpu_conv, gpu_engine, gpu_training
 from benchmarks.caselog import Declined, Log, poisoned
 from benchmarks.resnet_shapes import resnet_shapes
 from fused_resnet import backends, doctor, measure
@@ -101,6 +101,8 @@ def norm_arguments(op: str, spec, device, dtype, format) -> tuple:
 
 
 def _arguments(op: str, spec, device, dtype, format) -> tuple:
+    if op in gpu_training.OPS:
+        return gpu_training.arguments(op, spec, device, dtype, format)
     build = convolution_arguments if op.startswith("conv") else norm_arguments
     return build(op, spec, device, dtype, format)
 
@@ -122,6 +124,8 @@ def smoke_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]
         for backend in names:
             for op in doctor.OPS:
                 specs = convolutions if op.startswith("conv") else norms
+                if op in gpu_training.OPS:
+                    specs = gpu_training.specs(op, on_gpu)
                 for i, (variant, spec) in enumerate(specs.items()):
                     for layout in ("channels_last", "contiguous"):
                         early = i == 0 and layout == "channels_last"

@@ -26,7 +26,18 @@ VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "which GPUs PyTorch sees",
     "OMP_NUM_THREADS": "threads of PyTorch's CPU kernels",
 }
-OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input")
+OPS = (
+    "conv_bn_act",
+    "conv_bn_act_bwd",
+    "bn_stats",
+    "bn_act",
+    "bn_act_bwd",
+    "bn_act_bwd_input",
+    "bn_act_conv",
+    "bn_act_conv_bwd",
+    "pointwise_bn_act",
+    "pointwise_bn_act_bwd",
+)
 
 
 def environment() -> dict:
@@ -118,6 +129,9 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
     weight = torch.rand(64, 64, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     conv = ([1, 1], [1, 1], [1, 1], 1, True)
     bn = (vector(), vector(), vector(), vector())
+    loaded, places = (*bn, 1e-5, True), conv[:-1]
+    pointwise = torch.rand(64, 64, 1, 1, device=device).to(dtype)
+    covariance = torch.eye(64, device=device)
     return {
         "conv_bn_act": (maps(), weight, *bn, 1e-5, maps(), *conv),
         "conv_bn_act_bwd": (maps(), maps(), maps(), weight, *bn[:3], 1e-5, *conv, [True] * 5),
@@ -125,6 +139,13 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
         "bn_act": (maps(), vector(), vector(), vector(), vector(), 1e-5, maps(), True, True),
         "bn_act_bwd": (maps(), maps(), maps(), vector(), vector(), vector(), 1e-5, True, True, [True] * 4),
         "bn_act_bwd_input": (maps(), maps(), maps(), vector(), vector(), vector(), vector(), True),
+        "bn_act_conv": (maps(), weight, *loaded, *places, True),
+        "bn_act_conv_bwd": (maps(), maps(), weight, *loaded, *places, [True] * 4),
+        "pointwise_bn_act": (maps(), pointwise, *loaded, *bn[:2], 1e-5, maps(), [1, 1], True),
+        "pointwise_bn_act_bwd": (
+            *(maps(), maps(), maps(), pointwise, *loaded, vector(), vector(), vector(), 1e-5),
+            *(vector(), covariance, [1, 1], True, [True] * 7),
+        ),
     }[op]
 
 

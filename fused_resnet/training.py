@@ -87,7 +87,7 @@ def normalised(
     relu: bool = True,
 ) -> Tensor:
     """relu?(bn(convolution of relu(norm(x))) + residual)."""
-    if not expands(conv):
+    if not expands(conv, 2 if relu else 4):
         y, after = convolve(x, norm, conv, bn, statistics)
         return _ops.bn_act.default(y, *after, residual, relu, True)
     y, mean, var, _, _ = _ops.pointwise_bn_act.default(
@@ -111,14 +111,14 @@ def check_memory(memory: str) -> None:
         raise ValueError(f"memory: expected 'default' or 'lean', got {memory!r}")
 
 
-def expands(conv: nn.Conv2d) -> bool:
-    """Whether a convolution's raw result is better not kept: 1x1, to at least twice as many channels.
+def expands(conv: nn.Conv2d, times: int) -> bool:
+    """Whether a convolution's raw result is better not kept: 1x1, to at least so many times its channels.
 
-    What stands for it is a product with [C, C] in the forward and one in the backward; its passes over memory grow with
-    the channels that come out.
+    What stands for it is a product with [C, C] in the forward and one in the backward, C being the channels that come
+    in; what it saves are passes over the channels that come out. A projection, once a stage, has to save more.
     """
     plain = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return plain and 2 * conv.in_channels <= conv.out_channels
+    return plain and times * conv.in_channels <= conv.out_channels
 
 
 def _keep_outputs(context, op, *args, **kwargs) -> CheckpointPolicy:

@@ -28,7 +28,7 @@ def convolution(host, c, size, k, taps, stride, precision, normalises=True, imag
     dtype = DTYPES[precision]
     x, weight = meta(BATCH, c, size, size, dtype=dtype, format=image), meta(k, c, taps, taps, dtype=dtype)
     conv = ([stride] * 2, [taps // 2] * 2, [1, 1], 1)
-    host.bn_act_conv(x, weight, *normalisation(c, normalises), 1e-5, True, *conv)
+    host.bn_act_conv(x, weight, *normalisation(c, normalises), 1e-5, True, *conv, True)
 
 
 def pointwise(host, c, size, k, stride, precision, normalises=True, residual=True):

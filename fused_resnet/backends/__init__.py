@@ -9,7 +9,7 @@ and, if it likes,
     prepare(op, *args)  a function for this call and for all like it
 
 An automatic choice takes the first that has no such reason; on a GPU a kernel is compared with the reference, once a
-signature (verify.py), before it is trusted, and of an op in MEASURED the fastest that agreed serves (fastest.py). A
+signature (verify.py), before it is trusted, and of an op in MEASURED the fastest that agreed serves (choice.py). A
 forced choice (`fused_resnet.backend(name)`, FUSED_RESNET_BACKEND) runs that backend or raises its reason.
 """
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 
 from . import cpu, cuda, cudnn, reference, triton
-from .fastest import fastest
+from .choice import fastest
 from .verify import capturing, objection, prepare, tf32_allowed
 
 logger = logging.getLogger("fused_resnet")

@@ -82,6 +82,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=acc) if a.is_cuda else torch.mm(a.to(acc), b.to(acc))
 
 
+def statistics_of_product(weight: Tensor, a_mean: Tensor, a_cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a W^T, both [K], from those of a; weight: [K, C, 1, 1]."""
+    w = weight.flatten(1).to(a_cov.dtype)
+    return torch.mv(w, a_mean), torch.mm(w, a_cov).mul_(w).sum(1).clamp_min_(0)
+
+
 def pointwise_bn_act(backend, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *after):
     out_weight, out_bias, out_eps, residual, stride, out_relu = after
     a = _operand(backend, x, mean, var, bn_weight, bn_bias, eps, relu)
@@ -94,8 +100,7 @@ def pointwise_bn_act(backend, x, weight, mean, var, bn_weight, bn_bias, eps, rel
         bn_act = getattr(backend, "bn_act_", backend.bn_act)
         y = bn_act(raw, y_mean, y_var, out_weight, out_bias, out_eps, residual, out_relu, True)
         return y, y_mean, y_var, a_mean, a_cov
-    w = weight.flatten(1).to(a_cov.dtype)
-    y_mean, y_var = w @ a_mean, torch.mm(w, a_cov).mul_(w).sum(1).clamp_min_(0)
+    y_mean, y_var = statistics_of_product(weight, a_mean, a_cov)
     bn = (out_weight, out_bias, y_mean, y_var, out_eps)
     y = backend.conv_bn_act(a, weight, *bn, residual, stride, [0, 0], [1, 1], 1, out_relu)
     return y.contiguous(memory_format=output_format(x, weight)), y_mean, y_var, a_mean, a_cov

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import math
 import os
 
@@ -30,7 +31,8 @@ except ImportError as error:
     _import_error = str(error)
 
 NAME = "triton"
-OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input")
+TRAINING = {"bn_act_conv": "triton_train", "pointwise_bn_act": "triton_train", "bn_act_conv_bwd": "triton_train_bwd"}
+OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", *TRAINING)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 2**10  # rows are counted in 32 bits, up to the end of the last tile
 
@@ -57,6 +59,11 @@ def unavailable() -> str | None:
     return None
 
 
+def _training(op: str):
+    """The module, built upon this one, that has an op of convolutions between batch norms."""
+    return importlib.import_module(f".{TRAINING[op]}", __package__)
+
+
 def _chip(x: Tensor) -> tuple[int, int]:
     return chip(x.device) if x.is_cuda else (80, 1)
 
@@ -66,7 +73,7 @@ def declines(op: str, *args) -> str | None:
     if op not in OPS:
         return f"has no {op}"
     first = args[0]
-    x = args[2] if "_bwd" in op else first
+    x = first if "_bwd" not in op else args[1] if op in TRAINING else args[2]
     if x.dtype not in _DTYPES:
         return f"needs float16, bfloat16 or float32, got {x.dtype}"
     if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):
@@ -76,6 +83,8 @@ def declines(op: str, *args) -> str | None:
         return f"needs compute capability 8.0 or newer, got {major}.{minor}"
     if first.numel() == 0 or x.numel() == 0:
         return "needs a non-empty batch"
+    if op in TRAINING:
+        return _training(op).declines(op, *args)
     if op.startswith("conv"):
         weight = args[3] if op.endswith("_bwd") else args[1]
         if weight.numel() == 0:
@@ -101,6 +110,8 @@ def defers(op: str, *args) -> str | None:
 def variant(op: str, *args) -> tuple | None:
     """What the kernel is specialised on beyond dtypes, channels and options: the tile, picked by the number of rows,
     and what x's strides allow."""
+    if op in TRAINING:
+        return _training(op).variant(op, *args)
     if op != "conv_bn_act":
         return None
     x = args[0]
@@ -184,6 +195,8 @@ class _Prepared:
 
 def prepare(op: str, *args):
     """The function for this call and for all of the same shapes, strides, alignments, dtypes and options."""
+    if op in TRAINING:
+        return _Prepared(getattr(_training(op), op))
     return _Prepared(_Convolution(*args) if op == "conv_bn_act" else globals()[op])
 
 

@@ -12,35 +12,46 @@ from torch import bfloat16 as _bfloat16
 
 from ..kernels import tiles
 from . import triton as _base
+from .composed import statistics_of_product
 from .layout import conv_output_size, output_format
+from .reference import inverse_and_scale
 from .triton import _dispatch
 
 try:
     from ..kernels import bn_act as _bn
     from ..kernels import bn_act_conv as _conv
     from ..kernels import gram as _gram
-except ImportError:  # `declines_train` says so
+except ImportError:  # backends/triton.py says so
     pass
 
-OPS = ("bn_act_conv", "pointwise", "gram")
+OPS = ("bn_act_conv", "pointwise_bn_act")
 _AFFINE_BLOCK = 128  # channels; whole channel blocks of any tile, so that the convolution reads vectors without a mask
 
 
-def declines_train(op: str, *args) -> str | None:
+def declines(op: str, *args) -> str | None:
     """Why this call cannot run here, as the rest of a sentence; None where it can."""
-    if op not in OPS:
-        return f"has no {op}"
-    if reason := _base.unavailable():
-        return reason
-    x = args[0]
-    if op == "gram":
-        return _base.declines("bn_stats", x)
-    stride, padding, dilation, groups = args[8:12] if op == "bn_act_conv" else (args[11], [0, 0], [1, 1], 1)
+    x, weight = args[:2]
+    stride, padding, dilation, groups = args[8:12] if op == "bn_act_conv" else (args[12], [0, 0], [1, 1], 1)
     if groups > 1:
         return f"needs groups == 1, got {groups}"
-    if op == "pointwise" and args[1].shape[2:] != (1, 1):
-        return f"needs a 1x1 weight, got {'x'.join(map(str, args[1].shape[2:]))}"
-    return _base.declines("conv_bn_act", *args[:2], *[None] * 6, stride, padding, dilation)
+    if op == "pointwise_bn_act" and x.dtype is float32:
+        return "needs 16 bits: float32 deserves better statistics than those of a float32 covariance"
+    return _base.declines("conv_bn_act", x, weight, *[None] * 6, stride, padding, dilation)
+
+
+def variant(op: str, x: Tensor, weight: Tensor, mean: Tensor | None, *args) -> tuple:
+    """The tile, which is picked by the number of rows, and what x's strides allow."""
+    stride, padding, dilation = args[5:8] if op == "bn_act_conv" else (args[9], [0, 0], [1, 1])
+    xn, _, xh, xw = _base._strides(x)
+    rows = _base._row_stride((x.shape[0], *x.shape[2:]), (xn, xh, xw)) is not None
+    return _tile(x, weight, stride, padding, dilation, mean is not None), rows, math.gcd(xn, xh, xw, 16)
+
+
+def _tile(x: Tensor, weight: Tensor, stride, padding, dilation, normalises: bool) -> tiles.ConvTile:
+    n, k, p, q = conv_output_size(x, weight, stride, padding, dilation)
+    _, c, r, s = weight.shape
+    fma = x.dtype is float32 and not _base.tf32_allowed()
+    return tiles.bn_act_conv_tile(n * p * q, k, c, r * s, x.element_size(), *_base._chip(x), fma, normalises)
 
 
 def bn_act_conv(
@@ -56,17 +67,20 @@ def bn_act_conv(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    stats: bool,
     *,
     launch=_dispatch,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y: [N, K, P, Q], its mean: [K], its biased variance: [K]) of y = conv(a, weight: [K, C, R, S]), where
-    a = act((x - mean) / sqrt(var + eps) * bn_weight + bn_bias), rounded to x's dtype, of x: [N, C, H, W]; without a
-    mean a is x. The statistics are float32, of y as it is stored."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y: [N, K, P, Q], its mean: [K], its biased variance: [K]) of y = conv(a, weight: [K, C, R, S]), where a =
+    act((x - mean) / sqrt(var + eps) * bn_weight + bn_bias), rounded to x's dtype, of x: [N, C, H, W]; without a mean a
+    is x. The statistics are float32, of y as it is stored; None without stats."""
     with _base._device_of(x):
         affine = _affine(launch, x, mean, var, bn_weight, bn_bias, eps)
         out, partial_mean, partial_m2, block_m = _convolve(
-            launch, x, weight, affine, relu, None, None, None, stride, padding, dilation, False, stats=True
+            launch, x, weight, affine, relu, None, None, None, stride, padding, dilation, False, stats
         )
+        if not stats:
+            return out.result(), None, None
         k = weight.shape[0]
         m = out.rows.numel() // k
         y_mean, y_var = _base._floats(x, k), _base._floats(x, k)
@@ -88,6 +102,35 @@ def bn_act_conv(
             BLOCK_C=block_c,
         )
         return out.result(), y_mean, y_var
+
+
+def pointwise_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    relu: bool,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    out_eps: float,
+    residual: Tensor | None,
+    stride: list[int],
+    out_relu: bool,
+    *,
+    launch=_dispatch,
+) -> tuple[Tensor, ...]:
+    """(y: [N, K, P, Q], y_mean: [K], y_var: [K], a_mean: [C], a_cov: [C, C]): the convolution's result before its batch
+    norm is never stored; its statistics follow from those of what it reads."""
+    loaded = (mean, var, bn_weight, bn_bias, eps, relu)
+    a_mean, a_cov = gram(x, *loaded, stride, launch=launch)
+    y_mean, y_var = statistics_of_product(weight, a_mean, a_cov)
+    _, scale = inverse_and_scale(a_cov.dtype, out_weight, y_var, out_eps)
+    shift = -y_mean * scale if out_bias is None else out_bias.to(scale.dtype) - y_mean * scale
+    y = pointwise(x, weight, *loaded, scale, shift, residual, stride, out_relu, launch=launch)
+    return y, y_mean, y_var, a_mean, a_cov
 
 
 def pointwise(
@@ -238,9 +281,8 @@ def _convolve(
     _, c, r, s = weight.shape
     h, w = x.shape[2:]
     m = n * p * q
+    tile = _tile(x, weight, stride, padding, dilation, affine is not None)
     fma = x.dtype is float32 and not _base.tf32_allowed()
-    problem = (m, k, c, r * s, x.element_size(), *_base._chip(x), fma)
-    tile = tiles.bn_act_conv_tile(*problem, affine is not None)
     if not tile.flat and x.stride(1) != 1:
         x = _base._channels_last(x)
     weight = _base._channels_last(weight)

@@ -33,10 +33,8 @@ from .triton import (
 try:
     from ..kernels import bn_act as _bn
     from ..kernels import bn_act_conv_bwd as _conv_bwd
-except ImportError as error:
-    _import_error = str(error)
-else:
-    _import_error = None
+except ImportError:  # backends/triton.py says so
+    pass
 
 _FEWEST = 16  # channels on either side: what a tensor core's instruction takes at once
 _PROGRAMS = 256  # of the weight gradient: two for each multiprocessor of a large chip
@@ -94,31 +92,36 @@ def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = Fa
     return WeightTile(block_m, block_n, block_k, num_warps, 3, tiles.ceil_div(blocks, steps), steps)
 
 
-def declines_train_bwd(grad: Tensor, x: Tensor, weight: Tensor, *args) -> str | None:
+def declines(op: str, grad: Tensor, x: Tensor, weight: Tensor, *args) -> str | None:
     """Why `bn_act_conv_bwd` cannot run with these arguments, as the rest of a sentence; None where it can."""
-    if _import_error is not None:
-        return f"cannot import its kernels: {_import_error}"
-    *_, stride, padding, dilation, groups, _ = args
+    *_, groups, _ = args
     k, c = weight.shape[:2]
-    if x.dtype not in _base._DTYPES:
-        return f"needs float16, bfloat16 or float32, got {x.dtype}"
     if not x.dtype == weight.dtype == grad.dtype:
         return f"needs grad, x and weight of one dtype, got {grad.dtype}, {x.dtype} and {weight.dtype}"
-    if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):
-        return f"needs a CUDA tensor, got {x.device.type}"
-    if x.is_cuda and not interpreting() and _base._chip(x)[0] < 80:
-        major, minor = divmod(_base._chip(x)[0], 10)
-        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
     if groups != 1:
         return f"needs groups == 1, got {groups}"
     if min(k, c) < _FEWEST:
         return f"needs at least {_FEWEST} input and output channels, got {c} and {k}"
-    if x.numel() == 0 or grad.numel() == 0 or weight.numel() == 0:
-        return "needs a non-empty batch, output and weight"
+    if weight.numel() == 0:
+        return "needs a non-empty weight"
     rows = max(x.numel() // c, grad.numel() // k)
     if rows > _base._MAX_ROWS:
         return f"needs at most {_base._MAX_ROWS} positions, got {rows}"
     return None
+
+
+def variant(op: str, grad: Tensor, x: Tensor, weight: Tensor, *args) -> tuple:
+    """The tiles, which are picked by the number of rows."""
+    tile, of_weight = _tiles(grad, x, weight)
+    return tile, of_weight[:5]
+
+
+def _tiles(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tile, WeightTile]:
+    k, c, r, s = weight.shape
+    fma = x.dtype is torch.float32 and not tf32_allowed()
+    size = x.element_size()
+    tile = input_tile(x.numel() // c, c, k, r * s, size, *_base._chip(x), fma)
+    return tile, weight_tile(grad.numel() // k, k, c, r * s, size, fma)
 
 
 def bn_act_conv_bwd(
@@ -143,7 +146,7 @@ def bn_act_conv_bwd(
     output_mask is off.
 
     mean, var: [C] float32, the batch statistics of x, through which dx goes as well; None: no BN and no ReLU, a is x.
-    groups is 1 (`declines_train_bwd`).
+    groups is 1 (`declines`).
     """
     need_x, need_weight, need_bn_weight, need_bn_bias = output_mask
     with _device_of(x):
@@ -173,9 +176,7 @@ def _masked_input_gradient(
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
     p, q = grad.shape[2:]
-    m = n * h * w
-    fma = x.dtype is torch.float32 and not tf32_allowed()
-    tile = input_tile(m, c, k, r * s, x.element_size(), *_base._chip(x), fma)
+    tile, _ = _tiles(grad, x, weight)
     # The largest class of positions: those of one remainder by the stride.
     class_rows = n * tiles.ceil_div(h, stride[0]) * tiles.ceil_div(w, stride[1])
     tiles_m, classes = tiles.ceil_div(class_rows, tile.block_m), stride[0] * stride[1]
@@ -261,8 +262,7 @@ def _weight_gradient(
     k, _, r, s = weight.shape
     p, q = grad.shape[2:]
     m = grad.numel() // k
-    fma = x.dtype is torch.float32 and not tf32_allowed()
-    tile = weight_tile(m, k, c, r * s, x.element_size(), fma)
+    _, tile = _tiles(grad, x, weight)
     dweight = torch.empty_like(weight)
     if not dweight.is_contiguous(memory_format=torch.channels_last):
         dweight = torch.empty_like(weight, memory_format=torch.channels_last)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fused_resnet
+from fused_resnet.backends import reference, triton
 from fused_resnet.backends import triton_train as backend
 from fused_resnet.backends.layout import output_format
+from fused_resnet.backends.verify import TOLERANCE as VERIFIED
+from fused_resnet.backends.verify import difference
 from fused_resnet.kernels import tiles
 
 from . import common
@@ -66,7 +70,7 @@ def convolved(x, weight, bn, relu, conv):
 
 def check(x, weight, bn, relu, conv, factor=1.0):
     """The convolution against float64; the statistics against those of what was stored."""
-    y, mean, var = backend.bn_act_conv(x, weight, *bn, EPS, relu, *conv, 1)
+    y, mean, var = backend.bn_act_conv(x, weight, *bn, EPS, relu, *conv, 1, True)
     assert y.dtype is x.dtype and mean.dtype is var.dtype is torch.float32
     assert_close(y, convolved(x, weight, bn, relu, conv), factor=factor, name="y")
     want_var, want_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
@@ -155,7 +159,7 @@ def test_statistics_survive_a_mean_far_above_the_deviation(small_tiles):
     x = rand(5, 33, 7, 9)
     x[:, 0] = 1.0
     x = x.contiguous(memory_format=CL)
-    y, mean, var = backend.bn_act_conv(x, far_mean(20, 33), *[None] * 4, EPS, False, [1, 1], [0, 0], [1, 1], 1)
+    y, mean, var = backend.bn_act_conv(x, far_mean(20, 33), *[None] * 4, EPS, False, [1, 1], [0, 0], [1, 1], 1, True)
     want_var, want_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
     assert 0.3 < want_var.min() and want_var.max() < 3 and want_mean.min() > 9e3
     assert_close(mean, want_mean)
@@ -173,7 +177,7 @@ def test_a_batch_norm_whose_mean_is_far_above_its_deviation():
 def test_statistics_of_a_constant(small_tiles):
     x = torch.full((2, 16, 5, 7), 0.5).contiguous(memory_format=CL)
     weight = torch.full((5, 16, 1, 1), 0.25).contiguous(memory_format=CL)
-    y, mean, var = backend.bn_act_conv(x, weight, *[None] * 4, EPS, False, [1, 1], [0, 0], [1, 1], 1)
+    y, mean, var = backend.bn_act_conv(x, weight, *[None] * 4, EPS, False, [1, 1], [0, 0], [1, 1], 1, True)
     assert torch.equal(y, torch.full_like(y, 2.0))
     assert torch.equal(mean, torch.full((5,), 2.0)) and torch.equal(var, torch.zeros(5))
 
@@ -187,7 +191,7 @@ def test_not_finite_travels_as_in_torch(case, value, relu, small_tiles):
     x[0, x.shape[1] // 2, 4, 4] = value
     weight[0] = 0.0  # 0 * inf is NaN
     bn = [None] * 4 if case.startswith("7x7") else bn
-    got, mean, var = backend.bn_act_conv(x, weight, *bn, EPS, relu, *conv, 1)
+    got, mean, var = backend.bn_act_conv(x, weight, *bn, EPS, relu, *conv, 1, True)
     want = convolved(x, weight, bn, relu, conv)
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.isinf(), want.isinf())
@@ -202,29 +206,53 @@ def test_a_channel_that_is_not_finite_spoils_no_padding():
     """Nothing but padding in the windows of the corners: zero, though BatchNorm would have made it NaN."""
     x, weight, (mean, var, gamma, beta), _ = inputs("3x3", torch.float32)
     mean = mean.index_fill(0, torch.tensor([3]), float("nan"))
-    y, *_ = backend.bn_act_conv(x, weight, mean, var, gamma, beta, EPS, True, [1, 1], [3, 3], [1, 1], 1)
+    y, *_ = backend.bn_act_conv(x, weight, mean, var, gamma, beta, EPS, True, [1, 1], [3, 3], [1, 1], 1, True)
     assert torch.count_nonzero(y[:, :, 0, 0]) == 0
     assert y[:, :, 1:-1, 1:-1].isnan().all()
 
 
 def test_what_is_declined():
     x, weight, bn, (stride, padding, dilation) = inputs("1x1", torch.float32)
-    vectors = [rand(64), rand(64), None]
+    out = [rand(64), rand(64), EPS, None]
 
     def declined(x=x, weight=weight, stride=stride, groups=1):
-        return backend.declines_train("bn_act_conv", x, weight, *bn, EPS, True, stride, padding, dilation, groups)
+        return triton.declines("bn_act_conv", x, weight, *bn, EPS, True, stride, padding, dilation, groups, True)
 
     assert declined() is None
     assert declined(groups=2) == "needs groups == 1, got 2"
     assert "float64" in declined(x.double())
     assert "empty batch" in declined(x[:0])
     assert "empty output" in declined(weight=rand(64, 32, 9, 9))
-    assert backend.declines_train("pointwise", x, weight, *bn, EPS, True, *vectors, stride, True) is None
-    wide = rand(64, 32, 3, 3)
-    assert "1x1" in backend.declines_train("pointwise", x, wide, *bn, EPS, True, *vectors, stride, True)
-    assert backend.declines_train("gram", x, *bn, EPS, True, stride) is None
-    assert "float64" in backend.declines_train("gram", x.double(), *bn, EPS, True, stride)
-    assert backend.declines_train("conv_bn_act", x) == "has no conv_bn_act"
+    assert "needs 16 bits" in triton.declines("pointwise_bn_act", x, weight, *bn, EPS, True, *out, stride, True)
+    narrow = (t.half() for t in (x, weight))
+    assert triton.declines("pointwise_bn_act", *narrow, *bn, EPS, True, *out, stride, True) is None
+
+
+@pytest.mark.parametrize("stats", [True, False], ids=["stats", "no-stats"])
+@pytest.mark.parametrize("case", ["1x1", "3x3"])
+def test_the_op(case, stats):
+    """torch.ops.fused_resnet.bn_act_conv on this backend, twice: the second call takes what the first prepared."""
+    x, weight, bn, conv = inputs(case, torch.float32)
+    args = (x, weight, *bn, EPS, True, *conv, 1, stats)
+    expected = reference.bn_act_conv(*args)
+    with fused_resnet.backend("triton"):
+        for _ in range(2):
+            for got, want in zip(torch.ops.fused_resnet.bn_act_conv(*args), expected, strict=True):
+                assert got.numel() == 0 if want is None else (assert_close(got, want, factor=4) is None)
+
+
+@pytest.mark.parametrize("residual, out_relu", [(True, True), (False, False)], ids=["last", "projection"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_pointwise_op(stride, residual, out_relu):
+    x, weight, bn, _ = inputs("1x1", torch.float16)
+    added = rand(x.shape[0], weight.shape[0], *(-(-size // stride) for size in x.shape[2:]), dtype=torch.float16)
+    out = rand(weight.shape[0], seed=3).add(1), rand(weight.shape[0], seed=4), EPS, added if residual else None
+    args = (x, weight, *bn, EPS, True, *out, [stride] * 2, out_relu)
+    expected = reference.pointwise_bn_act(*args)
+    with fused_resnet.backend("triton"):
+        got = torch.ops.fused_resnet.pointwise_bn_act(*args)
+    for v, e in zip(got, expected, strict=True):
+        assert difference(v, e) < VERIFIED[torch.float16]
 
 
 POINTWISE = [case for case in CASES if case.startswith("1x1") and case != "1x1_padded"]
@@ -270,14 +298,14 @@ def test_pointwise_of_few_raw_channels():
 def test_a_second_run_has_the_same_bits(small_tiles):
     for case in ("3x3", "1x1_stride2"):
         x, weight, bn, conv = inputs(case, torch.float16)
-        first, second = (backend.bn_act_conv(x, weight, *bn, EPS, True, *conv, 1) for _ in range(2))
+        first, second = (backend.bn_act_conv(x, weight, *bn, EPS, True, *conv, 1, True) for _ in range(2))
         assert all(map(torch.equal, first, second))
 
 
 def test_a_planted_error_is_found():
     """One per cent in one output channel fails the comparison that every test here relies on."""
     x, weight, bn, conv = inputs("3x3", torch.float16)
-    y, *_ = backend.bn_act_conv(x, weight, *bn, EPS, True, *conv, 1)
+    y, *_ = backend.bn_act_conv(x, weight, *bn, EPS, True, *conv, 1, True)
     want = convolved(x, weight, bn, True, conv)
     assert_close(y, want)
     y[:, 5] *= 1.01
