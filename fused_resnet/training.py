@@ -8,12 +8,11 @@ and runs its convolutions again in the backward.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from . import training_ops  # noqa: F401  (registers the ops)
 from .functional import update_running_stats
@@ -90,12 +89,12 @@ def normalised(
     if not expands(conv, 2 if relu else 4):
         y, after = convolve(x, norm, conv, bn, statistics)
         return _ops.bn_act.default(y, *after, residual, relu, True)
-    y, mean, var, _, _ = _ops.pointwise_bn_act.default(
+    results = _ops.pointwise_bn_act.default(
         x, conv.weight, *norm, True, bn.weight, bn.bias, bn.eps, residual, conv.stride, relu
     )
     if statistics.known() is None:
-        statistics.keep(bn, y, mean, var)
-    return y
+        statistics.keep(bn, results[0], results[1], results[2])
+    return results[0]  # taken out last: torch.fx's feature extractors return what a block does last
 
 
 def convolved(x: Tensor, norm: Norm, conv: nn.Conv2d) -> Tensor:
@@ -121,19 +120,11 @@ def expands(conv: nn.Conv2d, times: int) -> bool:
     return plain and times * conv.in_channels <= conv.out_channels
 
 
-def _keep_outputs(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """A block's output stays in any case: the next block reads it."""
-    last = op in (_ops.bn_act.default, _ops.pointwise_bn_act.default)
-    relu = args[7] if op is _ops.bn_act.default else args[-1]
-    return CheckpointPolicy.MUST_SAVE if last and relu else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def lean(function, x: Tensor) -> Tensor:
     """function(x, statistics), nothing in it kept for the backward but x and the statistics: the rest runs again.
 
-    Unlike an activation checkpoint around a block, the running statistics are updated once, the batch's are computed
-    once, and the last op does not run again. Under torch.compile, whose partitioner decides what is kept, function runs
-    as it is.
+    Unlike under an activation checkpoint around a block, running statistics are updated once, and those of the batch
+    computed once. Under torch.compile, whose partitioner decides what is kept, function runs as it is.
     """
     statistics = Statistics()
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -145,5 +136,4 @@ def lean(function, x: Tensor) -> Tensor:
         statistics.complete = True
         return y
 
-    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_outputs)
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
