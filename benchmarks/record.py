@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 # device -> (training, batch sizes, dtypes)
 PLANS = {
     "cpu": ((False, (1, 8), ("float32",)), (True, (8,), ("float32",))),
-    "cuda": ((False, (1, 32, 128), ("float16", "bfloat16")), (True, (32, 128), ("float16", "bfloat16"))),
+    "cuda": ((False, (1, 32, 128), ("float16", "bfloat16")), (True, (32, 128, 256), ("float16", "bfloat16"))),
 }
 
 
