@@ -216,6 +216,13 @@ def test_pointwise_is_what_it_stands_for(name, layout, backend, device):
     assert off([got[0], *got[1]], [want[0], *want[1]]) < 1e-12
 
 
+@pytest.mark.parametrize("name", POINTWISE)
+def test_products_left_to_convolutions(name, monkeypatch):
+    """As a GPU does it in float32."""
+    monkeypatch.setattr(composed, "_is_a_convolution", lambda rows: True)
+    test_pointwise_is_what_it_stands_for(name, "channels_last", "cpu", "cpu")
+
+
 @pytest.mark.parametrize("dtype, floor", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", POINTWISE)
 def test_pointwise_in_narrow_types(name, dtype, floor, backend, device):

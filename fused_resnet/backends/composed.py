@@ -70,16 +70,41 @@ def covariance(a: Tensor) -> tuple[Tensor, Tensor]:
     mean = a.mean(0, dtype=acc)
     if a.dtype is acc:
         centred = a - mean
-        return mean, torch.mm(centred.t(), centred).div_(a.shape[0])
-    return mean, _product(a.t(), a).div_(a.shape[0]).addr_(mean, mean, alpha=-1)
+        return mean, _inner(centred, centred).div_(a.shape[0])
+    return mean, _inner(a, a).div_(a.shape[0]).addr_(mean, mean, alpha=-1)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in the accumulator's dtype."""
+def _is_a_convolution(rows: Tensor) -> bool:
+    """Whether a product of these rows is left to cuDNN: in float32 a GPU's convolutions may use TF32 where its matrix
+    products, by PyTorch's defaults, may not, and are several times slower."""
+    return rows.is_cuda and rows.dtype is torch.float32
+
+
+def _as_maps(rows: Tensor) -> Tensor:
+    return rows.t().view(1, rows.shape[1], -1, 1)
+
+
+def _inner(g: Tensor, a: Tensor) -> Tensor:
+    """g^T a: [K, C], in the accumulator's dtype, of rows g: [M, K] and a: [M, C]."""
     acc = accumulator(a.dtype)
+    if _is_a_convolution(a):
+        weight = a.new_empty(g.shape[1], a.shape[1], 1, 1)
+        conv = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+        _, product, _ = torch.ops.aten.convolution_backward(
+            _as_maps(g), _as_maps(a), weight, *conv, [False, True, False]
+        )
+        return product.flatten(1)
     if a.dtype is acc:
-        return torch.mm(a, b)
-    return torch.mm(a, b, out_dtype=acc) if a.is_cuda else torch.mm(a.to(acc), b.to(acc))
+        return torch.mm(g.t(), a)
+    return torch.mm(g.t(), a, out_dtype=acc) if a.is_cuda else torch.mm(g.t().to(acc), a.to(acc))
+
+
+def _input_gradient(g: Tensor, folded: Tensor, a: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
+    """g folded - a turn + shift, as rows [M, C]."""
+    if _is_a_convolution(a):
+        da = torch.conv2d(_as_maps(g), folded.t()[:, :, None, None], shift)
+        return da.sub_(torch.conv2d(_as_maps(a), turn.t()[:, :, None, None])).flatten(2)[0].t()
+    return torch.addmm(shift, g, folded).addmm_(a, turn, alpha=-1)
 
 
 def statistics_of_product(weight: Tensor, a_mean: Tensor, a_cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +161,7 @@ def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_b
     w = weight.flatten(1)
     wide = w.to(acc)
     inv, scale = inverse_and_scale(acc, out_weight, y_var, out_eps)
-    product = _product(rows_g.t(), rows_a).addr_(sum_g, a_mean, alpha=-1)
+    product = _inner(rows_g, rows_a).addr_(sum_g, a_mean, alpha=-1)
     moment = (product * wide).sum(1)
     slope = scale * inv * inv * moment / count
     tilted = slope.unsqueeze(1) * wide
@@ -148,7 +173,7 @@ def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_b
         turn = torch.mm(wide.t(), tilted)
         shift = torch.mv(turn.t(), a_mean) - torch.mv(wide.t(), scale * sum_g / count)
         folded = (scale.unsqueeze(1) * wide).to(x.dtype)
-        da = torch.addmm(shift.to(x.dtype), rows_g, folded).addmm_(rows_a, turn.to(x.dtype), alpha=-1)
+        da = _input_gradient(rows_g, folded, rows_a, turn.to(x.dtype), shift.to(x.dtype))
         da = spread(da, x.shape, stride)
         if mean is None:
             dx = da

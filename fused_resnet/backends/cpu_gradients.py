@@ -65,7 +65,7 @@ def _by_windows(grad, a, weight, stride, padding, dilation) -> Tensor:
 def spread(rows: Tensor, shape, stride) -> Tensor:
     """Rows [M, C] of every stride-th position as channels_last maps [N, C, H, W], zero in between."""
     n, c, h, w = shape
-    maps = rows.view(n, -(-h // stride[0]), -(-w // stride[1]), c).permute(0, 3, 1, 2)
+    maps = rows.reshape(n, -(-h // stride[0]), -(-w // stride[1]), c).permute(0, 3, 1, 2)
     if max(stride) == 1:
         return maps
     filled = rows.new_zeros(n, h, w, c).permute(0, 3, 1, 2)
