@@ -108,17 +108,19 @@ def bn_act_conv_tile(
 ) -> ConvTile:
     """The tile of one `_bn_act_conv_fwd_kernel` launch: the plain convolution's, unless x is normalised on the way in.
 
-    It then passes through registers, which eight warps have and four are short of; with three stages two blocks of
+    It then passes through registers, which eight warps have and four are short of, but on sm_100 for the narrower tile
+    in 16 bits (ptxas caps eight warps at 80 registers there, and spills one or two). With three stages two blocks of
     128 x 64 find room on an SM, so that one normalises while the other multiplies. Channels are never flattened with
     the taps: each has its own scale.
     """
     tile = conv_tile(m, k, c, 1, taps, itemsize, arch, sms, fma)
     if not normalises:
         return tile
+    roomy = family(arch) == 100 and itemsize == 2 and (tile.block_m, tile.block_n) == (128, 64)
     return tile._replace(
         flat=False,
         block_k=16 if tile.flat else tile.block_k,
-        num_warps=8 if tile.block_m == 128 else tile.num_warps,
+        num_warps=4 if roomy else 8 if tile.block_m == 128 else tile.num_warps,
         num_stages=min(tile.num_stages, 3),
     )
 
