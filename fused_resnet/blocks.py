@@ -15,7 +15,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from . import training
 from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
-from .sync import needs_collective
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
 PARTS = {BasicBlock: ("conv1", "bn1", "conv2", "bn2"), Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
@@ -72,17 +71,23 @@ def _kind(block: nn.Module) -> type[nn.Module]:
 
 def _trained(x: Tensor, block: nn.Module) -> Tensor:
     training.check_memory(block.memory)
+    # Decided once: by the time a lean block runs again, modes and hooks may be others.
+    downsample = block.downsample
+    projected = downsample is not None and projection_unfusable(downsample) is None and on_own_batch(downsample[1])
 
     def run(x: Tensor, statistics: training.Statistics) -> Tensor:
         *first, conv, bn = (block._modules[name] for name in PARTS[_kind(block)])
         out, norm = x, training.NOTHING
         for i in range(0, len(first), 2):
             out, norm = training.convolve(out, norm, first[i], first[i + 1], statistics)
-        shortcut = _shortcut(x, block, out, statistics)
+        if projected:
+            shortcut = training.normalised(x, training.NOTHING, *downsample, None, statistics, relu=False)
+        else:
+            shortcut = _shortcut(x, block, out)
         return training.normalised(out, norm, conv, bn, shortcut, statistics)
 
     if block.memory == "lean" and not_lean(block) is None:
-        return training.lean(run, x)
+        return training.lean(run, x, block)
     return run(x, training.Statistics())
 
 
@@ -91,8 +96,8 @@ def not_lean(block: nn.Module) -> str | None:
     if block.downsample is None:
         return None
     reason = projection_unfusable(block.downsample)
-    if reason is None and needs_collective(block.downsample[1]):
-        reason = "its batch norm is synchronized"
+    if reason is None and not on_own_batch(block.downsample[1]):
+        reason = "its batch norm does not use the batch's own statistics"
     return reason and f"downsample: {reason}"
 
 
@@ -116,7 +121,7 @@ def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None 
     )
 
 
-def _shortcut(x: Tensor, block: nn.Module, out: Tensor, statistics: training.Statistics | None = None) -> Tensor:
+def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor:
     """What is added to the last convolution's result, whose maps are as large as those of `out`."""
     downsample = block.downsample
     if downsample is None:
@@ -127,10 +132,7 @@ def _shortcut(x: Tensor, block: nn.Module, out: Tensor, statistics: training.Sta
     if projection_unfusable(downsample) is not None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
         return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
-    conv, bn = downsample
-    if statistics is not None and on_own_batch(bn):
-        return training.normalised(x, training.NOTHING, conv, bn, None, statistics, relu=False)
-    return _conv_bn(x, conv, bn, relu=False)
+    return _conv_bn(x, downsample[0], downsample[1], relu=False)
 
 
 def recorded(x: Tensor) -> bool:

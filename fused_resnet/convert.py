@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, unfusable
+from .preact import PreAct
 from .training import check_memory
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
@@ -79,9 +80,9 @@ def swap_blocks(
     where an optimizer with fused=True holds state already, or loads some: it combines state and weight by their places
     in memory, whatever their layouts (as after `model.to(memory_format=...)`, too).
 
-    memory: what the fused blocks of the model, those of earlier calls included, keep for the backward while they train.
-    "default": raw results of convolutions, without those that can be done without; "lean": a block's input and output
-    alone, the convolutions run again in the backward. None, the default, changes nothing.
+    memory: what the fused blocks of the model, pre-activation ones and those of earlier calls included, keep for the
+    backward while they train. "default": raw results of convolutions, without those that can be done without; "lean": a
+    block's input and output alone, the convolutions run again in the backward. None, the default, changes nothing.
 
     Returns the same model. Raises TypeError if model is not a module, ValueError for another memory_format or memory.
     """
@@ -104,8 +105,8 @@ def swap_blocks(
             if former is not None:
                 conv.__dict__.setdefault(_FORMER, str(former))  # torch.save cannot write a memory format
     if memory is not None:
-        for _, block in _blocks(model):
-            if isinstance(block, tuple(ORIGINAL)):
+        for block in model.modules():
+            if isinstance(block, (*ORIGINAL, PreAct)):
                 block.memory = memory
     return model
 

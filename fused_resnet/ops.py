@@ -519,5 +519,14 @@ register_autograd("bn_stats", _stats_setup, lambda ctx, *grads: (None,))
 register_double_backward("conv_bn_act_bwd", reference.conv_bn_act_bwd, (0, 2, 3, 4))
 register_double_backward("bn_act_bwd", _batch_norm_bwd_from_input, (0, 2, 5))
 register_double_backward("bn_act_bwd_input", lambda *args: (reference.bn_act_bwd_input(*args),), (0, 2, 3, 4, 5, 6))
+
+
+def as_given(dtype, args):
+    """A backward inside an autocast region: the types were decided in the forward."""
+    return args
+
+
 register_autocast("conv_bn_act", _cast_conv)
 register_autocast("bn_act", _cast_bn)
+for _name in ("conv_bn_act_bwd", "bn_act_bwd", "bn_act_bwd_input"):
+    register_autocast(_name, as_given)

@@ -19,7 +19,7 @@ from .blocks import convolution_unfusable, norm_unfusable, recorded, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
 
 
-class _PreAct(nn.Module):
+class PreAct(nn.Module):
     """What both blocks share: pairs (bn1, conv1), (bn2, conv2), ..., relu, downsample."""
 
     memory = "default"
@@ -55,9 +55,10 @@ class _PreAct(nn.Module):
             for bn, following in rest:
                 out, norm = training.convolve(out, norm, conv, bn, statistics)
                 conv = following
-            return shortcut + training.convolved(out, norm, conv)
+            out = training.convolved(out, norm, conv)
+            return shortcut.view_as(out) + out  # the view refuses what the add would broadcast
 
-        return training.lean(run, x) if self.memory == "lean" else run(x, training.Statistics())
+        return training.lean(run, x, self) if self.memory == "lean" else run(x, training.Statistics())
 
     def _unfused(self, x: Tensor) -> Tensor:
         (bn, conv), *rest = self._pairs()
@@ -81,7 +82,7 @@ class _PreAct(nn.Module):
         return None if self.downsample is None else _projection_unfusable(self.downsample)
 
 
-class FusedPreActBasicBlock(_PreAct):
+class FusedPreActBasicBlock(PreAct):
     """BN, ReLU, 3x3, BN, ReLU, 3x3, add (He et al., arXiv 1603.05027), fused.
 
     inplanes, planes: channels in and out. stride: of the first convolution. downsample: None, or
@@ -121,7 +122,7 @@ class FusedPreActBasicBlock(_PreAct):
         self.stride = stride
 
 
-class FusedPreActBottleneck(_PreAct):
+class FusedPreActBottleneck(PreAct):
     """BN, ReLU, 1x1, BN, ReLU, 3x3 with the stride, BN, ReLU, 1x1, add (He et al., arXiv 1603.05027), fused.
 
     inplanes: channels in; 4 * planes come out. stride: of the 3x3 convolution. downsample: None, or

@@ -57,7 +57,8 @@ class Statistics:
         known = self.known()
         if known is not None:
             return Norm(*known, bn.weight, bn.bias, bn.eps)
-        return self.keep(bn, x, *_ops.bn_stats.default(x))
+        mean, var = _ops.bn_stats.default(x)  # torch.fx can take a result apart, but not spread it
+        return self.keep(bn, x, mean, var)
 
     def keep(self, bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor) -> Norm:
         update_running_stats(bn, y, mean, var)
@@ -120,17 +121,26 @@ def expands(conv: nn.Conv2d, times: int) -> bool:
     return plain and times * conv.in_channels <= conv.out_channels
 
 
-def lean(function, x: Tensor) -> Tensor:
+def lean(function, x: Tensor, block: nn.Module) -> Tensor:
     """function(x, statistics), nothing in it kept for the backward but x and the statistics: the rest runs again.
 
     Unlike under an activation checkpoint around a block, running statistics are updated once, and those of the batch
-    computed once. Under torch.compile, whose partitioner decides what is kept, function runs as it is.
+    computed once. Under torch.compile, whose partitioner decides what is kept, function runs as it is. block: the
+    module whose parameters function reads; if they are others by the backward, that raises RuntimeError.
     """
     statistics = Statistics()
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(x, statistics)
 
+    parameters = [(p, p._version) for p in block.parameters()]
+
     def run(x):
+        now = block.parameters()
+        if any(p is not q or p._version != version for (p, version), q in zip(parameters, now, strict=True)):
+            raise RuntimeError(
+                "memory: a parameter was modified or replaced between this block's forward and its backward, which "
+                'has to compute the forward again under memory="lean"'
+            )
         statistics.begin()
         y = function(x, statistics)
         statistics.complete = True

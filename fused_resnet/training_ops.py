@@ -18,6 +18,7 @@ from .backends.layout import output_format
 from .backends.reference import accumulator
 from .ops import (
     PLACES,
+    as_given,
     check_given,
     check_places,
     check_residual,
@@ -80,7 +81,7 @@ def _check_pointwise(
 def _bn_act_conv(*args):
     check_given(x=args[0], weight=args[1])
     y, *stats = backends.run("bn_act_conv", *args, check=_check_bn_act_conv)
-    return y, *optional(stats, (args[-1],) * 2, y)
+    return y, *optional(stats, (args[-1],) * 2, y.new_empty(0, dtype=accumulator(y.dtype)))
 
 
 def _bn_act_conv_fake(*args):
@@ -247,3 +248,5 @@ register_double_backward("bn_act_conv_bwd", _bn_act_conv_bwd_from_input, (0, 1, 
 register_double_backward("pointwise_bn_act_bwd", _pointwise_bwd_from_input, (0, 2, 3, 6, 7, 10))
 register_autocast("bn_act_conv", _cast_bn_act_conv)
 register_autocast("pointwise_bn_act", _cast_pointwise)
+register_autocast("bn_act_conv_bwd", as_given)
+register_autocast("pointwise_bn_act_bwd", as_given)

@@ -55,6 +55,7 @@ def nothing_remembered():
     from fused_resnet import backends
 
     backends._ready.clear()
+    backends._winners.clear()
 
 
 @pytest.fixture(autouse=True)

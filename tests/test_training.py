@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fused_resnet
@@ -150,6 +151,7 @@ def test_memory_is_checked_and_survives():
     assert copy.deepcopy(fused)[0].memory == "lean"
     assert fused_resnet.swap_blocks(fused)[0].memory == "lean"  # None changes nothing
     assert fused_resnet.swap_blocks(fused, memory="default")[0].memory == "default"
+    assert fused_resnet.swap_blocks(preact("basic")[0], memory="lean")[1].memory == "lean"
     with pytest.raises(ValueError, match="memory: expected 'default' or 'lean', got 'tiny'"):
         fused_resnet.swap_blocks(plain, memory="tiny")
     assert type(plain[0]) is BasicBlock
@@ -253,6 +255,26 @@ def test_preact_arguments(kind):
 
 
 @kinds
+def test_preact_in_a_feature_extractor(kind):
+    fused, plain = preact(kind)
+    extractor = create_feature_extractor(nn.Sequential(*fused, nn.ReLU()).train(), ["2"])
+    x = batch(3, 8, 9, 7)
+    equal([extractor(x)["2"]], [plain.train()(x).relu()])
+
+
+@kinds
+@memories
+def test_preact_adds_no_maps_of_other_sizes(kind, memory):
+    """Which an add would broadcast."""
+    block = PREACT[kind](8 * PREACT[kind].expansion, 8, stride=3)
+    block.memory = memory
+    with pytest.raises(RuntimeError):
+        block(batch(4, 8 * block.expansion, 3, 3, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match="residual: expected the output's shape"):
+        block.eval()(batch(4, 8 * block.expansion, 3, 3, dtype=torch.float32))
+
+
+@kinds
 def test_preact_with_hooks_runs_its_modules(kind):
     fused, plain = preact(kind)
     seen = []
@@ -308,6 +330,51 @@ def test_gradient_penalty(kind, memory):
         return [p.grad for p in model.parameters()]
 
     equal(penalty(fused), penalty(plain), 1e-8)
+
+
+@kinds
+def test_lean_refuses_other_parameters_in_the_backward(kind):
+    """It would compute another forward with them."""
+    _, fused = stage(kind, "lean")
+    y = fused(batch(3, 16, 9, 7))
+    with torch.no_grad():
+        fused[1].conv2.weight.mul_(0.5)
+    with pytest.raises(RuntimeError, match="memory: a parameter was modified or replaced"):
+        y.sum().backward()
+    other = {k: v.detach().clone().requires_grad_() for k, v in fused.named_parameters()}
+    y = torch.func.functional_call(fused, other, (batch(3, 16, 9, 7),))
+    with pytest.raises(RuntimeError, match="memory: a parameter was modified or replaced"):
+        y.sum().backward()
+
+
+@kinds
+def test_lean_and_a_mode_that_changes_before_the_backward(kind):
+    plain, fused = stage(kind, "lean")
+    x = batch(3, 16, 9, 7)
+    for model in (plain, fused):
+        model.zero_grad()
+        y = model(x)
+        model.eval()
+        y.square().mean().backward()
+    equal([p.grad for p in fused.parameters()], [p.grad for p in plain.parameters()])
+
+
+@kinds
+@memories
+@pytest.mark.parametrize("forward", [True, False], ids=["forward-too", "backward-alone"])
+def test_a_backward_inside_autocast(kind, memory, forward):
+    """Its products stay in the types of the forward: the same bits as outside."""
+    _, fused = stage(kind, memory, torch.float32)
+    x = batch(3, 16, 9, 7, dtype=torch.float32)
+    found = []
+    for inside in (False, True):
+        fused.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            loss = fused(x).float().square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        found.append([p.grad.clone() for p in fused.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @kinds

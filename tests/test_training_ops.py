@@ -115,6 +115,12 @@ def test_opcheck_bn_act_conv(name, stats, layout, device):
     torch.library.opcheck(ops.bn_act_conv.default, (*args, mean, var, *bn, EPS, True, *places, stats))
 
 
+@pytest.mark.parametrize("stats", [True, False], ids=["stats", "no-stats"])
+def test_opcheck_in_16_bits(stats, device):
+    x, weight, *bn, places = conv_case("3x3", torch.bfloat16, "channels_last", device=device)
+    torch.library.opcheck(ops.bn_act_conv.default, (x, weight, *ops.bn_stats(x), *bn, EPS, True, *places, stats))
+
+
 @layouts
 @pytest.mark.parametrize("mask", [[True] * 4, [False, True, False, False], [False, False, True, True]], ids=str)
 def test_opcheck_bn_act_conv_bwd(mask, layout, device):
@@ -308,6 +314,25 @@ def test_statistics_by_the_covariance(dtype):
     assert off([mean, var], [raw.mean(0), raw.var(0, correction=0)]) < 1e-6
 
 
+def test_what_tf32_holds_of_a_covariance():
+    """11 significant bits, and the rest exactly: products of both with 16-bit values lose nothing under TF32."""
+    a = normal(50, 50, dtype=torch.float32)
+    upper = composed.upper_bits(a)
+    assert torch.equal(upper + (a - upper), a)
+    assert torch.equal(upper.view(torch.int32) & (2**13 - 1), torch.zeros(50, 50, dtype=torch.int32))
+    assert ((a - upper).abs() <= a.abs() * 2.0**-10).all()
+
+
+def test_statistics_where_channels_hardly_differ():
+    """A common part and a tenth of it in differences, of which the filters take differences: digits cancel."""
+    a = (normal(4000, 1, seed=3).abs() + 0.1 * normal(4000, 24)).half()
+    weight = normal(50, 24, 1, 1, seed=1)
+    weight = (weight - weight.mean(1, keepdim=True)).half()
+    _, var = composed.statistics_of_product(weight, *composed.covariance(a))
+    raw = a.double() @ weight.flatten(1).double().t()
+    assert off([var], [raw.var(0, correction=0)]) < 1e-3
+
+
 def test_a_channel_without_variance(backend, device):
     case = pointwise_case("last", torch.float32, "channels_last", device=device)
     case[0][:, 1] = 3.0
@@ -450,11 +475,22 @@ def test_nothing_is_timed_while_a_graph_is_captured(timed, monkeypatch):
 
 
 def test_too_little_memory_to_time(timed, monkeypatch):
+    """The first serves from then on: the next step has no more room."""
+    asked = []
+
     def microseconds(call, args):
+        asked.append(1)
         raise torch.OutOfMemoryError("none left")
 
     monkeypatch.setattr(choice, "microseconds", microseconds)
-    assert call() == "slow"
+    assert call() == "slow" and call() == "slow" and len(asked) == 1
+
+
+def test_maps_of_about_one_size_are_timed_once(timed):
+    for height in (8, 9, 10, 11, 8):
+        x, weight, *bn, places = conv_case("3x3", torch.float32, size=(height, 7))
+        assert backends.run("bn_act_conv", x, weight, None, None, *bn, EPS, True, *places, True)[0] == "fast"
+    assert len(timed) == 3 * (1 + choice.ROUNDS)
 
 
 @pytest.mark.parametrize("op", sorted(backends.MEASURED))

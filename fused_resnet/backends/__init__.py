@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable
 
@@ -24,7 +25,7 @@ import torch
 
 from . import cpu, cuda, cudnn, reference, triton
 from .choice import fastest
-from .verify import capturing, objection, prepare, tf32_allowed
+from .verify import capturing, objection, prepare, signature, tf32_allowed
 
 logger = logging.getLogger("fused_resnet")
 
@@ -38,6 +39,7 @@ MOST_READY = 4096  # kinds of calls remembered: more than a network has, fewer t
 _forced: list[str] = [os.environ[ENVIRONMENT]] if os.environ.get(ENVIRONMENT) else []
 _told: set[str] = set()
 _ready: dict[tuple, Callable] = {}
+_winners: dict[tuple, object] = {}
 
 
 @contextlib.contextmanager
@@ -140,12 +142,26 @@ def _choose(op: str, args: tuple):
             return prepare(candidate, op, args), lasting
         _tell_once(logging.WARNING, f"{op}: {candidate.NAME}: {reason}; the next backend serves")
     if agreed:
+        chosen, settled = _fastest(agreed, op, args)
+        return prepare(chosen, op, args), lasting and settled
+    return prepare(reference, op, args), lasting
+
+
+def _fastest(agreed: list, op: str, args: tuple):
+    """(the fastest of these backends, whether that is settled): asked once a kind of call, maps of about one size being
+    one kind, so that images of changing sizes are not timed one by one."""
+    rows = args[0].shape[0] * math.prod(args[0].shape[2:])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    key = (op, deterministic, rows.bit_length(), *(signature(c, op, args) for c in agreed))
+    if key not in _winners:
         chosen, times, settled = fastest(agreed, op, args, capturing(args[0].device))
         if times:
             told = ", ".join(f"{name} {t:.0f} us" for name, t in times.items())
             logger.info("%s of %s: %s", op, list(args[0].shape), told)
-        return prepare(chosen, op, args), lasting and settled
-    return prepare(reference, op, args), lasting
+        if not settled:
+            return chosen, False
+        _winners[key] = chosen
+    return _winners[key], True
 
 
 def _key(op: str, args: tuple) -> tuple | None:

@@ -44,7 +44,7 @@ def prepare(candidate, op: str, args: tuple):
 
 def objection(candidate, op: str, args: tuple) -> tuple[str | None, bool]:
     """(why this backend may not serve this call, or None; whether that is settled or has to be asked again)."""
-    key = _signature(candidate, op, args)
+    key = signature(candidate, op, args)
     if key not in _verdicts:
         if capturing(args[0].device):
             return "not verified yet, and a CUDA graph is being captured (call once before the capture)", False
@@ -204,7 +204,7 @@ def tf32_allowed() -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
-def _signature(candidate, op: str, args: tuple) -> tuple:
+def signature(candidate, op: str, args: tuple) -> tuple:
     variant = getattr(candidate, "variant", None)
     key = [candidate.NAME, op, _uses_tf32(op, args), variant and variant(op, *args)]
     weight_at = WEIGHT_AT.get(op)
