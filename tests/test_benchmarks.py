@@ -172,3 +172,17 @@ def test_recording_writes_what_the_table_reads(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "cpu.json").read_text())
     assert result["load_before"] >= 0 and result["environment"]["threads"] >= 1
     assert "| resnet18 eval, batch 1, float32 |" in table.render([result])
+
+    result["cases"].append({**result["cases"][0], "mode": "train"})
+    first = result["cases"][0]["variants"]["eager"]["p50_ms"] = -1.0
+    (tmp_path / "named.json").write_text(json.dumps(result))
+    again = [*options, "--modes", "eval", "--name", "named", "--out", str(tmp_path)]
+    assert record.main(again) == 0
+    merged = json.loads((tmp_path / "named.json").read_text())
+    assert [case["mode"] for case in merged["cases"]] == ["eval", "train"]
+    assert merged["cases"][0]["variants"]["eager"]["p50_ms"] > first
+    assert merged["cases"][1] == result["cases"][1]
+    result["environment"]["cpu"] = "another"
+    (tmp_path / "named.json").write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match="another machine or version: cpu differ"):
+        record.main(again)
