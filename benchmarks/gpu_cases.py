@@ -23,7 +23,7 @@ from benchmarks import gpu_conv, gpu_engine, gpu_training
 from benchmarks.caselog import Declined, Log, poisoned
 from benchmarks.resnet_shapes import resnet_shapes
 from fused_resnet import backends, doctor, measure
-from fused_resnet.backends import reference, verify
+from fused_resnet.backends import composed, reference, verify
 
 POISONED = 77
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -101,7 +101,7 @@ def norm_arguments(op: str, spec, device, dtype, format) -> tuple:
 
 
 def _arguments(op: str, spec, device, dtype, format) -> tuple:
-    if op in gpu_training.OPS:
+    if op in composed.OPS:
         return gpu_training.arguments(op, spec, device, dtype, format)
     build = convolution_arguments if op.startswith("conv") else norm_arguments
     return build(op, spec, device, dtype, format)
@@ -124,7 +124,7 @@ def smoke_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]
         for backend in names:
             for op in doctor.OPS:
                 specs = convolutions if op.startswith("conv") else norms
-                if op in gpu_training.OPS:
+                if op in composed.OPS:
                     specs = gpu_training.specs(op, on_gpu)
                 for i, (variant, spec) in enumerate(specs.items()):
                     for layout in ("channels_last", "contiguous"):

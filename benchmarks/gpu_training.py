@@ -8,7 +8,6 @@ from torch import Tensor
 from fused_resnet import measure
 from fused_resnet.backends import reference
 
-OPS = ("bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd")
 # name: (N, C, H, W, K, kernel, stride, padding, batch norm while loading); odd maps make ragged tiles
 CONVOLUTIONS = {
     "3x3": (2, 64, 7, 9, 64, 3, 1, 1, True),

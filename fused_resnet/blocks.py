@@ -7,6 +7,8 @@ fused path cannot honour (hooks, parametrizations, foreign norm layers) runs thr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as _module
 from torchvision.models.feature_extraction import NodePathTracer
@@ -35,8 +37,8 @@ class FusedBasicBlock(BasicBlock):
             return super().forward(x)
         if _on_batch_statistics(self):
             return _trained(x, self)
-        out = _conv_bn(x, self.conv1, self.bn1)
-        return _conv_bn(out, self.conv2, self.bn2, _shortcut(x, self, out))
+        out = conv_bn(x, self.conv1, self.bn1)
+        return conv_bn(out, self.conv2, self.bn2, _shortcut(x, self, out))
 
 
 class FusedBottleneck(Bottleneck):
@@ -54,9 +56,9 @@ class FusedBottleneck(Bottleneck):
             return super().forward(x)
         if _on_batch_statistics(self):
             return _trained(x, self)
-        out = _conv_bn(x, self.conv1, self.bn1)
-        out = _conv_bn(out, self.conv2, self.bn2)
-        return _conv_bn(out, self.conv3, self.bn3, _shortcut(x, self, out))
+        out = conv_bn(x, self.conv1, self.bn1)
+        out = conv_bn(out, self.conv2, self.bn2)
+        return conv_bn(out, self.conv3, self.bn3, _shortcut(x, self, out))
 
 
 def _on_batch_statistics(block: nn.Module) -> bool:
@@ -86,7 +88,7 @@ def _trained(x: Tensor, block: nn.Module) -> Tensor:
             shortcut = _shortcut(x, block, out)
         return training.normalised(out, norm, conv, bn, shortcut, statistics)
 
-    if block.memory == "lean" and not_lean(block) is None:
+    if block.memory == "lean" and (downsample is None or projected):
         return training.lean(run, x, block)
     return run(x, training.Statistics())
 
@@ -101,7 +103,7 @@ def not_lean(block: nn.Module) -> str | None:
     return reason and f"downsample: {reason}"
 
 
-def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     if uses_batch_statistics(bn):
         return batch_norm_act(conv(x), bn, residual, relu=relu)
     return conv_bn_act(
@@ -132,7 +134,7 @@ def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor:
     if projection_unfusable(downsample) is not None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
         return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
-    return _conv_bn(x, downsample[0], downsample[1], relu=False)
+    return conv_bn(x, downsample[0], downsample[1], relu=False)
 
 
 def recorded(x: Tensor) -> bool:
@@ -149,11 +151,15 @@ def recorded(x: Tensor) -> bool:
 
 def unfusable(block: nn.Module) -> str | None:
     """Why a block must run torchvision's forward, or None if its convolutions, BNs and ReLU may be fused."""
+    return parts_unfusable(block, PARTS[_kind(block)])
+
+
+def parts_unfusable(block: nn.Module, names: Iterable[str]) -> str | None:
+    """Why the convolutions and BNs of these names, and the ReLU, must be called as modules; None if they need not."""
     if _module._has_any_global_hook():
         return "a global module hook is registered"
-    parts = PARTS[_kind(block)]
     modules = block._modules
-    for name in parts:
+    for name in names:
         reason = convolution_unfusable(modules[name]) if name[0] == "c" else norm_unfusable(modules[name])
         if reason is not None:
             return f"{name}: {reason}"

@@ -15,7 +15,7 @@ import torch
 import fused_resnet
 
 from . import backends
-from .backends import cuda, cuda_conv
+from .backends import composed, cuda, cuda_conv
 
 VARIABLES = {
     "FUSED_RESNET_BACKEND": "forces a backend: cuda, triton, cudnn, cpu or reference",
@@ -26,18 +26,7 @@ VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "which GPUs PyTorch sees",
     "OMP_NUM_THREADS": "threads of PyTorch's CPU kernels",
 }
-OPS = (
-    "conv_bn_act",
-    "conv_bn_act_bwd",
-    "bn_stats",
-    "bn_act",
-    "bn_act_bwd",
-    "bn_act_bwd_input",
-    "bn_act_conv",
-    "bn_act_conv_bwd",
-    "pointwise_bn_act",
-    "pointwise_bn_act_bwd",
-)
+OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", *composed.OPS)
 
 
 def environment() -> dict:

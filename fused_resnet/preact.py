@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import conv1x1, conv3x3
 
 from . import training
-from .blocks import convolution_unfusable, norm_unfusable, recorded, tampered
-from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
+from .blocks import conv_bn, convolution_unfusable, parts_unfusable, recorded, tampered
+from .functional import batch_norm_act, conv_bn_act, on_own_batch
 
 
 class PreAct(nn.Module):
@@ -38,7 +38,7 @@ class PreAct(nn.Module):
         out = batch_norm_act(x, bn)
         shortcut = x if self.downsample is None else self.downsample(out)
         for bn, following in rest:
-            out = _conv_bn(out, conv, bn)
+            out = conv_bn(out, conv, bn)
             conv = following
         return _convolved(out, conv, shortcut)
 
@@ -71,15 +71,8 @@ class PreAct(nn.Module):
 
     def unfusable(self) -> str | None:
         """Why the block runs its modules one by one, or None if it is fused."""
-        for i, (bn, conv) in enumerate(self._pairs(), 1):
-            for name, reason in ((f"bn{i}", norm_unfusable(bn)), (f"conv{i}", convolution_unfusable(conv))):
-                if reason is not None:
-                    return f"{name}: {reason}"
-        if type(self.relu) is not nn.ReLU:
-            return f"relu: {type(self.relu).__name__} is not ReLU"
-        if (reason := tampered(self.relu)) is not None:
-            return f"relu: {reason}"
-        return None if self.downsample is None else _projection_unfusable(self.downsample)
+        reason = parts_unfusable(self, (name for name in self._modules if name.startswith(("bn", "conv"))))
+        return reason if reason or self.downsample is None else _projection_unfusable(self.downsample)
 
 
 class FusedPreActBasicBlock(PreAct):
@@ -166,15 +159,6 @@ def _projection_unfusable(downsample: nn.Module) -> str | None:
     return reason and f"downsample: {reason}"
 
 
-def _conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> Tensor:
-    if uses_batch_statistics(bn):
-        return batch_norm_act(_convolved(x, conv), bn)
-    return conv_bn_act(x, conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, **_places(conv))
-
-
-def _convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
-    return conv_bn_act(x, conv.weight, residual=residual, relu=False, **_places(conv))
-
-
-def _places(conv: nn.Conv2d) -> dict:
-    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+def _convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor) -> Tensor:
+    places = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    return conv_bn_act(x, conv.weight, residual=residual, relu=False, **places)

@@ -72,7 +72,7 @@ def main() -> None:
     host._base._chip = lambda x: (arch, SMS[arch])
     launches: list = []
     aot.recorded(launches, host._conv_bwd)
-    aot.recorded([], host._bn)  # tests/aot.py compiles these
+    aot.recorded([], host._base._bn)  # tests/aot.py compiles these
     seen = set()
     for name, layer, precision, bn in instances():
         if not re.search(options.only, name):

@@ -284,6 +284,18 @@ def test_preact_with_hooks_runs_its_modules(kind):
     assert seen and "bn2: has hooks" in fused[0].unfusable()
 
 
+@kinds
+def test_preact_under_a_global_hook_runs_its_modules(kind):
+    fused, plain = preact(kind)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(type(module)))
+    try:
+        equal([fused(batch(3, 8, 9, 7))], [plain(batch(3, 8, 9, 7))])
+    finally:
+        handle.remove()
+    assert seen.count(nn.Conv2d) == 2 * sum(isinstance(m, nn.Conv2d) for m in fused.modules())
+
+
 # --- what PyTorch offers around a step ---
 
 

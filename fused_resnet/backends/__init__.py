@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpu, cuda, cudnn, reference, triton
+from . import composed, cpu, cuda, cudnn, reference, triton
 from .choice import fastest
 from .verify import capturing, objection, prepare, signature, tf32_allowed
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("fused_resnet")
 
 BACKENDS = {b.NAME: b for b in (cuda, triton, cudnn, cpu, reference)}
 ORDER = {"cuda": (cuda, triton, cudnn), "cpu": (cpu,)}
-MEASURED = {"bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd"}
+MEASURED = set(composed.OPS)  # the backends fuse different things into these
 TRUSTED = {cpu}  # PyTorch's own kernels, probed once; all others are compared with the reference first
 ENVIRONMENT = "FUSED_RESNET_BACKEND"
 MOST_READY = 4096  # kinds of calls remembered: more than a network has, fewer than an endless stream of sizes brings

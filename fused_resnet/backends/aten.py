@@ -41,6 +41,12 @@ def relu_bwd(grad: Tensor, y: Tensor | None, relu: bool) -> Tensor:
     return _aten.threshold_backward(grad, y, 0) if relu else grad
 
 
+def relu_bwd_sum(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient that the ReLU lets through, and its sum per channel."""
+    g = relu_bwd(grad, y, True)
+    return g, g.sum((0, 2, 3), dtype=accumulator(g.dtype))
+
+
 def conv_bn_act_bwd(grad, y, x, weight, *rest):
     *_, relu, output_mask = rest
     g = relu_bwd(grad, y, relu).contiguous(memory_format=output_format(x, weight))

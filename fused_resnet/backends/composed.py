@@ -16,19 +16,27 @@ products with [C, C] in place of the passes over raw, which has four times as ma
 Where the channels of a hardly differ and W takes their differences, digits cancel in W A W^T: with differences of a
 hundredth of the common part the variance, in 16 bits on a GPU, is good to three digits.
 
-`backend` below is a module with bn_stats, bn_act, bn_act_bwd, conv_bn_act and conv_gradients. If it has them, it also
-lends bn_act_ and bn_act_bwd_, which may write their result over the first argument, and relu_bwd_sum.
+`backend` below is a module with bn_stats, bn_act, bn_act_bwd, conv_bn_act, conv_gradients and relu_bwd_sum. If it has
+them, it also lends bn_act_ and bn_act_bwd_, which may write their result over the first argument.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .aten import relu_bwd
 from .cpu_gradients import spread
 from .layout import output_format, with_strides_of
 from .reference import accumulator, inverse_and_scale, rows_of
+
+OPS = ("bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd")
+
+
+def composed_of(backend) -> tuple:
+    """The functions of OPS, in that order, from this backend's parts."""
+    return tuple(functools.partial(globals()[op], backend) for op in OPS)
 
 
 def _operand(backend, x, mean, var, bn_weight, bn_bias, eps, relu) -> Tensor:
@@ -149,24 +157,14 @@ def pointwise_bn_act(backend, x, weight, mean, var, bn_weight, bn_bias, eps, rel
     return y.contiguous(memory_format=output_format(x, weight)), y_mean, y_var, a_mean, a_cov
 
 
-def _sum(grad: Tensor, format: torch.memory_format) -> tuple[Tensor, Tensor]:
-    return grad.contiguous(memory_format=format), grad.sum((0, 2, 3), dtype=accumulator(grad.dtype))
-
-
-def _relu_bwd_sum(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient that the ReLU lets through, and its sum per channel."""
-    g = relu_bwd(grad, y, True)
-    return g, g.sum((0, 2, 3), dtype=accumulator(grad.dtype))
-
-
 def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *after):
     out_weight, y_mean, y_var, out_eps, a_mean, a_cov, stride, out_relu, output_mask = after
     need_x, need_weight, need_bn_weight, need_bn_bias, need_out_weight, need_out_bias, need_residual = output_mask
     format, acc = output_format(x, weight), accumulator(x.dtype)
-    relu_bwd_sum = getattr(backend, "relu_bwd_sum", _relu_bwd_sum)
-    g, sum_g = (
-        relu_bwd_sum(*(t.contiguous(memory_format=format) for t in (grad, y))) if out_relu else _sum(grad, format)
-    )
+    if out_relu:
+        g, sum_g = backend.relu_bwd_sum(*(t.contiguous(memory_format=format) for t in (grad, y)))
+    else:
+        g, sum_g = grad.contiguous(memory_format=format), grad.sum((0, 2, 3), dtype=acc)
     rows_g = rows_of(g, (1, 1))
     count = rows_g.shape[0]
     dresidual = g.contiguous(memory_format=format) if need_residual else None

@@ -24,7 +24,6 @@ from .aten import bn_act_bwd_input, conv_bn_act_bwd  # noqa: F401  (two of the b
 from .cpu_gradients import conv_gradients  # noqa: F401
 from .layout import as_float32_vectors, as_rows, is_channels_last, output_format
 from .library import load
-from .reference import accumulator
 
 NAME = "cpu"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -262,8 +261,7 @@ def bn_act_bwd_(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output
 def relu_bwd_sum(grad, y):
     """The gradient that the ReLU lets through, and its sum per channel."""
     if not _compiled_bn(grad, y):
-        g = aten.relu_bwd(grad, y, True)
-        return g, g.sum((0, 2, 3), dtype=accumulator(g.dtype))
+        return aten.relu_bwd_sum(grad, y)
     # A batch norm's backward of which only the mask and one sum are wanted; grad stands in for its input.
     ones = grad.new_ones(grad.shape[1])
     bn = (ones, ones, None, None, 0.0)
@@ -273,8 +271,4 @@ def relu_bwd_sum(grad, y):
     return g, sum_g
 
 
-_here = sys.modules[__name__]
-bn_act_conv = functools.partial(composed.bn_act_conv, _here)
-bn_act_conv_bwd = functools.partial(composed.bn_act_conv_bwd, _here)
-pointwise_bn_act = functools.partial(composed.pointwise_bn_act, _here)
-pointwise_bn_act_bwd = functools.partial(composed.pointwise_bn_act_bwd, _here)
+bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, pointwise_bn_act_bwd = composed.composed_of(sys.modules[__name__])

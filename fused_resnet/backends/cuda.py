@@ -18,8 +18,7 @@ from .library import FACTS, build_facts, chip, covers, load
 
 NAME = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-COMPOSED = ("bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd")
-OPS = ("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", "conv_bn_act_bwd", *COMPOSED)
+OPS = ("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", "conv_bn_act_bwd", *composed.OPS)
 
 
 def fingerprint(tensors: list[Tensor]) -> Tensor | None:
@@ -197,7 +196,4 @@ _parts = types.SimpleNamespace(
     conv_gradients=aten.conv_gradients,
     relu_bwd_sum=lambda grad, y: torch.ops.fused_resnet_cuda.relu_bwd_sum(as_rows(grad), as_rows(y)),
 )
-bn_act_conv = functools.partial(composed.bn_act_conv, _parts)
-bn_act_conv_bwd = functools.partial(composed.bn_act_conv_bwd, _parts)
-pointwise_bn_act = functools.partial(composed.pointwise_bn_act, _parts)
-pointwise_bn_act_bwd = functools.partial(composed.pointwise_bn_act_bwd, _parts)
+bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, pointwise_bn_act_bwd = composed.composed_of(_parts)

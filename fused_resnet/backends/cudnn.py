@@ -16,6 +16,7 @@ from .aten import (  # noqa: F401  (the backend's functions)
     bn_stats,
     conv_bn_act_bwd,
     conv_gradients,
+    relu_bwd_sum,
 )
 from .layout import output_format
 
@@ -80,8 +81,4 @@ def _fuses(device: int, dtype: torch.dtype) -> bool:
     return _fused[key]
 
 
-_here = sys.modules[__name__]
-bn_act_conv = functools.partial(composed.bn_act_conv, _here)
-bn_act_conv_bwd = functools.partial(composed.bn_act_conv_bwd, _here)
-pointwise_bn_act = functools.partial(composed.pointwise_bn_act, _here)
-pointwise_bn_act_bwd = functools.partial(composed.pointwise_bn_act_bwd, _here)
+bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, pointwise_bn_act_bwd = composed.composed_of(sys.modules[__name__])

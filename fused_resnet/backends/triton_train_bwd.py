@@ -22,6 +22,7 @@ from .triton import (
     _dispatch,
     _finish,
     _floats,
+    _launch_bwd_input,
     _Output,
     _per_channel,
     _result,
@@ -31,7 +32,6 @@ from .triton import (
 )
 
 try:
-    from ..kernels import bn_act as _bn
     from ..kernels import bn_act_conv_bwd as _conv_bwd
 except ImportError:  # backends/triton.py says so
     pass
@@ -164,7 +164,8 @@ def bn_act_conv_bwd(
                 sum_g, sum_gx, dbn_weight = _finish(launch, *partials, var, eps)
                 dbn_bias = sum_g
                 if need_x:
-                    _through_statistics(launch, dx.rows, x, mean, var, bn_weight, sum_g, sum_gx, eps)
+                    # In place: an element is read, then written, by one thread, and no other depends on it.
+                    _launch_bwd_input(launch, dx.rows, None, x, mean, var, bn_weight, sum_g, sum_gx, dx, eps)
         return _result(dx), dweight, dbn_weight if need_bn_weight else None, dbn_bias if need_bn_bias else None
 
 
@@ -225,33 +226,6 @@ def _masked_input_gradient(
         num_stages=tile.num_stages,
     )
     return partials
-
-
-def _through_statistics(launch, rows, x, mean, var, bn_weight, sum_g, sum_gx, eps) -> None:
-    """rows: [N, C, H, W], the gradient of bn(x), becomes that of x. In place: each element is read, then written, by
-    one thread, and no other element depends on it."""
-    c = x.shape[1]
-    m = x.numel() // c
-    tile = tiles.row_tile(m, c)
-    launch(
-        _bn._bn_act_bwd_input_kernel,
-        (tiles.ceil_div(m, tile.block_r) * tiles.ceil_div(c, tile.block_c),),
-        rows,
-        None,
-        x,
-        mean,
-        var,
-        bn_weight,
-        sum_g,
-        sum_gx,
-        rows,
-        eps,
-        m,
-        c,
-        BLOCK_R=tile.block_r,
-        BLOCK_C=tile.block_c,
-        ALIGN=tile.align,
-    )
 
 
 def _weight_gradient(
