@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from . import training
 from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
+from .shortcuts import Plain, ZeroPad
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
 PARTS = {BasicBlock: ("conv1", "bn1", "conv2", "bn2"), Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
@@ -31,14 +32,18 @@ class FusedBasicBlock(BasicBlock):
     """
 
     memory = "default"
+    residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         if unfusable(self) is not None or recorded(x):
-            return super().forward(x)
+            return self._unfused(x)
         if _on_batch_statistics(self):
             return _trained(x, self)
         out = conv_bn(x, self.conv1, self.bn1)
         return conv_bn(out, self.conv2, self.bn2, _shortcut(x, self, out))
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class FusedBottleneck(Bottleneck):
@@ -50,15 +55,35 @@ class FusedBottleneck(Bottleneck):
     """
 
     memory = "default"
+    residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         if unfusable(self) is not None or recorded(x):
-            return super().forward(x)
+            return self._unfused(x)
         if _on_batch_statistics(self):
             return _trained(x, self)
         out = conv_bn(x, self.conv1, self.bn1)
         out = conv_bn(out, self.conv2, self.bn2)
         return conv_bn(out, self.conv3, self.bn3, _shortcut(x, self, out))
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class _Plain(Plain):
+    def _unfused(self, x: Tensor) -> Tensor:
+        parts = PARTS[_kind(self)]
+        for conv, bn in zip(parts[::2], parts[1::2], strict=True):
+            x = self.relu(self._modules[bn](self._modules[conv](x)))
+        return x
+
+
+class PlainBasicBlock(_Plain, FusedBasicBlock):
+    """FusedBasicBlock without its shortcut: conv-BN-ReLU twice. Arguments, but for downsample, and shapes are its."""
+
+
+class PlainBottleneck(_Plain, FusedBottleneck):
+    """FusedBottleneck without its shortcut: conv-BN-ReLU thrice. Arguments, but for downsample, and shapes are its."""
 
 
 def _on_batch_statistics(block: nn.Module) -> bool:
@@ -88,19 +113,24 @@ def _trained(x: Tensor, block: nn.Module) -> Tensor:
             shortcut = _shortcut(x, block, out)
         return training.normalised(out, norm, conv, bn, shortcut, statistics)
 
-    if block.memory == "lean" and (downsample is None or projected):
+    if block.memory == "lean" and (projected or _stateless(downsample)):
         return training.lean(run, x, block)
     return run(x, training.Statistics())
 
 
 def not_lean(block: nn.Module) -> str | None:
     """Why a block whose memory is "lean" keeps what others keep; None if it does not: no module may run twice."""
-    if block.downsample is None:
+    if _stateless(block.downsample):
         return None
     reason = projection_unfusable(block.downsample)
     if reason is None and not on_own_batch(block.downsample[1]):
         reason = "its batch norm does not use the batch's own statistics"
     return reason and f"downsample: {reason}"
+
+
+def _stateless(downsample: nn.Module | None) -> bool:
+    """Whether this shortcut may be computed again without anybody noticing."""
+    return downsample is None or (type(downsample) is ZeroPad and tampered(downsample) is None)
 
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -123,9 +153,11 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None =
     )
 
 
-def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor:
+def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor | None:
     """What is added to the last convolution's result, whose maps are as large as those of `out`."""
     downsample = block.downsample
+    if not block.residual:
+        return None
     if downsample is None:
         if block.conv1.in_channels > 1:
             return x

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
     c = commands.add_parser("classify", help="classify a photo with the untouched and the fused model, side by side")
     c.add_argument("image", metavar="IMAGE", help="an image file")
-    c.add_argument("--model", default="resnet50", choices=models.__all__, metavar="MODEL", help="default: resnet50")
+    c.add_argument("--model", default="resnet50", choices=models.TORCHVISION, metavar="MODEL", help="default: resnet50")
     w = c.add_mutually_exclusive_group()
     w.add_argument(
         "--weights",
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     c.set_defaults(run=classify)
 
     b = commands.add_parser("bench", help="parity and speed of a model beside the untouched one")
-    b.add_argument("model", metavar="MODEL", choices=models.__all__, help=", ".join(models.__all__))
+    b.add_argument("model", metavar="MODEL", choices=models.TORCHVISION, help=", ".join(models.TORCHVISION))
     b.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
     b.add_argument("--size", type=at_least(32), default=224, help="height and width of the images; default: 224")
     b.add_argument("--train", action="store_true", help="training mode, forward and backward; parity of gradients")

@@ -3,26 +3,30 @@
 He et al., "Identity Mappings in Deep Residual Networks", arXiv 1603.05027, figure 4 (e): nothing but the add stands on
 the path from a block to the next. torchvision has no such block; attributes, constructor and state_dict keys are those
 of its post-activation ones, with each batch norm in front of the convolution of its number. The projection is a
-convolution alone, of relu(bn1(x)) like conv1, as in the authors' code. After the last block a network needs one more
-batch norm and ReLU.
+convolution alone, of relu(bn1(x)) like conv1, as in the authors' code; so are the other things that may stand in
+`downsample`, ZeroPad and Identity (the network's first block, where no add stands before the batch norm). After the
+last block a network needs one more batch norm and ReLU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.models.resnet import conv1x1, conv3x3
 
 from . import training
 from .blocks import conv_bn, convolution_unfusable, parts_unfusable, recorded, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch
+from .ops import check_residual
+from .shortcuts import Plain, ZeroPad
 
 
 class PreAct(nn.Module):
     """What both blocks share: pairs (bn1, conv1), (bn2, conv2), ..., relu, downsample."""
 
     memory = "default"
+    residual = True
 
     def _pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         count = sum(name.startswith("conv") for name in self._modules)
@@ -36,38 +40,44 @@ class PreAct(nn.Module):
             return self._trained(x, pairs)
         (bn, conv), *rest = pairs
         out = batch_norm_act(x, bn)
-        shortcut = x if self.downsample is None else self.downsample(out)
+        shortcut = self._shortcut(x, out)
         for bn, following in rest:
             out = conv_bn(out, conv, bn)
             conv = following
         return _convolved(out, conv, shortcut)
+
+    def _shortcut(self, x: Tensor, activated: Tensor) -> Tensor | None:
+        if not self.residual:
+            return None
+        return x if self.downsample is None else self.downsample(activated)
 
     def _trained(self, x: Tensor, pairs) -> Tensor:
         training.check_memory(self.memory)
 
         def run(x: Tensor, statistics: training.Statistics) -> Tensor:
             (bn, conv), *rest = pairs
-            norm = statistics.of(x, bn)
-            shortcut = x
-            if self.downsample is not None:
+            out, norm = x, statistics.of(x, bn)
+            if isinstance(self.downsample, nn.Sequential):
                 shortcut = training.convolved(x, norm, self.downsample[0])
-            out = x
+            else:
+                if self.downsample is not None:  # it wants relu(bn1(x)): there it is
+                    out, norm = training.activated(x, norm), training.NOTHING
+                shortcut = self._shortcut(x, out)
             for bn, following in rest:
                 out, norm = training.convolve(out, norm, conv, bn, statistics)
                 conv = following
-            out = training.convolved(out, norm, conv)
-            return shortcut.view_as(out) + out  # the view refuses what the add would broadcast
+            return _added(shortcut, training.convolved(out, norm, conv))
 
         return training.lean(run, x, self) if self.memory == "lean" else run(x, training.Statistics())
 
     def _unfused(self, x: Tensor) -> Tensor:
         (bn, conv), *rest = self._pairs()
         out = self.relu(bn(x))
-        shortcut = x if self.downsample is None else self.downsample(out)
+        shortcut = self._shortcut(x, out)
         for bn, following in rest:
             out = self.relu(bn(conv(out)))
             conv = following
-        return shortcut + conv(out)
+        return _added(shortcut, conv(out))
 
     def unfusable(self) -> str | None:
         """Why the block runs its modules one by one, or None if it is fused."""
@@ -152,13 +162,32 @@ class FusedPreActBottleneck(PreAct):
         self.stride = stride
 
 
+class PlainPreActBasicBlock(Plain, FusedPreActBasicBlock):
+    """FusedPreActBasicBlock without its shortcut: BN-ReLU-conv twice."""
+
+
+class PlainPreActBottleneck(Plain, FusedPreActBottleneck):
+    """FusedPreActBottleneck without its shortcut: BN-ReLU-conv thrice."""
+
+
 def _projection_unfusable(downsample: nn.Module) -> str | None:
+    if type(downsample) in (ZeroPad, nn.Identity):
+        reason = tampered(downsample)
+        return reason and f"downsample: {reason}"
     if type(downsample) is not nn.Sequential or len(downsample) != 1:
         return f"downsample: {type(downsample).__name__} is not Sequential(Conv2d)"
     reason = tampered(downsample) or convolution_unfusable(downsample[0])
     return reason and f"downsample: {reason}"
 
 
-def _convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor) -> Tensor:
+def _added(shortcut: Tensor | None, out: Tensor) -> Tensor:
+    if shortcut is None:
+        return out
+    if not isinstance(out, fx.Proxy):
+        check_residual(shortcut, out.shape, out)  # the add would broadcast
+    return shortcut + out
+
+
+def _convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor | None) -> Tensor:
     places = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
     return conv_bn_act(x, conv.weight, residual=residual, relu=False, **places)

@@ -19,7 +19,7 @@ from .engine import machine, roofline
 def add_command(commands) -> None:
     """Add the command to the sub-parsers of cli.parser()."""
     parser = commands.add_parser("roofline", help="per layer, what a device allows and what PyTorch's own ops take")
-    parser.add_argument("model", metavar="MODEL", choices=models.__all__, help=", ".join(models.__all__))
+    parser.add_argument("model", metavar="MODEL", choices=models.TORCHVISION, help=", ".join(models.TORCHVISION))
     parser.add_argument("--batch", type=cli.positive, default=128, metavar="N", help="default: 128")
     parser.add_argument(
         "--size", type=cli.at_least(32), default=224, help="height and width of the images; default: 224"

@@ -98,6 +98,11 @@ def normalised(
     return results[0]  # taken out last: torch.fx's feature extractors return what a block does last
 
 
+def activated(x: Tensor, norm: Norm) -> Tensor:
+    """relu(norm(x)), kept."""
+    return _ops.bn_act.default(x, *norm, None, True, True)
+
+
 def convolved(x: Tensor, norm: Norm, conv: nn.Conv2d) -> Tensor:
     """Raw convolution of relu(norm(x)), of which nobody wants the statistics."""
     y, _, _ = _ops.bn_act_conv.default(

@@ -18,7 +18,7 @@ from torchvision.models import WeightsEnum
 import fused_resnet
 from fused_resnet import FusedBasicBlock, FusedBottleneck, measure, models, swap_blocks
 
-NAMES = models.__all__
+NAMES = models.TORCHVISION
 SIZE = (2, 3, 40, 40)
 LARGE = ("resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 

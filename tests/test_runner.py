@@ -481,8 +481,8 @@ def test_plans_say_what_runs():
 
 QUICK = [("resnet18", (1, 3, 97, 161)), ("resnet18", (7, 3, 33, 33))]
 QUICK += [(name, (2, 3, 33, 33)) for name in ("resnet50", "resnext50_32x4d")]
-ALL = [(name, (n, 3, *size)) for name in models.__all__ for n in (1, 2, 7) for size in ((97, 161), (33, 33))]
-ALL += [(name, (32, 3, 33, 33)) for name in models.__all__]
+ALL = [(name, (n, 3, *size)) for name in models.TORCHVISION for n in (1, 2, 7) for size in ((97, 161), (33, 33))]
+ALL += [(name, (32, 3, 33, 33)) for name in models.TORCHVISION]
 SLOW = [cell for cell in ALL if cell not in QUICK]
 
 
