@@ -236,7 +236,8 @@ def test_bench_fails_when_a_gradient_is_wrong_by_one_percent(capsys, monkeypatch
         return model
 
     monkeypatch.setattr(cli, "swap_blocks", spoiled)
-    status, out, _ = run(capsys, "bench", "resnet18", "--batch", "2", "--size", "40", "--seconds", "0", "--train")
+    argv = ["bench", "resnet18", "--batch", "2", "--size", "40", "--seconds", "0", "--seeds", "2", "--train"]
+    status, out, _ = run(capsys, *argv)
     assert status == cli.DISAGREES
     assert out.count("parity fails") == 1
     assert "parity fails: gradient of layer2.0.conv1.weight: off by" in out
