@@ -199,14 +199,15 @@ def test_wrong_arguments_of_classify_are_named(capsys, photo, bad_files, argv, w
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_bench_writes_parity_speed_and_environment(capsys, tmp_path, train):
     path = tmp_path / "bench.json"
-    argv = ["bench", "resnet18", "--batch", "1", "2", "--size", "40", "--seconds", "0.1", "--json", str(path)]
+    batches = [1] if train else [1, 2]
+    argv = ["bench", "resnet18", "--batch", *map(str, batches), "--size", "40", "--seconds", "0.1", "--json", str(path)]
     status, out, err = run(capsys, *argv, *(["--train", "--seeds", "2"] if train else []))
     assert status == 0, out + err
     assert "fused_resnet" in out and "noise" in out
     result = json.loads(path.read_text())
     assert result["schema"] == 1
     assert result["environment"]["torch"] == torch.__version__
-    assert [case["batch"] for case in result["cases"]] == [1, 2]
+    assert [case["batch"] for case in result["cases"]] == batches
     for case in result["cases"]:
         assert case["mode"] == ("train" if train else "eval")
         assert case["parity"]["ok"]

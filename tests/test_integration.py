@@ -632,6 +632,9 @@ def detector() -> nn.Module:
     model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=96, box_detections_per_img=5
     )
+    # The backbone is what is looked at: a narrow head does.
+    model.roi_heads.box_head = torchvision.models.detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 32)
+    model.roi_heads.box_predictor = torchvision.models.detection.faster_rcnn.FastRCNNPredictor(32, 3)
     for name, m in list(model.backbone.body.named_modules()):
         if isinstance(m, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(m.num_features, eps=0.0)
