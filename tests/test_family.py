@@ -112,7 +112,10 @@ def test_modules_one_by_one(kind, activation, shortcut):
     torch.testing.assert_close(graph(image()), twin.eval()(image()), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind, activation, shortcut", [m for m in MEMBERS if m[2] != "projection_all"])
+@pytest.mark.parametrize(
+    "kind, activation, shortcut",
+    [("basic", "post", "zero_pad"), ("bottleneck", "pre", "zero_pad"), ("basic", "pre", "projection"), MEMBERS[3]],
+)
 def test_compiles_whole(kind, activation, shortcut):
     torch._dynamo.reset()
     ours, twin = pair(kind, activation, shortcut)
@@ -372,12 +375,12 @@ def test_a_bias_before_a_batch_norm_warns():
             "^shortcut: expected one of 'projection', 'zero_pad', 'projection_all', 'identity', got",
         ),
         ({"block": "wide"}, "^block: expected 'basic' or 'bottleneck', got 'wide'"),
-        ({"depth": 50}, r"^depth: three stages of n basic blocks have 6n \+ 2 layers \(50|^depth: .*44 or 50"),
+        ({"depth": 47}, r"^depth: three stages of n basic blocks have 6n \+ 2 layers \(44 or 50\), got 47"),
         ({"depth": 2}, r"^depth: .*\(8 or 14\), got 2"),
         ({"depth": 20.0}, r"^depth: .*got 20\.0"),
         ({"depth": 48, "block": "bottleneck"}, r"^depth: .*9n \+ 2 layers \(47 or 56\), got 48"),
         ({"replace_stride_with_dilation": [True]}, "^replace_stride_with_dilation: expected 2 values"),
-        ({"stem": "wide"}, "stem"),
+        ({"stem": "cifar"}, "stem"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
