@@ -74,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
         "3 the weights could not be had; 4 something else went wrong.",
     )
     top.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="classify | bench | roofline | explore | doctor")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="classify | bench | roofline | explore | doctor"
+    )
 
     c = commands.add_parser("classify", help="classify a photo with the untouched and the fused model, side by side")
     c.add_argument("image", metavar="IMAGE", help="an image file")

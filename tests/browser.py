@@ -113,8 +113,13 @@ class Browser:
     def look(self, *, width: int, height: int = 900, dark=False, reduced=False) -> None:
         """The window's size, and what the user prefers."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        prefers = {"color-scheme": "dark" if dark else "light", "reduced-motion": "reduce" if reduced else "no-preference"}
-        self.call("Emulation.setEmulatedMedia", features=[{"name": f"prefers-{k}", "value": v} for k, v in prefers.items()])
+        prefers = {
+            "color-scheme": "dark" if dark else "light",
+            "reduced-motion": "reduce" if reduced else "no-preference",
+        }
+        self.call(
+            "Emulation.setEmulatedMedia", features=[{"name": f"prefers-{k}", "value": v} for k, v in prefers.items()]
+        )
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url="about:blank")  # a new hash alone would not load the page anew

@@ -69,7 +69,7 @@ def load(path: Path) -> dict:
 
 
 def _constant(name: str):
-    raise ValueError(f'{name} is not JSON; write one of {", ".join(map(json.dumps, NOT_FINITE))}')
+    raise ValueError(f"{name} is not JSON; write one of {', '.join(map(json.dumps, NOT_FINITE))}")
 
 
 def _check_runs(record) -> None:

@@ -96,7 +96,7 @@ const INSET = 14; // room inside of the frame for what the scale cannot show: 0 
 const GLYPHS = { zero: "▽ zero", high: "△ infinite", nan: "× not a number" };
 
 /**
- * A chart over positions 0 to n - 1. spec: {title, unit, x: {labels, title, every}, y: {domain, log, format},
+ * A chart over positions 0 to n - 1. spec: {title, unit, x: {labels, short, groups, unit, title}, y: {domain, log, format},
  * series: [{kind, faint, values: per position a list over seeds}], style: "line" or "dots", marked: a position}.
  */
 class Plot {
@@ -169,12 +169,16 @@ class Plot {
       axes.append(svg("line", { x1: 46, x2: width - 8, y1: this.y(tick), y2: this.y(tick) }),
         svg("text", { x: 40, y: this.y(tick) + 4, "text-anchor": "end", "data-value": tick }, y.format(tick)));
     }
-    let free = -Infinity;
+    const apart = (this.right - this.left) / Math.max(1, x.labels.length - 1), every = [1, 2, 5, 10, 20, 50, 100].find(n => n * apart > 30) ?? 200;
     x.labels.forEach((label, i) => {
-      const room = 7 * String(label).length + 10;
-      if ((x.every && i % x.every) || this.x(i) - room / 2 < free) return;
-      free = this.x(i) + room / 2;
+      if (x.short ? (i + 1) % every && (i || every * apart < 50) : false) return;
       axes.append(svg("text", { x: this.x(i), y: this.bottom + 16, "text-anchor": "middle" }, x.short?.[i] ?? label));
+    });
+    x.groups?.forEach((name, i, all) => {
+      if (!name || name === all[i - 1]) return;
+      const at = i ? this.x(i - 0.5) : this.left;
+      if (i) axes.append(svg("line", { class: "group", x1: at, x2: at, y1: this.top, y2: this.bottom }));
+      if (all.lastIndexOf(name) - i > 40 / apart) axes.append(svg("text", { x: at + 5, y: this.top + 9 }, name));
     });
     axes.append(svg("text", { x: width - 8, y: height - 5, "text-anchor": "end" }, `${x.title} →`),
       svg("line", { class: "base", x1: 46, x2: width - 8, y1: this.bottom, y2: this.bottom }));
@@ -240,7 +244,7 @@ class Plot {
     const { x, y, series, hint, style } = this.spec, here = i !== null;
     const where = here ? `${x.labels[i]}${x.unit ?? ""}` : hint;
     const told = series.toReversed().map(({ kind, values }) => ({ kind, all: values[i] ?? [], value: mean(values[i] ?? []) }));
-    const spread = all => (all.length > 1 ? ` (${all.length} seeds)` : "");
+    const spread = all => (all.length > 1 ? ` (${y.value(Math.min(...all))} to ${y.value(Math.max(...all))})` : "");
     this.readout.replaceChildren(html("span", { class: "where" }, where ?? ""),
       ...told.map(({ kind, all, value }) => html("span", { class: `key ${kind}` }, kind, here ? " " : null, here ? data(value, y.value) : null, here ? spread(all) : null)));
     const text = told.map(({ kind, all, value }) => `${kind} ${y.value(value)}${spread(all)}`).join(", ");

@@ -9,8 +9,8 @@ const NAMES = {
   activation: { title: "Activation", post: "post", pre: "pre" },
   shortcut: { title: "Where shapes change", projection: "1×1 convolution", zero_pad: "zero padding", projection_all: "1×1 everywhere" },
   depth: { title: "Layers" },
-  step: { title: "Gradient", 0: "at initialisation" },
-  of: { title: "Of", weights: "weights", blocks: "block outputs" },
+  step: { title: "When", 0: "at initialisation" },
+  of: { title: "Gradient of", weights: "weights", blocks: "block outputs" },
 };
 const nameOf = (field, value) => NAMES[field]?.[value] ?? (field === "step" ? `after ${value} steps` : String(value));
 
@@ -145,7 +145,8 @@ function norms(stack, of) {
   if (!stack) return { names: [], values: [] };
   if (of === "blocks") {
     const values = (stack.block_grad_norm ?? []).map(number);
-    return { names: stack.blocks ?? values.map((_, i) => `block ${i + 1}`), values };
+    const named = distinct(stack.layers.flatMap(name => name.match(/^layer\d+\.\d+/)?.[0] ?? []));
+    return { names: values.map((_, i) => (named.length === values.length ? named[i] : `block ${i + 1}`)), values };
   }
   return { names: stack.layers, values: stack.weight_grad_norm.map(number) };
 }
@@ -170,7 +171,7 @@ function showGradient(animate = true) {
   gradientPlot.show({
     title: of === "blocks" ? "Gradient at the output of each block" : "Gradient of each layer’s weights",
     unit: "2-norm, log scale",
-    x: { labels: names, short: names.map((_, i) => i + 1), title: of === "blocks" ? "block, from the input" : "layer, from the input" },
+    x: { labels: names, short: names.map((_, i) => i + 1), groups: names.map(name => name.match(/^layer\d+/)?.[0]), title: of === "blocks" ? "block, from the input" : "layer, from the input" },
     y: { domain: domain(all, true), log: true, format: logLabel, value: short },
     series: [other, kind].map(k => ({ kind: k, faint: k === other, values: along(found[k]) })),
     style: "line",
@@ -202,18 +203,19 @@ function showBlock({ block, activation, shortcut }, animate) {
     ? convolutions.flatMap(conv => ["batch norm", "ReLU", conv])
     : convolutions.flatMap((conv, i) => [conv, "batch norm", ...(i + 1 < convolutions.length ? ["ReLU"] : [])]);
   const tail = activation === "pre" ? [] : ["ReLU"];
-  const rows = branch.length + 1 + tail.length, pitch = 316 / rows, center = i => 28 + pitch * (i + 0.5), X = 72, WIRE = 172;
+  const rows = branch.length + 1 + tail.length, pitch = 308 / rows, center = i => 48 + pitch * (i + 0.5), X = 72, WIRE = 172;
   const size = Math.min(30, pitch - 9), plus = center(branch.length);
   const box = (name, i) => svg("g", { class: `box ${name === "ReLU" ? "relu" : name.endsWith("conv") ? "conv" : "norm"}` },
     svg("rect", { x: X - 52, y: center(i) - size / 2, width: 104, height: size, rx: 6 }),
     svg("text", { x: X, y: center(i) + 4.5, "text-anchor": "middle" }, name));
-  const trunk = `M${X} 344V28`;
+  const trunk = `M${X} 366V26`; // as the gradient goes: from y back to x
   const around = `M${X} ${plus}H${WIRE - 14}Q${WIRE} ${plus} ${WIRE} ${plus - 14}V50Q${WIRE} 36 ${WIRE - 14} 36H${X}`;
-  const ends = svg("g", { class: "ends" }, svg("text", { x: X, y: 18, "text-anchor": "middle" }, "x"), svg("text", { x: X, y: 363, "text-anchor": "middle" }, "y"));
-  const wires = [svg("path", { class: "wire", d: trunk }), svg("path", { class: "flow", d: trunk })];
+  const head = (x, y, turn) => svg("path", { class: "head", d: "M0 0l-4.5 -9h9z", transform: `translate(${x} ${y}) rotate(${turn})` });
+  const ends = svg("g", { class: "ends" }, svg("text", { x: X, y: 19, "text-anchor": "middle" }, "x"), svg("text", { x: X, y: 384, "text-anchor": "middle" }, "y"));
+  const wires = [svg("path", { class: "wire", d: trunk }), svg("path", { class: "flow", d: trunk }), head(X, 369, 0)];
   const skip = svg("g", { class: "skip" }, svg("path", { class: "wire", d: around }), svg("path", { class: "flow", d: around }),
     svg("text", { transform: `translate(${WIRE + 17} ${(plus + 36) / 2}) rotate(-90)`, "text-anchor": "middle" }, "+ x"),
-    svg("circle", { cx: X, cy: plus, r: 12 }), svg("path", { class: "plus", d: `M${X - 6} ${plus}h12M${X} ${plus - 6}v12` }));
+    svg("circle", { cx: X, cy: plus, r: 12 }), head(X + 13, plus, 90), svg("path", { class: "plus", d: `M${X - 6} ${plus}h12M${X} ${plus - 6}v12` }));
   const diagram = $("diagram");
   diagram.replaceChildren(...wires, skip, ...branch.map(box), ...tail.map((name, i) => box(name, branch.length + 1 + i)), ends);
   diagram.setAttribute("class", `${state.on ? "residual" : "plain"}${animate ? " flowing" : ""}`);
@@ -322,7 +324,7 @@ function showNumpy() {
   const numpy = gradients.numpy ?? {}, columns = [["the lesson", numpy.lesson], ["NumPy", numpy], ["autograd", numpy.autograd]];
   const digits = { plain: 6, residual: 6, ratio: 1 }; // as the lesson prints them
   const rows = Object.keys(digits).map(name => [
-    html("span", name === "ratio" ? {} : { class: `key ${name}` }, name === "ratio" ? "residual ÷ plain" : name),
+    html("span", name === "ratio" ? {} : { class: `key ${name}` }, name),
     ...columns.map(([, from]) => data(number(from?.[name]), v => (Number.isFinite(v) ? v.toFixed(digits[name]) : short(v)))),
   ]);
   $("numpy-table").replaceChildren(table("Length of ∂L/∂x", ["", ...columns.map(([title]) => title)], rows));
