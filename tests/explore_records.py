@@ -44,7 +44,7 @@ def degradation() -> dict:
     }
 
 
-def stack(kind: str, depth: int, activation: str, step: int) -> dict:
+def stack(kind: str, depth: int, activation: str, step: int, block: str = "basic") -> dict:
     """Plain: a factor of 1.5 a layer lost on the way back; residual: next to nothing, and a projection more."""
     layers = ["conv1", *(f"layer{1 + 3 * i // (depth - 2)}.{i // 2}.conv{1 + i % 2}" for i in range(depth - 2))]
     if kind == "residual":
@@ -54,7 +54,7 @@ def stack(kind: str, depth: int, activation: str, step: int) -> dict:
     return {
         "kind": kind,
         "depth": depth,
-        "block": "basic",
+        "block": block,
         "activation": activation,
         "shortcut": "projection",
         "step": step,
@@ -75,10 +75,12 @@ def gradients() -> dict:
         for kind in ("plain", "residual")
         if (kind, depth, activation) != ("plain", 20, "pre")  # as if it had not been recorded
     ]
+    stacks += [stack(kind, 29, "pre", 0, "bottleneck") for kind in ("plain", "residual")]
     stacks[0]["weight_grad_norm"][1:4] = [0, "inf", "nan"]
     return {
         "command": "python made_up.py gradients",
         "machine": MACHINE,
+        "dataset": "made-up digits",
         "batch": 64,
         "image": [1, 16, 16],
         "numpy": {

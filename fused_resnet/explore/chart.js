@@ -228,7 +228,7 @@ class Plot {
       }
       group.append(svg("path", { class: "mean", d: this.path(means) }));
       const r = means.length > 70 ? 1.8 : 2.6;
-      if (seeds === 1) group.append(...means.flatMap((v, i) => (given(v) && this.plotted(v) ? [dot(i, v, r, "point")] : [])));
+      if (seeds === 1 && means.length <= 200) group.append(...means.flatMap((v, i) => (given(v) && this.plotted(v) ? [dot(i, v, r, "point")] : [])));
     }
     values.forEach((all, i) => all.forEach(v => {
       if (this.plotted(v)) return;

@@ -10,7 +10,7 @@ const NAMES = {
   shortcut: { title: "Where shapes change", projection: "1×1 convolution", zero_pad: "zero padding", projection_all: "1×1 everywhere" },
   depth: { title: "Layers" },
   step: { title: "When", 0: "at initialisation" },
-  of: { title: "Gradient of", weights: "weights", blocks: "block outputs" },
+  of: { title: "Gradient of", weights: "weights", blocks: "block inputs" },
 };
 const nameOf = (field, value) => NAMES[field]?.[value] ?? (field === "step" ? `after ${value} steps` : String(value));
 
@@ -61,10 +61,14 @@ function recorded(group, kinds = KINDS) {
   return order(kinds.flatMap(kind => matching(ENTRIES[group], kind, wanted)).map(entry => entry.depth));
 }
 
-/** Another choice may not be recorded at this depth: the nearest that is. */
-function settle(group) {
-  const depths = recorded(group), off = d => Math.abs(d - state[group].depth);
-  if (depths.length && !depths.includes(state[group].depth)) state[group].depth = depths.reduce((a, b) => (off(b) < off(a) ? b : a));
+/** A choice that was not recorded for either kind: what was recorded for this one and is otherwise most alike. */
+function settle(group, field) {
+  const { of, ...chosen } = state[group];
+  if (KINDS.some(kind => matching(ENTRIES[group], kind, chosen).length)) return;
+  const alike = entry => Object.keys(chosen).filter(name => entry[name] === chosen[name]).length - Math.abs(entry.depth - chosen.depth) / 1e6;
+  const others = ENTRIES[group].filter(entry => !field || entry[field] === chosen[field]);
+  const nearest = others.reduce((a, b) => (alike(b) > alike(a) ? b : a));
+  for (const name of Object.keys(chosen)) state[group][name] = nearest[name] ?? chosen[name];
 }
 
 for (const group of ["gradient", "training"]) {
@@ -102,7 +106,7 @@ function addControls(group, form, fields, refresh) {
     if (!values.length || (values.length < 2 && !ALWAYS.includes(field))) continue;
     const control = choice(group, field, values, value => {
       state[group][field] = value;
-      if (field !== "depth") settle(group);
+      settle(group, field);
       write();
       refresh();
     });
@@ -167,9 +171,9 @@ function showGradient(animate = true) {
     const at = new Map(own.map((name, i) => [name, values[i]]));
     return names.map(name => (at.has(name) ? [at.get(name)] : []));
   };
-  const all = stacks.flatMap(s => norms(s, of).values);
+  const all = stacks.filter(s => s.block === wanted.block).flatMap(s => norms(s, of).values);
   gradientPlot.show({
-    title: of === "blocks" ? "Gradient at the output of each block" : "Gradient of each layer’s weights",
+    title: of === "blocks" ? "Gradient at the input of each block" : "Gradient of each layer’s weights",
     unit: "2-norm, log scale",
     x: { labels: names, short: names.map((_, i) => i + 1), groups: names.map(name => name.match(/^layer\d+/)?.[0]), title: of === "blocks" ? "block, from the input" : "layer, from the input" },
     y: { domain: domain(all, true), log: true, format: logLabel, value: short },
@@ -185,7 +189,7 @@ function showGradient(animate = true) {
   $("gradient-facts").className = `facts ${kind}`;
   $("gradient-facts").replaceChildren(...facts.map(([term, what]) => html("div", {}, html("dt", {}, term), html("dd", {}, what))));
 
-  const said = [`${wanted.depth} layers`, wanted.block && `${wanted.block} blocks`, wanted.activation && `${wanted.activation}-activation`, nameOf("step", wanted.step)].filter(Boolean).join(", ");
+  const said = [`${wanted.depth} layers`, wanted.block && `${wanted.block} blocks`, wanted.activation && `${wanted.activation}-activation`, nameOf("step", wanted.step), `a batch of ${stack[kind]?.batch ?? stack[other]?.batch ?? gradients.batch ?? NONE}`].filter(Boolean).join(", ");
   const absent = KINDS.filter(k => !found[k].values.length).map(k => ` The ${k} network is ${NONE} for this choice.`).join("");
   $("gradient-note").textContent = `${said}. The scale stays when you switch; the other network stays in the background.${absent}${strange(Object.values(found).flatMap(f => f.values), true)}`;
   const row = i => [names[i], ...KINDS.map(k => data(along(found[k])[i][0], v => short(v, 4)))];
@@ -347,7 +351,7 @@ addEventListener("hashchange", () => {
   showDepth(false);
 });
 provenance($("gradient-record"), gradients, [
-  ["Input", gradients.batch || gradients.image ? `${gradients.batch ?? "?"} images of ${gradients.image?.join(" × ") ?? `a size ${NONE}`}` : NONE],
+  ["Data set", `${gradients.dataset ?? NONE}: images of ${gradients.image?.join(" × ") ?? `a size ${NONE}`}`],
 ]);
 showGradient(false);
 showDepth(false);
