@@ -87,6 +87,7 @@ def gradients() -> dict:
             "plain": 0.0000461,
             "residual": 1.0000461,
             "ratio": 21817.512,
+            "relative_difference": 2.5e-16,
             "lesson": lesson,
             "autograd": {"plain": 0.0000462, "residual": 1.0000459, "ratio": 21817.498},
         },

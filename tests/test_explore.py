@@ -23,7 +23,7 @@ from PIL import Image
 from fused_resnet import cli, explore
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("page.html", "page.css", "chart.js", "page.js")
+SOURCES = ("page.html", "page.css", *explore.SCRIPTS)
 RECORDS = {"degradation": explore_records.degradation(), "gradients": explore_records.gradients()}
 VOID = {"meta", "link", "input", "br"}
 KINDS = ("plain", "residual")
@@ -428,6 +428,16 @@ def test_the_numpy_table(browser):
     assert values(browser, "#numpy-table") == [v for row in rows for v in row]
     texts = browser.js("[...document.querySelectorAll('#numpy-table data')].map(d => d.textContent)")
     assert texts == ["0.000046"] * 3 + ["1.000046"] * 3 + ["21817.5"] * 3
+    note = "document.getElementById('numpy-note').textContent"
+    assert browser.js(note) == (
+        "NumPy and autograd differ by 2.5 × 10⁻¹⁶ of the gradient. The lesson prints the same digits."
+    )
+
+
+def test_where_the_lesson_prints_other_digits_than_its_lines(browser, tmp_path):
+    browser.open(write(tmp_path, changed("gradients", "numpy", "residual", value=2.828725)).as_uri())
+    assert "√8 ≈ 2.83, so the 1.00 cannot come" in browser.js("document.getElementById('numpy-note').textContent")
+    browser.requests.clear()
 
 
 def test_beside_the_figures_stands_where_they_come_from(browser):

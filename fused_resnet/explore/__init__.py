@@ -1,6 +1,6 @@
 """`python -m fused_resnet explore`: recorded gradients and training runs as one interactive HTML file.
 
-The page is `page.html` with `page.css`, `chart.js`, `page.js` and the records in their places: it loads nothing.
+The page is `page.html` with `page.css`, the SCRIPTS and the records in their places: it loads nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rich.console import Console
 from .. import __version__, cli
 
 HERE = Path(__file__).parent
+SCRIPTS = ("chart.js", "choice.js", "page.js")
 RECORDS = ("degradation", "gradients")
 KINDS = ("plain", "residual")
 NOT_FINITE = ("inf", "-inf", "nan")
@@ -45,7 +46,7 @@ def render(records: dict[str, dict]) -> str:
     """The page of {"degradation": ..., "gradients": ...}."""
     parts = {
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
-        "script": "".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.js", "page.js")),
+        "script": "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
         "version": __version__,
         # "</script>" or "<!--" in a string would be HTML's; in JSON "<" stands in strings only, and may be escaped.
         "records": json.dumps(records, ensure_ascii=False, allow_nan=False).replace("<", r"\u003c"),
