@@ -92,21 +92,23 @@ function domain(values, log) {
 
 function stride(span, most = 5) {
   const decade = 10 ** Math.floor(Math.log10(span / most));
-  return decade * [1, 2, 5, 10].find(s => span / (s * decade) <= most);
+  return decade * [1, 2, 5, 10].find(s => span / (s * decade) <= most * (1 + 1e-9));
 }
 
 function ticks([low, high], log) {
   if (!log) {
-    const step = stride(high - low);
-    return range(Math.round((high - low) / step) + 1).map(i => low + i * step);
+    const step = stride(high - low),
+      first = Math.ceil(low / step - 1e-9);
+    return range(Math.floor(high / step + 1e-9) - first + 1).map(i => (first + i) * step);
   }
   const first = Math.floor(Math.log10(low)),
     decades = Math.ceil(Math.log10(high)) - first;
   const steps = decades > 2 ? [1] : decades > 1 ? [1, 3] : [1, 2, 5],
-    every = Math.ceil((decades + 1) / 8);
+    every = [1, 2, 5, 10, 20, 50].find(n => decades / n < 9) ?? 100;
   return range(decades + 1)
-    .filter(i => i % every === 0)
-    .flatMap(i => steps.map(s => Number(`${s}e${first + i}`)))
+    .map(i => first + i)
+    .filter(exponent => exponent % every === 0)
+    .flatMap(exponent => steps.map(step => Number(`${step}e${exponent}`)))
     .filter(v => v >= low * (1 - 1e-9) && v <= high * (1 + 1e-9));
 }
 

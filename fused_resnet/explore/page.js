@@ -32,7 +32,7 @@ function showGradient(animate = true) {
     const at = new Map(own.map((name, i) => [name, values[i]]));
     return names.map(name => (at.has(name) ? [at.get(name)] : []));
   };
-  const all = stacks.filter(s => s.block === wanted.block).flatMap(s => norms(s, of).values);
+  const all = stacks.filter(s => s.block === wanted.block && s.step === wanted.step).flatMap(s => norms(s, of).values);
   gradientPlot.show(
     {
       title: of === "blocks" ? "Gradient at the input of each block" : "Gradient of each layer’s weights",
@@ -65,6 +65,12 @@ function showGradient(animate = true) {
   $("gradient-facts").replaceChildren(
     ...facts.map(([term, what]) => html("div", {}, html("dt", {}, term), html("dd", {}, what))),
   );
+
+  const place = of === "blocks" ? "block" : "layer",
+    ratio = k => `${short(found[k].values[0] / found[k].values.at(-1))} times`;
+  $("gradient-verdict").textContent = KINDS.every(k => found[k].values.length)
+    ? `Without the shortcut the first ${place}’s gradient is ${ratio("plain")} the last ${place}’s; with it, ${ratio("residual")}.`
+    : "";
 
   const said = [
     `${wanted.depth} layers`,
@@ -347,19 +353,18 @@ function showDepth(announce = true) {
 
 /** The two sentences that the numbers say, whichever way they fall. */
 function verdict(depth, depths, loss) {
-  const compare = (a, b) =>
-    a / b >= 1.005 ? `${short(a / b)} times` : a / b <= 0.995 ? `${short(b / a)} times less than` : "the same as";
   const usable = (...values) => values.every(v => Number.isFinite(v) && v > 0);
   const [plain, residual] = KINDS.map(kind => loss(kind, depth)),
-    shallow = depths.find(d => given(loss("plain", d)));
+    shallow = depths.find(d => given(loss("plain", d))),
+    before = loss("plain", shallow);
   const sentences = [];
   if (usable(plain, residual))
     sentences.push(
-      `With ${depth} layers the plain network ends with ${compare(plain, residual)} the residual network’s training loss.`,
+      `With ${depth} layers the plain network’s final training loss is ${short(plain / residual)} times the residual network’s.`,
     );
-  if (shallow < depth && usable(plain, loss("plain", shallow)))
+  if (shallow < depth && usable(plain, before))
     sentences.push(
-      `That is ${compare(plain, loss("plain", shallow))} what a plain network of ${shallow} layers reaches.`,
+      `It is ${short(plain / before)} times that of ${shallow} plain layers: deeper fits ${plain > before ? "worse" : "no worse"}.`,
     );
   return sentences.join(" ") || `With ${depth} layers a comparison is ${NONE}.`;
 }
