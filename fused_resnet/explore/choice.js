@@ -156,6 +156,7 @@ function provenance(list, record, entries) {
     ["Recorded by", given(record.command) ? [command, copier(record.command)] : command],
     ...entries,
     ["Machine", machine || NONE],
+    ...(given(record.note) ? [["Note", record.note]] : []),
   ];
   list.replaceChildren(...rows.map(([term, what]) => html("div", {}, html("dt", {}, term), html("dd", {}, what))));
 }

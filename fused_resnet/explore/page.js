@@ -243,7 +243,8 @@ function showDepth(announce = true) {
     title: `${title}, ${depth} layers`,
     unit,
     style: "line",
-    hint: "thin: each seed; thick: their mean",
+    hint:
+      at(KINDS[0], depth).length + at(KINDS[1], depth).length > 2 ? "thin: each seed; thick: their mean" : "one seed",
     x: { labels: range(epochs).map(e => `epoch ${e + 1}`), short: range(epochs).map(e => e + 1), title: "epoch" },
     y: { ...axis, domain: domain(everything(field), axis.log) },
     series: KINDS.map(kind => ({
@@ -353,20 +354,13 @@ function showDepth(announce = true) {
 
 /** The two sentences that the numbers say, whichever way they fall. */
 function verdict(depth, depths, loss) {
-  const usable = (...values) => values.every(v => Number.isFinite(v) && v > 0);
-  const [plain, residual] = KINDS.map(kind => loss(kind, depth)),
-    shallow = depths.find(d => given(loss("plain", d))),
-    before = loss("plain", shallow);
-  const sentences = [];
-  if (usable(plain, residual))
-    sentences.push(
-      `With ${depth} layers the plain network’s final training loss is ${short(plain / residual)} times the residual network’s.`,
-    );
-  if (shallow < depth && usable(plain, before))
-    sentences.push(
-      `It is ${short(plain / before)} times that of ${shallow} plain layers: deeper fits ${plain > before ? "worse" : "no worse"}.`,
-    );
-  return sentences.join(" ") || `With ${depth} layers a comparison is ${NONE}.`;
+  const shallow = depths.find(d => KINDS.every(kind => given(loss(kind, d))));
+  const [plain, residual] = KINDS.map(kind => loss(kind, depth));
+  if (!given(plain) || !given(residual)) return `With ${depth} layers a comparison is ${NONE}.`;
+  const factor = kind => short(loss(kind, depth) / loss(kind, shallow));
+  const beside = `With ${depth} layers the plain network’s final training loss is ${short(plain / residual)} times the residual network’s.`;
+  if (shallow === depth) return beside;
+  return `${beside} From ${shallow} layers on it changed by a factor of ${factor("plain")}, the residual network’s by ${factor("residual")}.`;
 }
 
 // --- the demonstration in NumPy ------------------------------------------------------------------------------------
