@@ -372,6 +372,6 @@ def test_the_example_trains_alike():
 def test_the_module_runs_as_a_program():
     answer = subprocess.run([sys.executable, "-m", "fused_resnet"], capture_output=True, text=True)
     assert answer.returncode == 2
-    assert "classify | bench | roofline | doctor" in answer.stderr
+    assert "classify | bench | roofline | zoo | explore | doctor" in answer.stderr
     answer = subprocess.run([sys.executable, "-m", "fused_resnet", "--version"], capture_output=True, text=True)
     assert (answer.returncode, answer.stdout) == (0, "fused_resnet 0.1.0\n")
