@@ -16,9 +16,7 @@ class Report:
 
     def __init__(self, folder: Path, first: bool, steps: int, shown: bool | None = None):
         self.console = Console(quiet=not first)
-        hidden = not first or not (self.console.is_terminal if shown is None else shown)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
+        self.progress = bar(self.console, first and (self.console.is_terminal if shown is None else shown))
         self.task = self.progress.add_task("", total=steps)
         self.path = folder / "metrics.jsonl" if first else None
         self.file = None
@@ -60,6 +58,11 @@ class Report:
     def _write(self, **record) -> None:
         if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
+
+
+def bar(console: Console, shown: bool) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not shown)
 
 
 def read(path: Path) -> list[dict]:
