@@ -189,7 +189,7 @@ class Run:
         checkpoint.save(self.path, content)
 
     def record(self) -> dict:
-        curve = {name: [twins.digits(value) for value in values] for name, values in self.curve.items()}
+        curve = {name: [report.digits(value) for value in values] for name, values in self.curve.items()}
         described = {"name": self.twin.name, **asdict(self.twin), "seed": self.recipe.seed}
         return {**described, "parameters": self.parameters, **curve, "seconds": round(self.seconds, 1)}
 
@@ -274,6 +274,7 @@ def draw(record: dict, picture: Path) -> str:
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
+        from matplotlib.ticker import LogFormatter, MaxNLocator
     except ImportError:
         return f"no {picture.name}: it needs matplotlib (pip install matplotlib)"
     sizes = list(dict.fromkeys((r["block"], r["depth"]) for r in record["runs"]))
@@ -290,18 +291,21 @@ def draw(record: dict, picture: Path) -> str:
             if len(same) > 1:
                 axes.fill_between(epochs, seeds.amin(0), seeds.amax(0), color=style["color"], alpha=0.12, lw=0)
     left.set_yscale("log")
+    left.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    left.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     left.set_ylabel("training loss, mean of the epoch")
     right.set_ylabel("test accuracy, %")
-    shown = [
-        Line2D([], [], color=c, lw=3, label=f"{d} layers" + " (bottleneck)" * (b != "basic"))
-        for (b, d), c in colours.items()
-    ]
-    shown += [Line2D([], [], color="0.3", lw=1.8, ls=ls, label=kind) for kind, ls in twins.LINES.items()]
-    right.legend(handles=shown, loc="lower right")
     for axes in (left, right):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    shown = [
+        Line2D([], [], color=colour, lw=3, label=f"{depth} layers{', bottlenecks' * (block == 'bottleneck')}")
+        for (block, depth), colour in colours.items()
+    ]
+    shown += [Line2D([], [], color="0.3", lw=1.8, ls=ls, label=kind) for kind, ls in twins.LINES.items()]
+    figure.legend(handles=shown, loc="outside lower center", ncols=len(shown), frameon=False)
     figure.suptitle(title(record))
     checkpoint.write_whole(picture, lambda f: figure.savefig(f, format="png", dpi=120))
     return f"{picture.name} shows training loss and test accuracy"
@@ -333,7 +337,7 @@ def experiment(chosen: Options, team: processes.Team, command: str) -> None:
         "epochs": chosen.epochs,
         "batch_size": twins.batch_size(chosen, found),
         **{name: getattr(chosen, name) for name in ("lr", "momentum", "weight_decay")},
-        "machine": twins.machine(),
+        "machine": report.machine(),
     }
     with report.bar(console, console.is_terminal) as bar:
         task = bar.add_task("", total=sum(run.steps_left for run in runs))
@@ -342,7 +346,7 @@ def experiment(chosen: Options, team: processes.Team, command: str) -> None:
                 run.train(bar, task)
                 console.print(told(run))
             record["runs"] = [r.record() for r in runs if r.done]
-            twins.write_record(chosen.record, record)
+            report.write_record(chosen.record, record)
     console.print("\n" + table(record["runs"]) + "\n")
     for line in findings(record["runs"]):
         console.print(line)
@@ -368,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     try:
         with twins.alone(chosen.device) as team:
-            experiment(chosen, team, twins.command("degradation.py", arguments))
+            experiment(chosen, team, report.command("degradation.py", arguments))
     except Refused as refused:
         print(f"degradation.py: error: {refused}", file=sys.stderr)
         return 2

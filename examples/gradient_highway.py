@@ -167,7 +167,7 @@ def gradients(network: nn.Module, images: Tensor, labels: Tensor) -> dict:
     loss.backward()
     layers = convolutions(network)
     return {
-        "loss": twins.digits(loss.item()),
+        "loss": report.digits(loss.item()),
         "layers": list(layers),
         "weight_grad_norm": [norm(conv.weight) for conv in layers.values()],
         "block_grad_norm": [norm(x) for x in inputs],
@@ -175,17 +175,17 @@ def gradients(network: nn.Module, images: Tensor, labels: Tensor) -> dict:
 
 
 def norm(of: Tensor) -> float:
-    return twins.digits(of.grad.norm().item())
+    return report.digits(of.grad.norm().item())
 
 
-def train(network: nn.Module, recipe: twins.Recipe, found: data.Data, team: processes.Team, steps: int) -> None:
+def train(network: nn.Module, recipe: twins.Recipe, loaders: data.Loaders, steps: int) -> None:
     """`steps` of SGD at the full learning rate. Raises Refused if the loss leaves float32's range."""
-    optimizer, loaders = recipe.optimizer(network), data.Loaders(found, recipe, team)
+    optimizer, device = recipe.optimizer(network), loaders.team.device
     batches = chain.from_iterable(loaders.training(epoch, 0) for epoch in count())
     network.train()
     for step, (images, labels) in enumerate(islice(batches, steps), 1):
         optimizer.zero_grad()
-        loss = cross_entropy(network(images.to(team.device, memory_format=torch.channels_last)), labels.to(team.device))
+        loss = cross_entropy(network(images.to(device, memory_format=torch.channels_last)), labels.to(device))
         if not loss.isfinite():
             raise Refused(f"--lr: the loss is {loss.item()} in step {step}; lower than {recipe.lr} may do")
         loss.backward()
@@ -196,6 +196,7 @@ def measured(chosen: Options, found: data.Data, team: processes.Team) -> Iterato
     """Of every stack, a record at initialisation and, of basic blocks, one after the steps."""
     size = twins.batch_size(chosen, found)
     recipe = twins.Recipe(1, size, chosen.lr, chosen.momentum, chosen.weight_decay, chosen.seed)
+    loaders = data.Loaders(found, recipe, team)
     stacks = [("basic", depth) for depth in chosen.depths] + [("bottleneck", depth) for depth in chosen.bottleneck]
     for block, depth in stacks:
         images, labels = batch(found, size if block == "basic" else chosen.bottleneck_batch, team.device)
@@ -206,7 +207,7 @@ def measured(chosen: Options, found: data.Data, team: processes.Team) -> Iterato
                 described = {**asdict(twin), "batch": len(labels)}
                 yield {**described, "step": 0, **gradients(network, images, labels)}
                 if block == "basic" and chosen.steps:
-                    train(network, recipe, found, team, chosen.steps)
+                    train(network, recipe, loaders, chosen.steps)
                     yield {**described, "step": chosen.steps, **gradients(network, images, labels)}
 
 
@@ -236,39 +237,46 @@ HEAD = (
 
 
 def draw(record: dict, picture: Path) -> str:
-    """Gradient norms over the depth. Returns what became of the picture, in a sentence."""
+    """A picture of the blocks' inputs and one of the weights. Returns what became of them, in a sentence."""
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
+        import matplotlib  # noqa: F401
     except ImportError:
         return f"no {picture.name}: it needs matplotlib (pip install matplotlib)"
-    stacks = record["stacks"]
-    columns = list(dict.fromkeys((s["block"], s["activation"], s["step"]) for s in stacks))
-    columns.sort(key=lambda c: (c[0], c[2], c[1] == "pre"))
-    depths = sorted({(s["block"], s["depth"]) for s in stacks})
-    colours = dict(zip(depths, twins.COLOURS, strict=False))
-    figure = Figure(figsize=(2 + 3 * len(columns), 7), layout="constrained")
-    rows = figure.subplots(2, len(columns), sharex=True, squeeze=False)
+    weights = picture.with_stem(f"{picture.stem}-weights")
+    _draw(record["stacks"], "block_grad_norm", "‖∂L/∂x‖ of a block's input x", picture)
+    _draw(record["stacks"], "weight_grad_norm", "‖∂L/∂W‖ of a convolution's weight W", weights)
+    return f"{picture.name} shows the blocks' inputs, {weights.name} the weights"
+
+
+def _draw(stacks: list[dict], key: str, label: str, picture: Path) -> None:
+    """A row an activation; a column a kind of block and a number of steps, of one scale."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    activations = list(dict.fromkeys(s["activation"] for s in stacks))
+    columns = sorted({(s["block"], s["step"]) for s in stacks})
+    colours = dict(zip(sorted({(s["block"], s["depth"]) for s in stacks}), twins.COLOURS, strict=False))
+    figure = Figure(figsize=(1.5 + 3.6 * len(columns), 0.9 + 2.9 * len(activations)), layout="constrained")
+    grid = figure.subplots(len(activations), len(columns), sharex=True, sharey="col", squeeze=False)
     for s in stacks:
-        i = columns.index((s["block"], s["activation"], s["step"]))
-        style = {"color": colours[s["block"], s["depth"]], "ls": twins.LINES[s["kind"]], "lw": 1.6}
-        for axes, key in ((rows[0][i], "block_grad_norm"), (rows[1][i], "weight_grad_norm")):
-            axes.plot(np.linspace(0, 1, len(s[key])), s[key], **style)
-    for i, (block, activation, step) in enumerate(columns):
-        when = f"after {step} steps" if step else "at initialisation"
-        rows[0][i].set_title(f"{block}, {activation}-activation,\n{when}", fontsize=10)
-        rows[1][i].set_xlabel("depth: 0 input, 1 output")
-        for axes in (rows[0][i], rows[1][i]):
-            axes.set_yscale("log")
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-    rows[0][0].set_ylabel("gradient of a block's input, norm")
-    rows[1][0].set_ylabel("gradient of a convolution's weight, norm")
+        axes = grid[activations.index(s["activation"])][columns.index((s["block"], s["step"]))]
+        style = {"color": colours[s["block"], s["depth"]], "ls": twins.LINES[s["kind"]]}
+        axes.plot(np.linspace(0, 1, len(s[key])), s[key], lw=1.7, **style)
+    for (block, step), axes in zip(columns, grid[0], strict=True):
+        axes.set_title(f"{block} blocks, {f'after {step} steps' if step else 'at initialisation'}", fontsize=10)
+    for axes in grid.flat:
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xticks([0, 0.5, 1], ["input", "middle", "output"])
+    for activation, axes in zip(activations, grid[:, 0], strict=True):
+        axes.set_ylabel(f"{activation}-activation")
+    figure.suptitle(f"{label}, from the network's input to its output", fontsize=11)
     shown = [Line2D([], [], color=c, lw=3, label=f"{depth} layers") for (_, depth), c in colours.items()]
-    shown += [Line2D([], [], color="0.3", lw=1.6, ls=ls, label=kind) for kind, ls in twins.LINES.items()]
+    shown += [Line2D([], [], color="0.3", lw=1.7, ls=ls, label=kind) for kind, ls in twins.LINES.items()]
     figure.legend(handles=shown, loc="outside lower center", ncols=len(shown), frameon=False)
     checkpoint.write_whole(picture, lambda f: figure.savefig(f, format="png", dpi=110))
-    return f"{picture.name} shows the norms over the depth"
 
 
 def experiment(chosen: Options, team: processes.Team, command: str) -> bool:
@@ -296,14 +304,14 @@ def experiment(chosen: Options, team: processes.Team, command: str) -> bool:
             console.print(line(stack))
     record = {
         "command": command,
-        "machine": twins.machine(),
+        "machine": report.machine(),
         "dataset": images.name,
         "image": list(images.train.images.shape[1:]),
         "batch": twins.batch_size(chosen, images),
         "numpy": {**rows["NumPy"], "lesson": LESSON, "autograd": rows["autograd"], "relative_difference": error},
         "stacks": stacks,
     }
-    twins.write_record(chosen.record, record)
+    report.write_record(chosen.record, record)
     console.print(draw(record, chosen.picture))
     return agree
 
@@ -312,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     try:
         with twins.alone(chosen.device) as team:
-            return 0 if experiment(chosen, team, twins.command("gradient_highway.py", arguments)) else 1
+            return 0 if experiment(chosen, team, report.command("gradient_highway.py", arguments)) else 1
     except Refused as refused:
         print(f"gradient_highway.py: error: {refused}", file=sys.stderr)
         return 2

@@ -35,13 +35,14 @@ class Options:
     deterministic: bool
     device: str
     out: Path
+    export: Path | None
     save_every: int
     resume: bool
     fresh: bool
 
 
 # What a run may go on with although it began with something else: none of it changes a number.
-FREE = {"data", "download", "workers", "out", "save_every", "resume", "fresh"}
+FREE = {"data", "download", "workers", "out", "export", "save_every", "resume", "fresh"}
 
 
 def _number(kind: Callable, wanted: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
@@ -74,6 +75,8 @@ def parse(arguments: Sequence[str] | None = None, description: str = "") -> Opti
     _add_run(parser.add_argument_group("run"))
     options = Options(**vars(parser.parse_args(arguments)))
     check_data(parser, options)
+    if options.blocks == "torchvision" and options.model.startswith(("plain", "preact")):
+        parser.error(f"--blocks torchvision: torchvision has no blocks of --model {options.model}")
     return options
 
 
@@ -93,8 +96,8 @@ def check_data(parser: argparse.ArgumentParser, options) -> None:
 
 
 def _add_model(group) -> None:
-    text = "one of torchvision's ResNets, with a stem for small images, or tiny, of 16, 32 and 64 planes; "
-    choices = ("tiny", *models.__all__)
+    text = "one of torchvision's ResNets or of fused_resnet.models' family, with a stem for small images; "
+    choices = (*models.TORCHVISION, *models.FAMILY)
     text += f"{', '.join(choices)} (default: resnet18)"
     group.add_argument("--model", metavar="NAME", choices=choices, default="resnet18", help=text)
     text = "fused: swap_blocks(model); torchvision: the same model, of the same seed, untouched (default: fused)"
@@ -132,6 +135,8 @@ def _add_run(group) -> None:
     group.add_argument("--deterministic", action="store_true", help=text)
     text = "folder of last.pt, best.pt, metrics.jsonl and curve.png (default: runs/train)"
     group.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/train"), help=text)
+    text = "write the state_dict that the run ends with, and beside it a .json of what made it"
+    group.add_argument("--export", metavar="FILE.pt", type=Path, help=text)
     text = "save last.pt every N steps as well as after every epoch (default: only then)"
     group.add_argument("--save-every", metavar="N", type=count_or_none, default=0, help=text)
     start = group.add_mutually_exclusive_group()

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from fused_resnet import doctor, models
+from fused_resnet import models
 
 from . import Refused, data, options, processes
-from .checkpoint import write_whole
 
 KINDS = ("plain", "residual")
 LINES = {"plain": "--", "residual": "-"}
@@ -140,27 +136,3 @@ def make_folders(chosen) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Refused(f"{option}: cannot be made a folder: {error}") from error
-
-
-# --- what both write ------------------------------------------------------------------------------------------------
-
-
-def command(script: str, arguments) -> str:
-    return " ".join(["python", f"examples/{script}", *(sys.argv[1:] if arguments is None else arguments)])
-
-
-def machine() -> dict:
-    """What the numbers were made on; no host and no path."""
-    found = doctor.environment()
-    del found["variables"]
-    return {**found, "date": date.today().isoformat()}
-
-
-def write_record(path: Path, record: dict) -> None:
-    """JSON that every reader takes: a number that is none raises ValueError."""
-    write_whole(path, lambda f: f.write(json.dumps(record, allow_nan=False).encode() + b"\n"))
-
-
-def digits(value: float, count: int = 6) -> float:
-    """`value` to so many significant digits: what a record keeps of it."""
-    return float(f"{value:.{count}g}")
