@@ -242,31 +242,34 @@ def table(records: list[dict]) -> str:
 
 
 def findings(records: list[dict]) -> list[str]:
-    """What the final training losses say of each step in depth, and of each pair of twins."""
-    losses: dict[tuple, dict[int, float]] = {}
-    for r in records:
-        losses.setdefault((r["block"], r["depth"], r["kind"]), {})[r["seed"]] = r["train_loss_eval"][-1]
-    sizes = sorted({key[:2] for key in losses})
-    lines = []
-    for kind in twins.KINDS:
-        for (block, depth), (other, deeper) in zip(sizes, sizes[1:], strict=False):
-            if block == other:
-                told = compared(losses.get((block, depth, kind)), losses.get((block, deeper, kind)))
-                lines.append(f"{block}, {kind}, from {depth} to {deeper} layers: {told}")
-    for block, depth in sizes:
-        told = compared(losses.get((block, depth, "residual")), losses.get((block, depth, "plain")))
-        lines.append(f"{block}, {depth} layers, from residual to plain: {told}")
-    return lines
+    """What the last training losses say of each step in depth, and of each pair of twins."""
+    networks = {(r["block"], r["depth"], r["kind"]) for r in records}
+    sizes = sorted({network[:2] for network in networks})
+    deeper = [(a, b) for a, b in zip(sizes, sizes[1:], strict=False) if a[0] == b[0]]
+    pairs = {
+        **{
+            f"{a[0]}, {kind}, {a[1]} -> {b[1]} layers": ((*a, kind), (*b, kind))
+            for kind in twins.KINDS
+            for a, b in deeper
+        },
+        **{f"{a[0]}, {a[1]} layers, residual -> plain": ((*a, "residual"), (*a, "plain")) for a in sizes},
+    }
+    return [f"{name}: {compared(records, *pair)}" for name, pair in pairs.items() if networks.issuperset(pair)]
 
 
-def compared(before: dict[int, float] | None, after: dict[int, float] | None) -> str:
-    """Final training losses by seed, of two networks."""
-    seeds = sorted({*(before or ())} & {*(after or ())})
+def compared(records: list[dict], *pair: tuple) -> str:
+    """Both measures of the training loss, means over the seeds that both networks were trained with."""
+    runs = [{r["seed"]: r for r in records if (r["block"], r["depth"], r["kind"]) == network} for network in pair]
+    seeds = runs[0].keys() & runs[1].keys()
     if not seeds:
         return "no seed was trained on both"
-    first, second = (sum(losses[s] for s in seeds) / len(seeds) for losses in (before, after))
-    higher = sum(after[s] > before[s] for s in seeds)
-    return f"training loss {first:.5f} -> {second:.5f}, higher in {higher} of {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    parts = []
+    for key, measure in (("train_loss_eval", "in eval mode"), ("train_loss", "over the last epoch")):
+        before, after = ([of[s][key][-1] for s in sorted(seeds)] for of in runs)
+        higher = sum(b > a for a, b in zip(before, after, strict=True))
+        means = " -> ".join(f"{sum(values) / len(seeds):.4f}" for values in (before, after))
+        parts.append(f"{means} {measure} (higher in {higher} of {len(seeds)} seed{'s' * (len(seeds) > 1)})")
+    return "training loss " + ", ".join(parts)
 
 
 def draw(record: dict, picture: Path) -> str:
@@ -274,7 +277,7 @@ def draw(record: dict, picture: Path) -> str:
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
-        from matplotlib.ticker import LogFormatter, MaxNLocator
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return f"no {picture.name}: it needs matplotlib (pip install matplotlib)"
     sizes = list(dict.fromkeys((r["block"], r["depth"]) for r in record["runs"]))
@@ -291,8 +294,7 @@ def draw(record: dict, picture: Path) -> str:
             if len(same) > 1:
                 axes.fill_between(epochs, seeds.amin(0), seeds.amax(0), color=style["color"], alpha=0.12, lw=0)
     left.set_yscale("log")
-    left.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-    left.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    left.yaxis.set_major_formatter("{x:g}")
     left.set_ylabel("training loss, mean of the epoch")
     right.set_ylabel("test accuracy, %")
     for axes in (left, right):
