@@ -148,7 +148,7 @@ class Run:
         """The epochs that are left."""
         network = self.twin.build(self.recipe.seed, self.found).to(self.team.device)
         optimizer = self.recipe.optimizer(network)
-        self.parameters = sum(p.numel() for p in network.parameters())
+        self.parameters = parameters(network)
         if self.state is not None:
             network.load_state_dict(self.state["model"])
             optimizer.load_state_dict(self.state["optimizer"])
@@ -213,6 +213,10 @@ def measure(network: nn.Module, loader: DataLoader, device: torch.device) -> tup
     return tuple((sums / count).tolist())
 
 
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
 # --- what came of it ------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +276,13 @@ def compared(records: list[dict], *pair: tuple) -> str:
     return "training loss " + ", ".join(parts)
 
 
+def squeezed(records: list[dict], found: data.Data) -> list[str]:
+    """Parameters of the residual bottleneck networks beside those of 20 layers of basic blocks."""
+    basic = parameters(twins.Twin("residual", 20).build(0, found))
+    sizes = {r["depth"]: r["parameters"] for r in records if (r["kind"], r["block"]) == ("residual", "bottleneck")}
+    return [f"bottleneck, {n} layers: {p:,} parameters; basic, 20 layers: {basic:,}" for n, p in sizes.items()]
+
+
 def draw(record: dict, picture: Path) -> str:
     """Training loss and test accuracy over the epochs. Returns what became of the picture, in a sentence."""
     try:
@@ -281,7 +292,7 @@ def draw(record: dict, picture: Path) -> str:
     except ImportError:
         return f"no {picture.name}: it needs matplotlib (pip install matplotlib)"
     sizes = list(dict.fromkeys((r["block"], r["depth"]) for r in record["runs"]))
-    colours = dict(zip(sizes, twins.COLOURS, strict=False))
+    colours = twins.coloured(sizes)
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in dict.fromkeys(r["name"] for r in record["runs"]):
@@ -350,7 +361,7 @@ def experiment(chosen: Options, team: processes.Team, command: str) -> None:
             record["runs"] = [r.record() for r in runs if r.done]
             report.write_record(chosen.record, record)
     console.print("\n" + table(record["runs"]) + "\n")
-    for line in findings(record["runs"]):
+    for line in [*findings(record["runs"]), *squeezed(record["runs"], found)]:
         console.print(line)
     console.print(draw(record, chosen.picture))
 

@@ -255,7 +255,7 @@ def _draw(stacks: list[dict], key: str, label: str, picture: Path) -> None:
 
     activations = list(dict.fromkeys(s["activation"] for s in stacks))
     columns = sorted({(s["block"], s["step"]) for s in stacks})
-    colours = dict(zip(sorted({(s["block"], s["depth"]) for s in stacks}), twins.COLOURS, strict=False))
+    colours = twins.coloured(sorted({(s["block"], s["depth"]) for s in stacks}))
     figure = Figure(figsize=(1.5 + 3.6 * len(columns), 0.9 + 2.9 * len(activations)), layout="constrained")
     grid = figure.subplots(len(activations), len(columns), sharex=True, sharey="col", squeeze=False)
     for s in stacks:

@@ -152,6 +152,13 @@ def test_findings_compare_seed_by_seed():
     ]
 
 
+def test_bottlenecks_are_put_beside_basic_blocks():
+    run = {"kind": "residual", "block": "bottleneck", "depth": 47, "parameters": 1234567}
+    basic = sum(p.numel() for p in twins.Twin("residual", 20).build(0, DIGITS).parameters())
+    expected = f"bottleneck, 47 layers: 1,234,567 parameters; basic, 20 layers: {basic:,}"
+    assert degradation.squeezed([run, {**run, "kind": "plain"}], DIGITS) == [expected]
+
+
 @pytest.mark.parametrize("block, depth", [("basic", 14), ("bottleneck", 20)])
 @pytest.mark.parametrize("activation", ["post", "pre"])
 @pytest.mark.parametrize("shortcut", ["projection", "zero_pad", "projection_all"])

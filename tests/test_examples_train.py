@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import json
 import os
 import pickle
 import random
@@ -326,6 +327,20 @@ def test_a_finished_run_does_nothing_more(uninterrupted, tmp_path, capsys):
     assert_same_run(out, uninterrupted)
 
 
+def test_the_end_is_exported(uninterrupted, tmp_path):
+    out, path = shutil.copytree(uninterrupted, tmp_path / "out"), tmp_path / "weights.pt"
+    arguments = [*SHORT, "--out", str(out), "--export", str(path)]
+    assert train.main(arguments) == 0
+    assert_same(torch.load(path, weights_only=True), checkpoint.load(out / "last.pt")["model"])
+    made = json.loads(path.with_suffix(".json").read_text())
+    assert made["command"] == f"python examples/train.py {' '.join(arguments)}"
+    assert made["model"] == {"name": "cifar_resnet8", "in_channels": 1, "num_classes": 10}
+    assert made["test_accuracy"] == numbers(out)[-1]["accuracy"]
+    train_images = data.load(options.parse(SHORT), ALONE).train.images.float()
+    assert made["mean"] == [pytest.approx(train_images.mean().item(), rel=1e-6)]
+    assert made["std"] == [pytest.approx(train_images.std().item(), rel=1e-6)]
+
+
 def test_fresh_starts_anew(uninterrupted, tmp_path, monkeypatch):
     out = shutil.copytree(uninterrupted, tmp_path / "out")
     stop_after(monkeypatch, 1)
@@ -393,6 +408,8 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path):
         (["--seed", "x"], "argument --seed: expected an integer from 0 to 4294967295, got 'x'"),
         (["--model", "vgg"], "argument --model: invalid choice"),
         (["--download"], "--download: is for CIFAR-10"),
+        (["--model", "plain18", "--blocks", "torchvision"], "--blocks torchvision: torchvision has no blocks of --mod"),
+        (["--epochs", "1", "--export", f"{__file__}/x"], "--export: cannot be written: "),
         (["--fresh", "--resume"], "argument --resume: not allowed with argument --fresh"),
         (["--resume"], "--resume: there is no "),
         (["--batch-size", "9", "--accumulate", "2"], "--batch-size: must be a multiple of 2 (--accumulate 2 x 1 proc"),
@@ -531,6 +548,14 @@ def test_fused_and_torchvisions_models_begin_alike(name):
     last.register_forward_hook(lambda m, x, y: maps.append(y.shape[2:]))
     assert fused.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert maps[0] == ((8, 8) if name == "cifar_resnet8" else (4, 4))
+
+
+@pytest.mark.parametrize("name, blocks", [("cifar_bottleneck47", 15), ("preact_resnet18", 8), ("plain18", 8)])
+def test_the_family_is_built_for_small_images(name, blocks):
+    network = model.build(options.parse(["--model", name]), 1, 10)
+    assert sum(isinstance(m, train.FUSED) for m in network.modules()) == blocks
+    assert network.conv1.kernel_size == (3, 3) and isinstance(network.maxpool, nn.Identity)
+    assert network.eval()(torch.randn(2, 1, 16, 16)).shape == (2, 10)
 
 
 def test_sync_bn_reaches_every_norm_and_blocks_stay_fused():

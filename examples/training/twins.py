@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import ClassVar
 
@@ -64,6 +65,11 @@ class Recipe:
 
     def optimizer(self, network: nn.Module) -> torch.optim.SGD:
         return torch.optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+def coloured(sizes: Sequence[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """A colour for each block and depth of a picture."""
+    return dict(zip(sizes, cycle(COLOURS), strict=False))
 
 
 # --- what the command lines of both examples share ------------------------------------------------------------------
