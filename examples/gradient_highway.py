@@ -261,7 +261,8 @@ def _draw(stacks: list[dict], key: str, label: str, picture: Path) -> None:
     for s in stacks:
         axes = grid[activations.index(s["activation"])][columns.index((s["block"], s["step"]))]
         style = {"color": colours[s["block"], s["depth"]], "ls": twins.LINES[s["kind"]]}
-        axes.plot(np.linspace(0, 1, len(s[key])), s[key], lw=1.7, **style)
+        every = 9 if len(s[key]) > 500 else 1  # layers of one kind, or a thousand would hide the dashes
+        axes.plot(np.linspace(0, 1, len(s[key]))[::every], s[key][::every], lw=1.7, **style)
     for (block, step), axes in zip(columns, grid[0], strict=True):
         axes.set_title(f"{block} blocks, {f'after {step} steps' if step else 'at initialisation'}", fontsize=10)
     for axes in grid.flat:
