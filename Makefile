@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -type f)
 STAGES := lint test-interpreter test-aot test-cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-cpu test-slow test-aot test-aot-slow test-interpreter lint format bench results peers wheel sdist gpu-check clean distclean
+.PHONY: help setup demo train degradation gradients test test-cpu test-slow test-aot test-aot-slow test-interpreter lint format bench results peers wheel sdist gpu-check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -37,7 +37,15 @@ demo: setup  ## a swapped ResNet-50: parity of outputs and gradients, the timing
 
 train: setup  ## examples/train.py on the handwritten digits, with a picture of the curve; ARGS="--epochs 5"
 	$(PIP) install -q -c constraints.txt matplotlib
-	$(PY) examples/train.py --dataset digits --model tiny --epochs 15 --batch-size 64 --out runs/digits $(ARGS)
+	$(PY) examples/train.py --dataset digits --model cifar_resnet8 --epochs 15 --batch-size 64 --out runs/digits $(ARGS)
+
+degradation: setup  ## plain and residual twins of 8, 20 and 56 layers, trained and compared; ARGS="--quick"
+	$(PIP) install -q -c constraints.txt matplotlib
+	$(PY) examples/degradation.py $(ARGS)
+
+gradients: setup  ## gradient norms at every layer of plain and residual stacks, with a picture; ARGS="--depths 8 20"
+	$(PIP) install -q -c constraints.txt matplotlib
+	$(PY) examples/gradient_highway.py $(ARGS)
 
 test: setup  ## lint, then every test that is not slow: interpreter, ahead-of-time compilation, and the suite on the CPU
 	@status=0; for stage in $(STAGES); do echo "== make $$stage"; $(MAKE) --no-print-directory $$stage || status=1; done; exit $$status

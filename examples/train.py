@@ -1,6 +1,6 @@
 """Train a ResNet on CIFAR-10, or on scikit-learn's handwritten digits, with fused blocks or torchvision's.
 
-    python examples/train.py --model tiny --epochs 15                  # the digits, in about a minute on two CPU cores
+    python examples/train.py --model cifar_resnet8 --epochs 15         # the digits, in about a minute on two CPU cores
     python examples/train.py --download                                # CIFAR-10, on a GPU
     torchrun --nproc-per-node 2 examples/train.py                      # on two GPUs, or CPUs
 
@@ -31,6 +31,12 @@ from training import Refused, checkpoint, data, model, options, processes, repor
 import fused_resnet
 
 STOPPED = 128 + signal.SIGTERM
+FUSED = (
+    fused_resnet.FusedBasicBlock,
+    fused_resnet.FusedBottleneck,
+    fused_resnet.FusedPreActBasicBlock,
+    fused_resnet.FusedPreActBottleneck,
+)
 DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -200,8 +206,8 @@ def end_epoch(run: Training, told: report.Report) -> None:
     run.save()
 
 
-def train(chosen: options.Options, team: processes.Team) -> tuple[nn.Module, bool]:
-    """The trained model, and whether all epochs were done. Raises Refused."""
+def train(chosen: options.Options, team: processes.Team, command: str = "") -> tuple[nn.Module, bool]:
+    """The trained model, and whether all epochs were done. command: what --export says it was. Raises Refused."""
     if chosen.sync_bn and team.device.type != "cuda":
         raise Refused("--sync-bn: PyTorch's SyncBatchNorm needs GPUs, and --device is cpu")
     torch.backends.cudnn.benchmark = not chosen.deterministic
@@ -233,14 +239,37 @@ def train(chosen: options.Options, team: processes.Team) -> tuple[nn.Module, boo
     elif team.first:
         told.say(f"best accuracy {run.at.best:.2%}; everything is in {chosen.out}")
         told.say(report.draw(told.path, chosen.out / "curve.png"))
+        if chosen.export:
+            export(run, found, command)
     return run.bare, finished
+
+
+def export(run: Training, found: data.Data, command: str) -> None:
+    """The state_dict, and in JSON how it came about and what its images were normalised by."""
+    chosen, last = run.options, report.read(run.options.out / "metrics.jsonl")[-1]
+    made = {
+        "command": command,
+        "dataset": found.name,
+        "model": {"name": chosen.model, "in_channels": found.channels, "num_classes": found.classes},
+        "mean": run.loaders.test.mean.flatten().tolist(),
+        "std": run.loaders.test.std.flatten().tolist(),
+        "seed": chosen.seed,
+        **{name: last[name] for name in ("train_loss", "test_loss")},
+        "test_accuracy": last["accuracy"],
+        "machine": report.machine(),
+    }
+    try:
+        checkpoint.save(chosen.export, run.bare.state_dict())
+        report.write_record(chosen.export.with_suffix(".json"), made)
+    except OSError as error:
+        raise Refused(f"--export: cannot be written: {error}") from error
 
 
 def introduction(run: Training, found: data.Data) -> str:
     chosen, team = run.options, run.team
     fallen_back = chosen.dataset == "auto" and found.name == "digits"
     why = f" (no intact CIFAR-10 in {chosen.data}; --download fetches it)" if fallen_back else ""
-    blocks = len(fused_resnet.swap_report(run.bare).fused)
+    blocks = sum(isinstance(m, FUSED) for m in run.bare.modules())
     return (
         f"{found.name}{why}: {len(found.train.labels)} training and "
         f"{len(found.test.labels)} test images of {list(found.train.images.shape[1:])}\n"
@@ -253,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options.parse(arguments, __doc__)
     try:
         with processes.team(chosen.device) as team:
-            _, finished = train(chosen, team)
+            _, finished = train(chosen, team, report.command("train.py", arguments))
     except Refused as refused:
         print(f"train.py: error: {refused}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import json
 import os
 import pickle
 import random
@@ -31,7 +32,7 @@ train = importlib.import_module("train")
 from training import Refused, checkpoint, data, model, options, processes, report  # noqa: E402
 
 SCRIPT = str(ROOT / "examples" / "train.py")
-SHORT = ["--dataset", "digits", "--model", "tiny", "--device", "cpu", "--epochs", "2", "--batch-size", "256"]
+SHORT = ["--dataset", "digits", "--model", "cifar_resnet8", "--device", "cpu", "--epochs", "2", "--batch-size", "256"]
 CHECKOUT = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for a script in a folder below it
 STEPS = 10  # of SHORT: 1,437 images are 5 batches of 256
 ALONE = processes.Team(0, 1, torch.device("cpu"))
@@ -141,7 +142,7 @@ def test_a_run_leaves_a_line_a_step_and_a_line_an_epoch(uninterrupted):
     assert epochs[0]["train_loss"] == sum(r["loss"] for r in steps[:5]) / 5
     out = (uninterrupted / "stdout").read_text().splitlines()
     assert out[0] == "digits: 1437 training and 360 test images of [1, 16, 16]"
-    assert out[1] == "tiny, 3 fused blocks; cpu, 1 process, 5 steps an epoch"
+    assert out[1] == "cifar_resnet8, 3 fused blocks; cpu, 1 process, 5 steps an epoch"
     assert [line.split(":")[0] for line in out[2:4]] == ["epoch 1", "epoch 2"]
     assert re.fullmatch(r"best accuracy \d+\.\d\d%; everything is in .*", out[4])
     assert len(out) == 6  # the picture's
@@ -164,8 +165,8 @@ def accuracy(network: nn.Module, found: data.Data) -> float:
 
 
 @pytest.mark.slow
-def test_the_tiny_model_learns_the_digits(tmp_path):
-    assert train.main(["--model", "tiny", "--epochs", "15", "--batch-size", "64", "--out", str(tmp_path)]) == 0
+def test_the_smallest_model_learns_the_digits(tmp_path):
+    assert train.main(["--model", "cifar_resnet8", "--epochs", "15", "--batch-size", "64", "--out", str(tmp_path)]) == 0
     best = max(r["accuracy"] for r in numbers(tmp_path) if "accuracy" in r)
     assert best >= 0.97  # a linear model of the pixels has 96 to 97 % of such a split
 
@@ -326,6 +327,20 @@ def test_a_finished_run_does_nothing_more(uninterrupted, tmp_path, capsys):
     assert_same_run(out, uninterrupted)
 
 
+def test_the_end_is_exported(uninterrupted, tmp_path):
+    out, path = shutil.copytree(uninterrupted, tmp_path / "out"), tmp_path / "weights.pt"
+    arguments = [*SHORT, "--out", str(out), "--export", str(path)]
+    assert train.main(arguments) == 0
+    assert_same(torch.load(path, weights_only=True), checkpoint.load(out / "last.pt")["model"])
+    made = json.loads(path.with_suffix(".json").read_text())
+    assert made["command"] == f"python examples/train.py {' '.join(arguments)}"
+    assert made["model"] == {"name": "cifar_resnet8", "in_channels": 1, "num_classes": 10}
+    assert made["test_accuracy"] == numbers(out)[-1]["accuracy"]
+    train_images = data.load(options.parse(SHORT), ALONE).train.images.float()
+    assert made["mean"] == [pytest.approx(train_images.mean().item(), rel=1e-6)]
+    assert made["std"] == [pytest.approx(train_images.std().item(), rel=1e-6)]
+
+
 def test_fresh_starts_anew(uninterrupted, tmp_path, monkeypatch):
     out = shutil.copytree(uninterrupted, tmp_path / "out")
     stop_after(monkeypatch, 1)
@@ -393,6 +408,8 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path):
         (["--seed", "x"], "argument --seed: expected an integer from 0 to 4294967295, got 'x'"),
         (["--model", "vgg"], "argument --model: invalid choice"),
         (["--download"], "--download: is for CIFAR-10"),
+        (["--model", "plain18", "--blocks", "torchvision"], "--blocks torchvision: torchvision has no blocks of --mod"),
+        (["--epochs", "1", "--export", f"{__file__}/x"], "--export: cannot be written: "),
         (["--fresh", "--resume"], "argument --resume: not allowed with argument --fresh"),
         (["--resume"], "--resume: there is no "),
         (["--batch-size", "9", "--accumulate", "2"], "--batch-size: must be a multiple of 2 (--accumulate 2 x 1 proc"),
@@ -452,7 +469,18 @@ def cifar(tmp_path, monkeypatch) -> Path:
 
 
 def test_cifar10_is_taken_where_it_is(cifar, tmp_path, capsys):
-    arguments = ["--model", "tiny", "--data", str(cifar), "--epochs", "1", "--batch-size", "25", "--workers", "1"]
+    arguments = [
+        "--model",
+        "cifar_resnet8",
+        "--data",
+        str(cifar),
+        "--epochs",
+        "1",
+        "--batch-size",
+        "25",
+        "--workers",
+        "1",
+    ]
     assert train.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     assert "cifar10: 50 training and 10 test images of [3, 32, 32]" in capsys.readouterr().out
 
@@ -507,7 +535,7 @@ def test_processes_share_the_images():
 # --- model, schedule, report ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", "resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_fused_and_torchvisions_models_begin_alike(name):
     build = [options.parse(["--model", name, "--blocks", blocks]) for blocks in ("fused", "torchvision")]
     fused, untouched = (model.build(chosen, 3, 10) for chosen in build)
@@ -516,10 +544,18 @@ def test_fused_and_torchvisions_models_begin_alike(name):
     assert report_.fused == report_.blocks and not fused_resnet.swap_report(untouched).fused
     maps = []
     fused.fc.register_forward_pre_hook(lambda m, x: maps.append(x[0].shape))
-    last = fused.layer3 if name == "tiny" else fused.layer4
+    last = fused.layer3 if name == "cifar_resnet8" else fused.layer4
     last.register_forward_hook(lambda m, x, y: maps.append(y.shape[2:]))
     assert fused.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    assert maps[0] == ((8, 8) if name == "tiny" else (4, 4))
+    assert maps[0] == ((8, 8) if name == "cifar_resnet8" else (4, 4))
+
+
+@pytest.mark.parametrize("name, blocks", [("cifar_bottleneck47", 15), ("preact_resnet18", 8), ("plain18", 8)])
+def test_the_family_is_built_for_small_images(name, blocks):
+    network = model.build(options.parse(["--model", name]), 1, 10)
+    assert sum(isinstance(m, train.FUSED) for m in network.modules()) == blocks
+    assert network.conv1.kernel_size == (3, 3) and isinstance(network.maxpool, nn.Identity)
+    assert network.eval()(torch.randn(2, 1, 16, 16)).shape == (2, 10)
 
 
 def test_sync_bn_reaches_every_norm_and_blocks_stay_fused():

@@ -43,7 +43,7 @@ def load(path: Path) -> dict:
     except (zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise Refused(f"{path}: is damaged or no checkpoint ({error}); --fresh starts anew") from error
     if not isinstance(content, dict) or "setting" not in content:
-        raise Refused(f"{path}: is no checkpoint of examples/train.py; --fresh starts anew")
+        raise Refused(f"{path}: is no checkpoint of the examples; --fresh starts anew")
     return content
 
 

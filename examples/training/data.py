@@ -94,7 +94,7 @@ def _digits() -> Data:
 
 
 class Normalised(Dataset):
-    """The test images as the network sees them: each channel with the training images' mean 0 and deviation 1."""
+    """Images as the network sees them: each channel with the training images' mean 0 and deviation 1."""
 
     def __init__(self, part: Part, data: Data):
         self.images, self.labels = part.images, part.labels
@@ -143,6 +143,7 @@ class Loaders:
         self.batch = options.batch_size // parts
         self.share = self.batch * options.accumulate  # images of this process in one step
         self.train, self.test = Augmented(data, options.seed), Normalised(data.test, data)
+        self.still = Normalised(data.train, data)
         self.sampler = DistributedSampler(self.train, team.world, team.rank, seed=options.seed, drop_last=True)
         self.steps = len(self.sampler) // self.share  # in an epoch
         if self.steps == 0:
@@ -159,8 +160,15 @@ class Loaders:
 
     def testing(self) -> DataLoader:
         """This process's part of the test images. Every image is in one part: DistributedSampler would repeat some."""
-        indices = range(self.team.rank, len(self.test), self.team.world)
-        return self._loader(self.test, indices, max(self.batch, 128), 0)
+        return self._whole(self.test)
+
+    def fitted(self) -> DataLoader:
+        """This process's part of the training images, neither moved nor mirrored."""
+        return self._whole(self.still)
+
+    def _whole(self, dataset: Dataset) -> DataLoader:
+        indices = range(self.team.rank, len(dataset), self.team.world)
+        return self._loader(dataset, indices, max(self.batch, 128), 0)
 
     def _loader(self, dataset: Dataset, indices: list[int] | range, batch: int, epoch: int) -> DataLoader:
         return DataLoader(

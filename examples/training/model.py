@@ -7,38 +7,11 @@ import math
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 import fused_resnet
+from fused_resnet import models
 
 from .options import Options
-
-
-class TinyResNet(nn.Module):
-    """He et al. (arXiv 1512.03385), section 4.2, with n = 1: three blocks of 16, 32 and 64 planes, 78,000 weights.
-
-    x: [N, channels, H, W] -> logits [N, classes].
-    """
-
-    def __init__(self, channels: int, classes: int):
-        super().__init__()
-        self.conv1, self.bn1, self.relu = _stem(channels, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
-        self.layer1 = BasicBlock(16, 16)
-        self.layer2 = BasicBlock(16, 32, stride=2, downsample=_projection(16, 32))
-        self.layer3 = BasicBlock(32, 64, stride=2, downsample=_projection(32, 64))
-        self.fc = nn.Linear(64, classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean((2, 3)))
-
-
-def _projection(inplanes: int, planes: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride=2, bias=False), nn.BatchNorm2d(planes))
 
 
 def _stem(channels: int, planes: int) -> nn.Conv2d:
@@ -57,12 +30,15 @@ def build(options: Options, channels: int, classes: int) -> nn.Module:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if options.blocks == "fused":
         fused_resnet.swap_blocks(model)
+    else:
+        fused_resnet.restore_blocks(model)
     return model.to(memory_format=torch.channels_last)
 
 
 def _network(options: Options, channels: int, classes: int) -> nn.Module:
-    if options.model == "tiny":
-        return TinyResNet(channels, classes)
+    if options.model in models.FAMILY:
+        stem = {} if options.model.startswith("cifar_") else {"stem": "cifar"}
+        return getattr(models, options.model)(in_channels=channels, num_classes=classes, **stem)
     model = torchvision.models.get_model(options.model, weights=None, num_classes=classes)
     model.conv1, model.maxpool = _stem(channels, 64), nn.Identity()
     return model

@@ -1,12 +1,18 @@
-"""What a run says of itself: a bar, a line an epoch, metrics.jsonl and curve.png."""
+"""What a run says of itself: a bar, a line an epoch, metrics.jsonl and curve.png, and what made a record's numbers."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fused_resnet import doctor
 
 from .checkpoint import write_whole
 
@@ -16,9 +22,7 @@ class Report:
 
     def __init__(self, folder: Path, first: bool, steps: int, shown: bool | None = None):
         self.console = Console(quiet=not first)
-        hidden = not first or not (self.console.is_terminal if shown is None else shown)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
+        self.progress = bar(self.console, first and (self.console.is_terminal if shown is None else shown))
         self.task = self.progress.add_task("", total=steps)
         self.path = folder / "metrics.jsonl" if first else None
         self.file = None
@@ -62,6 +66,11 @@ class Report:
             self.file.write(json.dumps(record) + "\n")
 
 
+def bar(console: Console, shown: bool) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not shown)
+
+
 def read(path: Path) -> list[dict]:
     """The records of a metrics file, but not a last line that a killed process left unfinished."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -93,3 +102,25 @@ def draw(metrics: Path, picture: Path) -> str:
         axes.grid(alpha=0.3)
     write_whole(picture, lambda f: figure.savefig(f, format="png", dpi=120))
     return f"{picture.name} shows loss and accuracy"
+
+
+def command(script: str, arguments: Sequence[str] | None) -> str:
+    """What main(arguments) of an example was started as."""
+    return shlex.join(["python", f"examples/{script}", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def machine() -> dict:
+    """What the numbers were made on; no host and no path."""
+    found = doctor.environment()
+    del found["variables"]
+    return {**found, "date": date.today().isoformat()}
+
+
+def write_record(path: Path, record: dict) -> None:
+    """JSON that every reader takes: a number that is none raises ValueError."""
+    write_whole(path, lambda f: f.write(json.dumps(record, allow_nan=False).encode() + b"\n"))
+
+
+def digits(value: float, count: int = 6) -> float:
+    """`value` to so many significant digits: what a record keeps of it."""
+    return float(f"{value:.{count}g}")
