@@ -53,8 +53,9 @@ test: setup  ## lint, then every test that is not slow: interpreter, ahead-of-ti
 test-cpu: setup
 	$(PYTEST) tests -q $(PARALLEL) -m 'not slow and not aot' --durations=5
 
-test-slow: setup  ## the slow tests
+test-slow: setup  ## the slow tests, those in Triton's interpreter as well
 	$(PYTEST) tests -q $(PARALLEL) -m 'slow and not aot' --timeout=1800 --durations=10
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -q $(PARALLEL) -m slow --timeout=1800 --durations=10
 
 test-aot: setup $(TRITON36)/.installed  ## compile every Triton kernel ahead of time, under the installed Triton and under 3.6
 	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m 'aot and not slow' --timeout=1800 --durations=5
@@ -67,7 +68,7 @@ $(TRITON36)/.installed: $(VENV)/.installed
 	@touch $@
 
 test-interpreter: setup  ## the Triton kernels in Triton's interpreter
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -q $(PARALLEL) --durations=5
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -q $(PARALLEL) -m 'not slow' --durations=5
 
 lint: setup  ## ruff
 	$(PY) -m ruff check .

@@ -113,14 +113,14 @@ def _trained(x: Tensor, block: nn.Module) -> Tensor:
             shortcut = _shortcut(x, block, out)
         return training.normalised(out, norm, conv, bn, shortcut, statistics)
 
-    if block.memory == "lean" and (projected or _stateless(downsample)):
+    if block.memory == "lean" and (projected or stateless(downsample)):
         return training.lean(run, x, block)
     return run(x, training.Statistics())
 
 
 def not_lean(block: nn.Module) -> str | None:
     """Why a block whose memory is "lean" keeps what others keep; None if it does not: no module may run twice."""
-    if _stateless(block.downsample):
+    if stateless(block.downsample):
         return None
     reason = projection_unfusable(block.downsample)
     if reason is None and not on_own_batch(block.downsample[1]):
@@ -128,7 +128,7 @@ def not_lean(block: nn.Module) -> str | None:
     return reason and f"downsample: {reason}"
 
 
-def _stateless(downsample: nn.Module | None) -> bool:
+def stateless(downsample: nn.Module | None) -> bool:
     """Whether this shortcut may be computed again without anybody noticing."""
     return downsample is None or (type(downsample) is ZeroPad and tampered(downsample) is None)
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m fused_resnet classify | bench | roofline | doctor`.
+"""The command line: `python -m fused_resnet classify | bench | roofline | zoo | explore | doctor`.
 
 Exit status: 0 fine; 1 the fused model disagrees with the untouched one; 2 an argument is wrong; 3 the weights could not
 be had; 4 something else went wrong, with its traceback.
@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import __version__, backends, doctor, measure, models
+from . import __version__, backends, doctor, measure, models, zoo
 from .convert import swap_blocks, swap_report
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DISAGREES, WRONG_ARGUMENT, NO_WEIGHTS, FAILED = 1, 2, 3, 4
 NETWORK_TIMEOUT_S = 20
+COMMANDS = "classify | bench | roofline | zoo | explore | doctor"
 VERSIONS = ("fused_resnet", "python", "system", "torch", "torchvision", "triton", "cuda", "cudnn", "nvcc", "driver")
 TITLES = {
     "eager": "torchvision, eager",
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         "3 the weights could not be had; 4 something else went wrong.",
     )
     top.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="classify | bench | roofline | doctor")
+    commands = top.add_subparsers(dest="command", required=True, metavar=COMMANDS)
 
     c = commands.add_parser("classify", help="classify a photo with the untouched and the fused model, side by side")
     c.add_argument("image", metavar="IMAGE", help="an image file")
@@ -104,9 +105,11 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--json", metavar="FILE", help="write everything, and what it was measured on")
     b.set_defaults(run=bench)
 
-    from . import roofline_cli  # it builds on this module
+    from . import explore, roofline_cli  # they build on this module
 
     roofline_cli.add_command(commands)
+    zoo.add_command(commands)
+    explore.add_command(commands)
 
     d = commands.add_parser("doctor", help="what is installed, which backend runs, and why not the others")
     d.add_argument("--json", action="store_true", help="print JSON")

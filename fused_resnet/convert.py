@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, unfusable
+from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, stateless, unfusable
 from .preact import PreAct
 from .training import check_memory
 
@@ -84,7 +85,8 @@ def swap_blocks(
     backward while they train. "default": raw results of convolutions, without those that can be done without; "lean": a
     block's input and output alone, the convolutions run again in the backward. None, the default, changes nothing.
 
-    Returns the same model. Raises TypeError if model is not a module, ValueError for another memory_format or memory.
+    Returns the same model. Warns of convolutions with a bias, which a batch norm makes useless. Raises TypeError if
+    model is not a module, ValueError for another memory_format or memory.
     """
     if memory_format not in (*_FORMATS, torch.preserve_format):
         raise ValueError(
@@ -94,6 +96,7 @@ def swap_blocks(
     if memory is not None:
         check_memory(memory)
     shared = _shared_convolutions(_module(model))
+    _warn_of_biases(model)
     swapped = False
     for _, block in _blocks(model):
         if type(block) in FUSED and _why_left(block, shared) is None:
@@ -130,7 +133,8 @@ def restore_blocks(model: nn.Module) -> nn.Module:
 def swap_report(model: nn.Module) -> SwapReport:
     """Every residual block inside `model`, as it is now: fused, fusable, or left and why. `str()` of it is a table."""
     shared = _shared_convolutions(_module(model))
-    return SwapReport(tuple(_report(name, block, shared) for name, block in _blocks(model)))
+    kinds = (BasicBlock, Bottleneck, PreAct)
+    return SwapReport(tuple(_report(name, m, shared) for name, m in model.named_modules() if isinstance(m, kinds)))
 
 
 def _module(model) -> nn.Module:
@@ -145,6 +149,10 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
     type_name = type(block).__name__
+    if isinstance(block, PreAct):
+        reason = block.unfusable()
+        note = "lean" if block.memory == "lean" else ""
+        return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
     if isinstance(block, tuple(ORIGINAL)):  # FSDP makes subclasses of fused blocks
         reason = unfusable(block)
         notes = [_downsample_note(block)]
@@ -160,7 +168,7 @@ def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
 
 
 def _downsample_note(block: nn.Module) -> str:
-    reason = None if block.downsample is None else projection_unfusable(block.downsample)
+    reason = None if stateless(block.downsample) else projection_unfusable(block.downsample)
     return f"downsample is called as it is: {reason}" if reason else ""
 
 
@@ -186,6 +194,21 @@ def _shared_convolutions(model: nn.Module) -> set[int]:
     """ids of the convolutions that stand in more than one place among the blocks."""
     uses = Counter(id(conv) for _, block in _blocks(model) for _, conv in _convolutions(block))
     return {conv for conv, count in uses.items() if count > 1}
+
+
+def _warn_of_biases(model: nn.Module) -> None:
+    biased = [
+        f"{name}.{part}".lstrip(".")
+        for name, block in _blocks(model)
+        for part, conv in _convolutions(block)
+        if getattr(conv, "bias", None) is not None
+    ]
+    if biased:
+        warnings.warn(
+            f"bias: {', '.join(biased)}: a convolution before a batch norm has a bias, which its mean takes away "
+            "again; its block is left unfused (build it with bias=False)",
+            stacklevel=3,
+        )
 
 
 def _lay_out(conv: nn.Conv2d, memory_format: torch.memory_format) -> torch.memory_format | None:

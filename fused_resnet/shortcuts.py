@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d, pad
 
 
 class ZeroPad(nn.Module):
@@ -24,7 +24,9 @@ class ZeroPad(nn.Module):
         self.inplanes, self.outplanes, self.stride = inplanes, outplanes, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.outplanes - self.inplanes))
+        if self.stride > 1:
+            x = avg_pool2d(x, 1, self.stride)  # of one pixel: as x[:, :, ::stride, ::stride], but it keeps the layout
+        return pad(x, (0, 0, 0, 0, 0, self.outplanes - self.inplanes))
 
     def extra_repr(self) -> str:
         return f"{self.inplanes}, {self.outplanes}, stride={self.stride}"

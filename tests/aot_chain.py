@@ -1,8 +1,8 @@
 """Compile the chained bottleneck ahead of time, in every configuration that is offered for a network's layers.
 
-    python tests/aot_chain.py [--arch 80 89 90 100] [--only REGEX]
+    python tests/aot_chain.py [--arch 80 89 90 100] [--few] [--only REGEX]
 
-Prints one JSON object a line, as tests/aot.py does.
+Prints one JSON object a line, as tests/aot.py does; `--few`: every layer once, and every configuration once.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def instances() -> dict[str, tuple[tuple, dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=sorted(aot.SMS))
+    parser.add_argument("--few", action="store_true", help="every layer once, and every configuration once")
     parser.add_argument("--only", default="", help="regular expression on the instance's name")
     chosen = parser.parse_args()
     aot.backend()
@@ -76,10 +77,14 @@ def main() -> None:
         if name.endswith("_kernel"):
             setattr(host._chain, name, aot.Recorder(kernel, launches))
     for arch in chosen.arch:
+        met = set()
         for name, (args, options) in instances().items():
             if not re.search(chosen.only, name):
                 continue
-            for config in host.configs(arch, *args, **options):
+            for i, config in enumerate(host.configs(arch, *args, **options)):
+                if chosen.few and i and repr(config) in met:
+                    continue
+                met.add(repr(config))
                 launches.clear()
                 outputs = {"y": args[0], "z": args[0] if "next" in options else None}
                 scratch = torch.empty(host.workspace(config, *args, **options), dtype=torch.uint8, device="meta")

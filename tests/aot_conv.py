@@ -1,8 +1,9 @@
 """Compile every config of conv_bias_act and stem_pool offered for the layers of ResNet-18 and -50, ahead of time.
 
-    python tests/aot_conv.py --arch 90
+    python tests/aot_conv.py --arch 90 [--few] [--only REGEX]
 
 One JSON object a line for every kernel that differs, as in tests/aot.py; `config` is the one that was met first.
+`--few`: every layer once, and every tile once, split and whole.
 """
 
 from __future__ import annotations
@@ -111,14 +112,19 @@ def stems(arch: int, launches: list):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--few", action="store_true", help="every layer once, and every tile once, split and whole")
     parser.add_argument("--only", default="", help="regular expression on the instance's name")
     options = parser.parse_args()
     arch = options.arch
     launches: list = []
-    seen = set()
+    seen, met = set(), set()
     for name, config, launch, *args in (*convolutions(arch, launches), *stems(arch, launches)):
         if not re.search(options.only, name):
             continue
+        tile = repr({k: v > 1 if k == "splits" else v for k, v in config.items() if k != "programs"})
+        if options.few and {name, tile} <= met:
+            continue
+        met |= {name, tile}
         launches.clear()
         launch(config, *args)
         for kernel, grid, positional, keywords in launches:

@@ -92,7 +92,13 @@ def yardstick(model: nn.Module, inputs: tuple, dtype=torch.float32, judged: dict
     return parity.worst(found)
 
 
+def rule(model: nn.Module, *inputs: Tensor, dtype=torch.float32) -> Callable[[object], None]:
+    """Checks a result of `model` for `inputs` by the rule; what is right and how near is worked out once."""
+    judged = judge(model, inputs)
+    allowed = yardstick(model, inputs, dtype, judged)
+    return lambda result: parity.check(parity.errors(seen(result), judged), allowed, dtype)
+
+
 def agree(result, model: nn.Module, *inputs: Tensor, dtype=torch.float32) -> None:
     """A result of `model` for `inputs` holds the rule."""
-    judged = judge(model, inputs)
-    parity.check(parity.errors(seen(result), judged), yardstick(model, inputs, dtype, judged), dtype)
+    rule(model, *inputs, dtype=dtype)(result)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 SEEDS = (0, 1, 2)
@@ -143,6 +143,21 @@ def yardstick_of(
 
 
 # --- models and blocks worth comparing --------------------------------------------------------------------------------
+
+
+class Short(ResNet):
+    """A ResNet without its later stages: their blocks are those of the second once more, and most of the arithmetic.
+
+    layers: blocks of each stage, none where it says nothing.
+    """
+
+    def __init__(self, block: type, layers: Iterable[int], num_classes: int = 10, **options):
+        layers = [*layers, 0, 0, 0, 0][:4]
+        super().__init__(block, layers, num_classes, **options)
+        self.fc = nn.Linear(self.inplanes, num_classes)
+
+    def _make_layer(self, block, planes, blocks, *more, **options):
+        return super()._make_layer(block, planes, blocks, *more, **options) if blocks else nn.Sequential()
 
 
 def randomize_norms(model: nn.Module, seed: int, branch: float = 1.0, firm: bool = False) -> nn.Module:

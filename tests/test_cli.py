@@ -199,14 +199,15 @@ def test_wrong_arguments_of_classify_are_named(capsys, photo, bad_files, argv, w
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_bench_writes_parity_speed_and_environment(capsys, tmp_path, train):
     path = tmp_path / "bench.json"
-    argv = ["bench", "resnet18", "--batch", "1", "2", "--size", "40", "--seconds", "0.1", "--json", str(path)]
+    batches = [1] if train else [1, 2]
+    argv = ["bench", "resnet18", "--batch", *map(str, batches), "--size", "40", "--seconds", "0.1", "--json", str(path)]
     status, out, err = run(capsys, *argv, *(["--train", "--seeds", "2"] if train else []))
     assert status == 0, out + err
     assert "fused_resnet" in out and "noise" in out
     result = json.loads(path.read_text())
     assert result["schema"] == 1
     assert result["environment"]["torch"] == torch.__version__
-    assert [case["batch"] for case in result["cases"]] == [1, 2]
+    assert [case["batch"] for case in result["cases"]] == batches
     for case in result["cases"]:
         assert case["mode"] == ("train" if train else "eval")
         assert case["parity"]["ok"]
@@ -236,7 +237,8 @@ def test_bench_fails_when_a_gradient_is_wrong_by_one_percent(capsys, monkeypatch
         return model
 
     monkeypatch.setattr(cli, "swap_blocks", spoiled)
-    status, out, _ = run(capsys, "bench", "resnet18", "--batch", "2", "--size", "40", "--seconds", "0", "--train")
+    argv = ["bench", "resnet18", "--batch", "2", "--size", "40", "--seconds", "0", "--seeds", "2", "--train"]
+    status, out, _ = run(capsys, *argv)
     assert status == cli.DISAGREES
     assert out.count("parity fails") == 1
     assert "parity fails: gradient of layer2.0.conv1.weight: off by" in out
@@ -370,6 +372,6 @@ def test_the_example_trains_alike():
 def test_the_module_runs_as_a_program():
     answer = subprocess.run([sys.executable, "-m", "fused_resnet"], capture_output=True, text=True)
     assert answer.returncode == 2
-    assert "classify | bench | roofline | doctor" in answer.stderr
+    assert "classify | bench | roofline | zoo | explore | doctor" in answer.stderr
     answer = subprocess.run([sys.executable, "-m", "fused_resnet", "--version"], capture_output=True, text=True)
     assert (answer.returncode, answer.stdout) == (0, "fused_resnet 0.1.0\n")

@@ -1,6 +1,6 @@
 """The chained bottleneck, compiled for GPUs that are not here in every configuration that is offered for ResNet-50.
 
-Runs tests/aot_chain.py in processes of their own, under both Tritons as tests/test_triton_aot.py does.
+Runs tests/aot_chain.py; aot_runs.py has how.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from test_triton_aot import CHIPS, ROOT, SHARED_KIB, TENSOR_CORE, compiling, version  # noqa: E402, F401
+import aot_runs  # noqa: E402
+from aot_runs import ROOT, SHARED_KIB, TENSOR_CORE  # noqa: E402
 
 pytestmark = pytest.mark.aot
 
@@ -22,19 +23,21 @@ LAYERS = {
     *(f"layer{i}.{form}" for i in (1, 2, 3, 4) for form in ("first_rung4", "middle_rung4")),
     "layer4.last_pool",
 }
+RUNS = aot_runs.runs(90)
 
 
-_futures: dict = {}
+def command(version: str, arch: int, few: bool) -> tuple[str, ...]:
+    return version, "aot_chain.py", "--arch", str(arch), *(["--few"] if few else [])
 
 
 @pytest.fixture
-def lines(request, version, arch) -> list[dict]:  # noqa: F811
-    """What tests/aot_chain.py says of every kernel."""
-    return compiling(request, "aot_chain.py", _futures, version, arch)
+def lines(request) -> list[dict]:
+    """What the script says of every kernel."""
+    return aot_runs.lines(request)
 
 
-@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
-def test_every_configuration_compiles_and_fits(lines, version, arch):  # noqa: F811
+@pytest.mark.parametrize(("version", "arch", "few"), RUNS)
+def test_every_configuration_compiles_and_fits(lines, version, arch, few):
     spilled = [(i["instance"], i["config"]) for i in lines if i["spill_load"] or i["spill_store"]]
     assert not spilled
     too_large = [(i["instance"], i["config"], i["shared"]) for i in lines if i["shared"] > SHARED_KIB[arch] << 10]
@@ -44,14 +47,14 @@ def test_every_configuration_compiles_and_fits(lines, version, arch):  # noqa: F
     assert {i["kernel"] for i in lines} == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
 
 
-@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
-def test_every_layer_has_a_configuration(lines, version, arch):  # noqa: F811
+@pytest.mark.parametrize(("version", "arch", "few"), RUNS)
+def test_every_layer_has_a_configuration(lines, version, arch, few):
     """Also where the shared memory is small: only rung 5 of layer4 is declined, everywhere."""
     assert {i["instance"] for i in lines} >= LAYERS
 
 
-@pytest.mark.parametrize(("version", "arch"), CHIPS, indirect=["version"])
-def test_every_dot_runs_on_the_tensor_cores_and_every_copy_streams(lines, version, arch):  # noqa: F811
+@pytest.mark.parametrize(("version", "arch", "few"), RUNS)
+def test_every_dot_runs_on_the_tensor_cores_and_every_copy_streams(lines, version, arch, few):
     for line in lines:
         if line["kernel"] != CHAIN:
             continue

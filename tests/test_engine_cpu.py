@@ -73,8 +73,9 @@ def guarded(monkeypatch):
 
 def program_of(model, inputs, isa, choice=None, workers=1, cache=cp.CACHE):
     """(executor, program); choice: for every convolution that it fits, the others by GEMM."""
-    runner = cpu.Cpu(network_of(model, *inputs).graph.module, workers, isa)
-    network = cpu.for_stems(network_of(model, *inputs), runner.target)
+    network = network_of(model, *inputs)
+    runner = cpu.Cpu(network.graph.module, workers, isa)
+    network = cpu.for_stems(network, runner.target)
     strides = {name: t.stride() for name, t in runner._given(network, inputs).items()}
     choices = {}
     for step in network.steps if choice is not None else ():
@@ -89,8 +90,11 @@ def compiled(model, *inputs, **how):
     return runner.run(program, inputs)
 
 
-def judged(model, inputs, **how):
-    engine_cases.agree(compiled(model, *inputs, **how), model, *inputs)
+def judged(model, inputs, *hows):
+    """Every way to run it holds the rule."""
+    rule = engine_cases.rule(model, *inputs)
+    for how in hows:
+        rule(compiled(model, *inputs, **how))
 
 
 def gemm(isa, rows=7, panels=1):
@@ -127,10 +131,12 @@ HOW = {
 def test_gemm(shape, isa, guarded):
     layer, size = CONVS[shape]
     x = torch.randn(size)
-    for rows, panels, workers in ((1, 1, 1), (5, 2, 2), (500, 3, 1)):
-        how = dict(isa=isa, choice=gemm(isa, rows, panels), workers=workers)
-        for body in (HOW["plain"], HOW["relu"]):
-            judged(Net(body, a=layer, n=nn.BatchNorm2d(layer.out_channels)), (x,), **how)
+    hows = [
+        dict(isa=isa, choice=gemm(isa, rows, panels), workers=workers)
+        for rows, panels, workers in ((1, 1, 1), (5, 2, 2), (500, 3, 1))
+    ]
+    for body in (HOW["plain"], HOW["relu"]):
+        judged(Net(body, a=layer, n=nn.BatchNorm2d(layer.out_channels)), (x,), *hows)
 
 
 @isas
@@ -143,8 +149,8 @@ def test_residual_and_segment(k, isa, guarded):
             a=conv(12, k, stride=stride), n=nn.BatchNorm2d(k), s=conv(12, k, 1, stride=stride, bias=True),
             b=conv(k, k, 1), c=conv(k, 9, 1),
         )  # fmt: skip
-        for rows in (1, 13, 96):
-            judged(model, (torch.randn(3, 12, 9, 7),), isa=isa, choice=gemm(isa, rows, 2), workers=2)
+        hows = [dict(isa=isa, choice=gemm(isa, rows, 2), workers=2) for rows in (1, 13, 96)]
+        judged(model, (torch.randn(3, 12, 9, 7),), *hows)
 
 
 @isas
@@ -160,19 +166,19 @@ def test_winograd(size, m, shared, isa, guarded):
         model = Net(
             lambda m, x: (lambda y: F.relu(m.b(y) + y))(F.relu(m.n(m.a(x)))), a=a, b=b, n=nn.BatchNorm2d(5 * width)
         )
+        rule = engine_cases.rule(model, x)
         for tiles, panels, workers in ((1, 1, 2), (3, 2, 1), (1000, 3, 3)):
-            how = dict(isa=isa, choice=winograd(isa, m, tiles, shared, panels), workers=workers)
-            _, program = program_of(model, (x,), **how)
+            choice = winograd(isa, m, tiles, shared, panels)
+            runner, program = program_of(model, (x,), isa=isa, choice=choice, workers=workers)
             assert all(program.choice(s).kernel == "winograd" for s in program.network.steps)
-            judged(model, (x,), **how)
+            rule(runner.run(program, (x,)))
 
 
 @isas
 def test_a_deep_winograd(isa, guarded):
     """More channels than one slice of the reduction."""
     model = Net(lambda m, x: m.a(x), a=conv(320, 16))
-    for m in (2, 4):
-        judged(model, (torch.randn(1, 320, 6, 5),), isa=isa, choice=winograd(isa, m, 4, False))
+    judged(model, (torch.randn(1, 320, 6, 5),), *(dict(isa=isa, choice=winograd(isa, m, 4, False)) for m in (2, 4)))
 
 
 STEMS = {
@@ -200,10 +206,11 @@ def test_stem(shape, layout, isa, guarded):
     }[layout]()
     k = layer.out_channels
     model = Net(lambda m, x: F.max_pool2d(F.relu(m.n(m.a(x))), 3, 2, 1), a=layer, n=nn.BatchNorm2d(k))
+    rule = engine_cases.rule(model, x)
     for workers in (1, 3):
-        _, program = program_of(model, (x,), isa=isa, workers=workers)
+        runner, program = program_of(model, (x,), isa=isa, workers=workers)
         assert [s.op for s in program.network.steps] == ["stem"]
-        judged(model, (x,), isa=isa, workers=workers)
+        rule(runner.run(program, (x,)))
 
 
 def head(isa, scratch=1 << 16, workers=1):
@@ -274,7 +281,7 @@ def test_stem_reads_any_strides(band, isa):
 def test_pools(pool, c, isa, guarded):
     model = Net(lambda m, x: F.adaptive_avg_pool2d(F.max_pool2d(x, *pool), 1))
     x = torch.randn(3, c, 9, 7)
-    judged(model, (x,), isa=isa, workers=2)
+    judged(model, (x,), dict(isa=isa, workers=2))
     only = Net(lambda m, x: F.max_pool2d(x, *pool))
     x[0, 0, 4, 3], x[1, -1, 0, 0], x[2, :, 5:, 5:] = float("nan"), float("inf"), -float("inf")
     assert torch.equal(compiled(only, x, isa=isa).nan_to_num(7e7), only(x).nan_to_num(7e7))
@@ -342,8 +349,8 @@ def body():
 @pytest.mark.parametrize("batch", [1, 6, 7])
 def test_batches_in_parts(batch, cache, isa, guarded):
     model, x = body(), torch.randn(batch, 3, 37, 41)
-    for choice in (None, gemm(isa, 11), winograd(isa, 4, 5, True)):
-        judged(model, (x,), isa=isa, choice=choice, cache=cache, workers=2)
+    choices = (None, gemm(isa, 11), winograd(isa, 4, 5, True))
+    judged(model, (x,), *(dict(isa=isa, choice=choice, cache=cache, workers=2) for choice in choices))
 
 
 @isas
@@ -356,9 +363,9 @@ def test_what_later_parts_of_a_batch_read_stays(isa, guarded):
 
     model = Net(forward, a=conv(3, 8), b=conv(8, 8, stride=2), c=conv(8, 8), d=conv(8, 8), e=conv(8, 8, 1))
     x = torch.randn(6, 3, 40, 40)
-    _, program = program_of(model, (x,), isa=isa, choice=gemm(isa, 50), cache=7000)
+    runner, program = program_of(model, (x,), isa=isa, choice=gemm(isa, 50), cache=7000)
     assert sorted(set(program.size.values()) - {0}) == [1, 2]
-    judged(model, (x,), isa=isa, choice=gemm(isa, 50), cache=7000)
+    engine_cases.agree(runner.run(program, (x,)), model, x)
 
 
 @isas
@@ -562,6 +569,8 @@ from fused_resnet.engine import cpu_program as cp
 isa, rounds = int(sys.argv[1]), int(sys.argv[2])
 rng, raised = random.Random(0), 0
 odd = [-(1 << 63), (1 << 63) - 1, 1 << 62, 1 << 40, 1 << 32, (1 << 31) - 1, 1 << 30, 65537, 2049, 17, *range(-2, 10)]
+around = t.Guarded()
+scratch = around.flat(1 << 16)  # once: to fill it takes longer than all else
 for i in range(rounds):
     steps, buffers = t.every_op(isa)
     memory = t.Guarded()
@@ -571,13 +580,12 @@ for i in range(rounds):
     words = t.head(isa, workers=rng.choice([1, 3])) + list(rng.choice(steps))
     for _ in range(rng.choice([1, 1, 2, 3])):
         words[rng.randrange(3 if rng.random() < .1 else 6, len(words))] = rng.choice(odd)
-    scratch = memory.flat(1 << 16)
     try:
         torch.ops.fused_resnet_cpu.run_program(torch.tensor(words), [scratch, *inside], None)
     except RuntimeError as error:
         assert "run_program" in str(error), error
         raised += 1
-    memory.check()
+    memory.check(), around.check()
 print("raised", raised)
 """
 

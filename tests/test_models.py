@@ -56,12 +56,22 @@ def trials(name: str, train: bool, device, seeds: tuple[int, ...] = parity.SEEDS
 
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 modes = pytest.mark.parametrize("mode", ["train", "eval"])
-names = pytest.mark.parametrize("name", NAMES)
+
+
+def names(*default: str):
+    """All ten, these by default: the others have the same blocks, only more or larger, and go with the slow tests."""
+    marks = {n: [] if n in default else pytest.mark.slow for n in NAMES}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
+
+
+FEW = ("resnet18", "resnet50", "resnext50_32x4d")
+few_names = names(*FEW)
+every_kind = names(*FEW, "wide_resnet50_2")
 
 
 @layouts
 @modes
-@names
+@every_kind
 def test_equals_torchvision(name, mode, layout, device):
     """float32: output, gradient of the input and of every parameter, running statistics, num_batches_tracked.
 
@@ -87,7 +97,7 @@ def test_equals_torchvision(name, mode, layout, device):
 
 
 @modes
-@names
+@every_kind
 def test_equals_torchvision_in_float64(name, mode, device):
     """The same where ReLUs cut through the data, to nine digits: in float64 a flip is next to impossible."""
     model, x = untouched(name, 0, mode == "train", device, firm=False)
@@ -95,10 +105,6 @@ def test_equals_torchvision_in_float64(name, mode, device):
     assert len(fused_resnet.swap_report(ours).fused) == len(fused_resnet.swap_report(ours).blocks) > 0
     found = parity.errors(parity.observe(ours, x.double()), parity.observe(model, x.double()))
     assert max(found.values()) < 1e-9, max((e, n) for n, e in found.items())
-
-
-FEW = ("resnet18", "resnet50", "resnext50_32x4d")
-few_names = pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 
 
 @modes
@@ -203,9 +209,12 @@ def kinds(t: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "name, value",
+    [("resnet18", math.nan), ("resnet18", math.inf), ("resnet18", -math.inf), ("resnet50", math.nan)]
+    + [pytest.param("resnet50", value, marks=pytest.mark.slow) for value in (math.inf, -math.inf)],
+)
 def test_nan_and_inf_travel(name, mode, value, layout, device):
     model, x = untouched(name, 0, mode == "train", device)
     x[0, 1, 5, 7] = value

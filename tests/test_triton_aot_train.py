@@ -1,50 +1,31 @@
 """The kernels that train without storing a normalised tensor, compiled for GPUs not here.
 
-Runs tests/aot_train.py under each Triton, as tests/test_triton_aot.py does its own script.
+Runs tests/aot_train.py; aot_runs.py has how.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 import re
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 pytest.importorskip("triton")
-from test_triton_aot import ROOT, SHARED_KIB, TENSOR_CORE, TRITON_36, told  # noqa: E402
+import aot_runs  # noqa: E402
+from aot_runs import ROOT, SHARED_KIB, TENSOR_CORE  # noqa: E402
 
 pytestmark = pytest.mark.aot
-# Every kind of kernel for two chips; every instance for all chips and Tritons with the slow tests.
-RUNS = [pytest.param("installed", arch, True, id=f"few-{arch}") for arch in (80, 90)]
-RUNS += [
-    pytest.param(version, arch, False, marks=pytest.mark.slow, id=f"{version}-{arch}")
-    for version in ("installed", "3.6")
-    for arch in SHARED_KIB
-]
+RUNS = aot_runs.runs(80, 90)
 DOTS = {"_bn_act_conv_fwd_kernel", "_gram_partial_kernel"}
 
 
-@functools.cache
-def pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
-
-
-@functools.cache
-def future(version: str, arch: int, few: bool) -> Future:
-    return pool().submit(told, version, "aot_train.py", "--arch", str(arch), *(["--few"] if few else []))
+def command(version: str, arch: int, few: bool) -> tuple[str, ...]:
+    return version, "aot_train.py", "--arch", str(arch), *(["--few"] if few else [])
 
 
 @pytest.fixture
-def lines(request, version, arch, few) -> list[dict]:
-    """What tests/aot_train.py says of every kernel; what other tests here want is begun as well."""
-    if version == "3.6" and not (TRITON_36 / "triton").is_dir():
-        pytest.skip(f"no Triton 3.6 in {TRITON_36}")
-    for item in request.session.items:
-        if item.module is request.module and (item.callspec.params["version"] == "installed" or TRITON_36.is_dir()):
-            future(*(item.callspec.params[name] for name in ("version", "arch", "few")))
-    return future(version, arch, few).result()
+def lines(request) -> list[dict]:
+    """What the script says of every kernel."""
+    return aot_runs.lines(request)
 
 
 @pytest.mark.parametrize(("version", "arch", "few"), RUNS)

@@ -1,36 +1,35 @@
 """The kernels of bn_act_conv_bwd at the layers of ResNet-50, compiled for GPUs that are not here.
 
-Runs tests/aot_train_bwd.py as tests/test_triton_aot.py does its own script: two layers for two chips under one Triton,
-all else with the slow tests.
+Runs tests/aot_train_bwd.py; aot_runs.py has how.
 """
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 
 pytest.importorskip("triton")
-from test_triton_aot import SHARED_KIB, TENSOR_CORE, TRITON_36, told  # noqa: E402
+import aot_runs  # noqa: E402
+from aot_runs import SHARED_KIB, TENSOR_CORE  # noqa: E402
 
 pytestmark = pytest.mark.aot
 
 FEW = "^(3x3_128_stride2_fp16|1x1_64_256_tf32)$"
-RUNS = [pytest.param("installed", arch, FEW, id=f"few-{arch}") for arch in (90, 80)] + [
-    pytest.param(version, arch, "", marks=pytest.mark.slow, id=f"{version}-{arch}")
-    for version in ("installed", "3.6")
-    for arch in SHARED_KIB
-]
+RUNS = aot_runs.runs(90, 80)
 INPUT, WEIGHT, FINISH = (f"_bn_act_conv_bwd_{part}_kernel" for part in ("input", "weight", "weight_finish"))
 
-compiled = functools.cache(told)
+
+def command(version: str, arch: int, few: bool) -> tuple[str, ...]:
+    return version, "aot_train_bwd.py", "--arch", str(arch), *(["--only", FEW] if few else [])
 
 
-@pytest.mark.parametrize(("version", "arch", "only"), RUNS)
-def test_kernels_compile_and_fit(version, arch, only):
-    if version == "3.6" and not (TRITON_36 / "triton").is_dir():
-        pytest.skip(f"no Triton 3.6 in {TRITON_36}")
-    lines = compiled(version, "aot_train_bwd.py", "--arch", str(arch), "--only", only)
+@pytest.fixture
+def lines(request) -> list[dict]:
+    """What the script says of every kernel."""
+    return aot_runs.lines(request)
+
+
+@pytest.mark.parametrize(("version", "arch", "few"), RUNS)
+def test_kernels_compile_and_fit(lines, version, arch, few):
     assert {line["kernel"] for line in lines} == {INPUT, WEIGHT, FINISH}
     for line in lines:
         name, kernel = line["instance"], line["kernel"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 
 CL = torch.channels_last
@@ -9,6 +12,27 @@ CL = torch.channels_last
 # Relative 2-norm of the error. What the inputs are is exact and sums are float32, so what is left is the rounding of a
 # float32 sum, or the one rounding at the store: 2^-11 in fp16, 2^-7 in bf16, where the interpreter truncates.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def each_dtype(cases, few, whole=("fp32",)):
+    """(case, dtype) for parametrize: every case in the dtypes of `whole`, a few in the others, which differ in what is
+    loaded and stored alone; the rest goes with the slow tests."""
+    for case, dtype in itertools.product(cases, DTYPES):
+        marks = [] if dtype in whole or case in few else pytest.mark.slow
+        yield pytest.param(case, DTYPES[dtype], id=f"{case}-{dtype}", marks=marks)
+
+
+def each_value(cases):
+    """(case, value, relu): all that is not finite, with a ReLU and without, for the first case; a NaN before a ReLU and
+    an infinity without one for the others, whose rest goes with the slow tests."""
+    nan, inf = float("nan"), float("inf")
+    for case, value, relu in itertools.product(cases, (nan, inf, -inf), (False, True)):
+        default = case == cases[0] or (value, relu) in ((nan, True), (inf, False))
+        name = f"{case}-{value}-{'relu' if relu else 'linear'}"
+        yield pytest.param(case, value, relu, id=name, marks=[] if default else pytest.mark.slow)
 
 
 def rand(*shape, dtype=torch.float32, seed=0):

@@ -11,9 +11,8 @@ import torch
 from fused_resnet.engine import reference
 from fused_resnet.engine import triton_chain as chain
 
-from .common import CL, assert_close, rand
+from .common import CL, assert_close, each_dtype, rand
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALL = {
     "block_m": 32,
     "block_n": 32,
@@ -122,20 +121,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype, n", [("fp32", 3), ("fp16", 1), ("bf16", 1)], ids=["fp32_b3", "fp16_b1", "bf16_b1"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_form(case, dtype, n):
+FEW = ("rung4", "rung5_projection_quarter", "pool")
+
+
+@pytest.mark.parametrize("case, dtype", [*each_dtype(CASES, FEW, whole=("fp32", "fp16"))])
+def test_every_form(case, dtype):
     """Channels that the tile divides: two blocks of the 3x3's, two column blocks."""
-    shape, options = case
-    args, more = inputs(n, 32, 7, 9, 16, 64, dtype=DTYPES[dtype], **shape)
+    shape, options = CASES[case]
+    args, more = inputs(3 if dtype is torch.float32 else 1, 32, 7, 9, 16, 64, dtype=dtype, **shape)
     check(args, more | options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case, dtype", [*each_dtype(CASES, FEW)])
 def test_channels_that_no_tile_divides(case, dtype):
     """Ragged everywhere: input, middle, output and next channels; rows of a map longer than a tile."""
-    shape, options = case
+    shape, options = CASES[case]
     if shape.get("following"):
         shape = shape | {"following": shape["following"] + 3}
     args, more = inputs(2, 19, 3, 18, 13, 37, dtype=dtype, **shape)

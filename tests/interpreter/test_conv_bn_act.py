@@ -10,7 +10,7 @@ from fused_resnet.backends.layout import output_format
 from fused_resnet.kernels import tiles
 
 from . import common
-from .common import CL, assert_close, bn_params, lay, rand
+from .common import CL, assert_close, bn_params, each_dtype, each_value, lay, rand
 
 EPS = 1e-3
 
@@ -40,7 +40,7 @@ CASES = {
     "depthwise_wide": (1, 37, 5, 7, 37, 3, 3, (1, 1), (2, 2), (2, 2), 37),
     "depthwise_multiplier": (1, 6, 7, 9, 18, 3, 3, (1, 1), (1, 1), (1, 1), 6),
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FEW = ("stem_7x7", "3x3_stride2", "1x1_odd", "resnext_8_stride2", "groups_odd", "depthwise")
 
 
 def inputs(case, dtype, seed=0, layout="channels_last"):
@@ -64,8 +64,7 @@ def check(x, weight, bn, residual, conv, relu):
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, dtype", [*each_dtype(CASES, FEW)])
 def test_parity(case, dtype):
     x, weight, conv = inputs(case, dtype)
     check(x, weight, bn_params(weight.shape[0]), residual_of(case, dtype), conv, True)
@@ -117,9 +116,9 @@ def test_several_tiles_each_way(case, block, monkeypatch):
     check(x, weight, bn_params(weight.shape[0]), residual_of(case, torch.float32), conv, True)
 
 
-@pytest.mark.parametrize("case", ["3x3", "1x1", "stem_7x7", "resnext_4", "depthwise", "groups_odd"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize(
+    "case, value, relu", [*each_value(["3x3", "1x1", "stem_7x7", "resnext_4", "depthwise", "groups_odd"])]
+)
 def test_not_finite_travels_as_in_torch(case, value, relu):
     """NaN, inf and finite are where they are in PyTorch: groups that share a tile do not contaminate each other."""
     x, weight, conv = inputs(case, torch.float32)

@@ -13,8 +13,8 @@ from fused_resnet.backends import triton as backend
 from fused_resnet.backends.layout import output_format
 
 from . import common
-from .common import CL, assert_close, bn_params, lay, rand
-from .test_conv_bn_act import CASES, DTYPES, EPS, inputs
+from .common import CL, assert_close, bn_params, each_dtype, lay, rand
+from .test_conv_bn_act import CASES, EPS, FEW, inputs
 
 NAMES = ("dx", "dweight", "dbn_weight", "dbn_bias", "dresidual")
 # Gradients that aten computes from 16-bit g and folded weights, and rounds to 16 bit, carry two or three roundings.
@@ -69,8 +69,7 @@ def check(case, dtype, bn=True, relu=True, layout="channels_last", mask=(True,) 
     return got
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, dtype", [*each_dtype(CASES, FEW)])
 def test_parity(case, dtype):
     check(case, dtype)
 
