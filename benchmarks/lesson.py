@@ -39,16 +39,15 @@ class Runs:
             self.groups.setdefault((run["block"], run["depth"], run["kind"]), []).append(run)
 
     def about(self) -> str:
-        r = self.record
-        return textwrap.fill(
+        r, machine = self.record, self.record["machine"]
+        text = (
             f"`{r['command']}`: {r['dataset']} ({r['train_images']} images to train, {r['test_images']} to test), "
-            f"{r['epochs']} epochs of SGD, learning rate {r['lr']} falling as a cosine, momentum {r['momentum']}, weight "
-            f"decay {r['weight_decay']}, batches of {r['batch_size']}; {r['machine']['cpu']}, torch {r['machine']['torch']}. "
-            "The training loss is that of the network as it ended, in eval mode, over all training images: the mean over "
-            "seeds, and their range where there are several.",
-            width=120,
-            break_on_hyphens=False,
+            f"{r['epochs']} epochs of SGD, learning rate {r['lr']} falling as a cosine, momentum {r['momentum']}, "
+            f"weight decay {r['weight_decay']}, batches of {r['batch_size']}; {machine['cpu']}, torch {machine['torch']}. "
+            "The training loss is that of the network as it ended, in eval mode, over all training images; it and the "
+            "accuracy are means over seeds, with their range where there are several."
         )
+        return textwrap.fill(text, width=120, break_on_hyphens=False)
 
     def table(self) -> str:
         header = ["", "parameters", "training loss", "test accuracy", "seeds"]
@@ -87,18 +86,22 @@ def _lesson(runs: Runs, gradients: dict) -> str:
     def weights(name: str) -> str:
         return f"{zoo.entry(name).parameters:,}"
 
+    def losses(kind: str) -> str:
+        return ", ".join(f"{runs.loss(kind, depth):.4f}" for depth in (8, 20, 56))
+
     steps = max(s["step"] for s in gradients["stacks"])
+    start, later = ({kind: fades(step, kind) for kind in ("plain", "residual")} for step in (0, steps))
     rows = [
         (
             f"the ten lines of NumPy print {lesson['plain']:.6f}, {lesson['residual']:.6f} and {lesson['ratio']:.1f}",
-            f"{numpy['plain']:.6f}, {numpy['residual']:.6f} and {numpy['ratio']:.1f}; autograd through the fused op agrees. "
-            f"The gradient is of eight ones, so the identity alone gives √8 = {math.sqrt(8):.6f}",
+            f"{numpy['plain']:.6f}, {numpy['residual']:.6f} and {numpy['ratio']:.1f}; autograd through the fused op "
+            f"agrees. The gradient is of eight ones, so the identity alone gives √8 = {math.sqrt(8):.6f}",
         ),
         (
             "gradients die in a deep plain stack, 0.9^100",
-            f"with batch norm they explode at initialisation: of 110 plain layers the first's is {fades(0, 'plain')} times "
-            f"the last's (residual: {fades(0, 'residual')}); after {steps} steps they have died, {fades(steps, 'plain')} "
-            f"(residual: {fades(steps, 'residual')})",
+            "with batch norm they explode at initialisation: of 110 plain layers the first's is "
+            f"{start['plain']} times the last's (residual: {start['residual']}); after {steps} steps they have died, "
+            f"{later['plain']} (residual: {later['residual']})",
         ),
         (
             "without the add a network stops being trainable past a dozen layers",
@@ -107,15 +110,13 @@ def _lesson(runs: Runs, gradients: dict) -> str:
         ),
         (
             "20 plain layers end with a worse training loss than 8; residual ones keep improving",
-            f"plain {runs.loss('plain', 8):.4f}, {runs.loss('plain', 20):.4f}, {runs.loss('plain', 56):.4f} for 8, 20 and "
-            f"56 layers; residual {runs.loss('residual', 8):.4f}, {runs.loss('residual', 20):.4f}, "
-            f"{runs.loss('residual', 56):.4f}",
+            f"8, 20 and 56 layers: plain {losses('plain')}; residual {losses('residual')}",
         ),
         ("3 stages of 2 basic blocks are a ResNet-8", "6n + 2 layers: 14; of one block a stage, 8"),
         ("try the bottleneck at 50 layers", "9n + 2 layers: 47 and 56 are, 50 is not"),
         (
             "its parameters drop below those of 20 layers of basic blocks",
-            f"47 layers of bottlenecks have {weights('cifar_bottleneck47')}, 20 of basic blocks {weights('cifar_resnet20')}",
+            f"{weights('cifar_bottleneck47')} in 47 layers of bottlenecks, {weights('cifar_resnet20')} in 20 of basic blocks",
         ),
         (
             "ResNet-50 has fewer parameters than ResNet-34",

@@ -82,11 +82,11 @@ def test_it_has_the_accuracy_that_is_recorded(exact, digits):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("run", [torchvisions, fused, optimized])
-def test_every_run_predicts_the_same(run, dtype, exact, digits):
-    images = digits[0].to(dtype)
-    network = run(build(), images)
+def test_every_run_predicts_the_same(run, dtype, exact, digits, device):
+    images = digits[0].to(device, dtype)
+    network = run(build().to(device), images)
     with torch.no_grad():
-        logits = torch.cat([network(part) for part in images.split(90)])
+        logits = torch.cat([network(part) for part in images.split(90)]).cpu()
     assert logits.dtype == dtype
     other = (logits.argmax(1) != exact.argmax(1)).nonzero().flatten().tolist()
     told = [f"image {i}: {exact[i].topk(2).values.tolist()} became {logits[i].topk(2).values.tolist()}" for i in other]
