@@ -13,6 +13,7 @@ from fused_resnet import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # unlike `python -m pytest`, `pytest` does not look into the checkout
+lesson = importlib.import_module("benchmarks.lesson")
 record = importlib.import_module("benchmarks.record")
 table = importlib.import_module("benchmarks.table")
 TINY = ["--device", "cpu", "--size", "32", "--batches", "2", "--seconds", "0", "--seeds", "1"]
@@ -70,6 +71,15 @@ def test_a_benchmark_without_parity_fails(tmp_path):
 
 def test_the_readme_says_what_the_results_say(capsys):
     assert table.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_readme_says_what_the_runs_show(tmp_path, capsys):
+    assert lesson.main(["--check"]) == 0, capsys.readouterr().out
+    record = json.loads((lesson.RESULTS / "degradation.json").read_text())
+    record["runs"][0]["train_loss_eval"][-1] += 1
+    (tmp_path / "degradation.json").write_text(json.dumps(record))
+    (tmp_path / "gradients.json").write_text((lesson.RESULTS / "gradients.json").read_text())
+    assert lesson.main(["--check", "--results", str(tmp_path)]) == 1
 
 
 @pytest.fixture
