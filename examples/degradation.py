@@ -1,7 +1,7 @@
 """Does depth hurt? Trains plain and residual twins of growing depth, and compares how well they fit.
 
     python examples/degradation.py                                  # 8, 20 and 56 layers, 30 epochs
-    python examples/degradation.py --quick                          # a few minutes on two CPU cores
+    python examples/degradation.py --quick                          # 8 and 20 layers, two minutes on a CPU
     python examples/degradation.py --seeds 0 1 2 --bottleneck 47    # three times, and 47 layers of bottlenecks
 
 He et al. (arXiv 1512.03385), figures 1 and 6, on CIFAR-10, or on scikit-learn's handwritten digits where that is not at
@@ -70,8 +70,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     options.add_data(parser.add_argument_group("data"))
 
     group = parser.add_argument_group("networks, a plain and a residual one of each")
-    text = "weighted layers, 6n + 2 of basic blocks or 9n + 2 of bottlenecks (default: 8 20 56)"
-    group.add_argument("--depths", metavar="N", nargs="+", default=["8", "20", "56"], help=text)
+    text = "weighted layers, 6n + 2 of basic blocks or 9n + 2 of bottlenecks (default: 8 20 56; with --quick, 8 20)"
+    group.add_argument("--depths", metavar="N", nargs="+", help=text)
     text = "also bottlenecks of 9n + 2 layers, 47 say: their weights beside those of 20 layers of basic blocks"
     group.add_argument("--bottleneck", metavar="N", nargs="+", type=twins.depth("bottleneck"), default=[], help=text)
     group.add_argument("--block", choices=tuple(twins.LAYERS), default="basic", help="of --depths (default: basic)")
@@ -80,13 +80,13 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     twins.add_shortcut(group)
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", metavar="N", type=options.count, help="(default: 30; with --quick, 6)")
+    group.add_argument("--epochs", metavar="N", type=options.count, help="(default: 30; with --quick, 10)")
     twins.add_optimizer(group)
     text = "of weights, order and augmentation; every network is trained with each (default: 0)"
     group.add_argument("--seeds", metavar="N", nargs="+", type=options.seed, default=[0], help=text)
     text = "only the first N training and N test images (default: all; with --quick, 1500)"
     group.add_argument("--images", metavar="N", type=options.count, help=text)
-    group.add_argument("--quick", action="store_true", help="fewer epochs and images, for a first look")
+    group.add_argument("--quick", action="store_true", help="fewer layers, epochs and images, for a first look")
 
     group = parser.add_argument_group("run")
     twins.add_files(group, "degradation")
@@ -94,11 +94,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
     found = parser.parse_args(arguments)
     options.check_data(parser, found)
+    found.depths = found.depths or (["8", "20"] if found.quick else ["8", "20", "56"])
     try:
         found.depths = [twins.depth(found.block)(text) for text in found.depths]
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --depths: {error}")
-    found.epochs = found.epochs or (6 if found.quick else 30)
+    found.epochs = found.epochs or (10 if found.quick else 30)
     found.images = found.images or (1500 if found.quick else None)
     found.record = found.record or found.out / "degradation.json"
     found.picture = found.picture or found.out / "degradation.png"

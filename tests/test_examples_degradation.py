@@ -289,7 +289,7 @@ def test_defaults():
     assert (chosen.lr, chosen.momentum, chosen.weight_decay) == (0.1, 0.9, 5e-4)
     assert twins.batch_size(chosen, DIGITS) == 64
     quick = degradation.parse(["--quick", "--epochs", "3"])
-    assert (quick.epochs, quick.images) == (3, 1500)
+    assert (quick.depths, quick.epochs, quick.images) == ([8, 20], 3, 1500)
 
 
 def test_help_tells_of_every_option(capsys):
