@@ -43,7 +43,8 @@ class Runs:
         text = (
             f"`{r['command']}`: {r['dataset']} ({r['train_images']} images to train, {r['test_images']} to test), "
             f"{r['epochs']} epochs of SGD, learning rate {r['lr']} falling as a cosine, momentum {r['momentum']}, "
-            f"weight decay {r['weight_decay']}, batches of {r['batch_size']}; {machine['cpu']}, torch {machine['torch']}. "
+            f"weight decay {r['weight_decay']}, batches of {r['batch_size']}; {machine['cpu']}, torch "
+            f"{machine['torch']}. "
             "The training loss is that of the network as it ended, in eval mode, over all training images; it and the "
             "accuracy are means over seeds, with their range where there are several."
         )
@@ -116,7 +117,8 @@ def _lesson(runs: Runs, gradients: dict) -> str:
         ("try the bottleneck at 50 layers", "9n + 2 layers: 47 and 56 are, 50 is not"),
         (
             "its parameters drop below those of 20 layers of basic blocks",
-            f"{weights('cifar_bottleneck47')} in 47 layers of bottlenecks, {weights('cifar_resnet20')} in 20 of basic blocks",
+            f"47 layers of bottlenecks have {weights('cifar_bottleneck47')}, 20 of basic blocks "
+            f"{weights('cifar_resnet20')}",
         ),
         (
             "ResNet-50 has fewer parameters than ResNet-34",
