@@ -5,9 +5,10 @@
     python examples/degradation.py --seeds 0 1 2 --bottleneck 47    # three times, and 47 layers of bottlenecks
 
 He et al. (arXiv 1512.03385), figures 1 and 6, on CIFAR-10, or on scikit-learn's handwritten digits where that is not at
-hand: twins begin with the same weights, see the same images in the same order, and differ in `+ x` alone. Degradation
-is a matter of the training images: a deeper plain network that fits them worse than a shallower one does not overfit,
-it is harder to optimise. So what counts is the loss on all training images, unaugmented, in eval mode, at the end.
+hand: twins begin with the same weights, see the same images in the same order, and differ in the shortcut alone: `+ x`,
+and projections where maps shrink (none with --shortcut zero_pad). Degradation is a matter of the training images: a
+deeper plain network that fits them worse than a shallower one does not overfit, it is harder to optimise. So what
+counts is the loss on all training images, unaugmented, in eval mode, at the end.
 
 Every network's state is saved in --out after each epoch: killed and called again, it goes on with the numbers that it
 would have had without. The record is written whenever a network is done, the picture at the end.
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -70,7 +72,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     options.add_data(parser.add_argument_group("data"))
 
     group = parser.add_argument_group("networks, a plain and a residual one of each")
-    text = "weighted layers, 6n + 2 of basic blocks or 9n + 2 of bottlenecks (default: 8 20 56; with --quick, 8 20)"
+    text = (
+        "weighted layers, 6n + 2 of basic blocks or 9n + 2 of bottlenecks (default: 8 20 56, of bottlenecks 11 20 56; "
+        "with --quick, the first two)"
+    )
     group.add_argument("--depths", metavar="N", nargs="+", help=text)
     text = "also bottlenecks of 9n + 2 layers, 47 say: their weights beside those of 20 layers of basic blocks"
     group.add_argument("--bottleneck", metavar="N", nargs="+", type=twins.depth("bottleneck"), default=[], help=text)
@@ -86,15 +91,22 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     group.add_argument("--seeds", metavar="N", nargs="+", type=options.seed, default=[0], help=text)
     text = "only the first N training and N test images (default: all; with --quick, 1500)"
     group.add_argument("--images", metavar="N", type=options.count, help=text)
-    group.add_argument("--quick", action="store_true", help="fewer layers, epochs and images, for a first look")
+    group.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer layers, epochs and images, for a first look; in runs/degradation-quick",
+    )
 
     group = parser.add_argument_group("run")
     twins.add_files(group, "degradation")
+    group.set_defaults(out=None)
     group.add_argument("--fresh", action="store_true", help="start anew, and overwrite what is in --out")
 
     found = parser.parse_args(arguments)
     options.check_data(parser, found)
-    found.depths = found.depths or (["8", "20"] if found.quick else ["8", "20", "56"])
+    least = "8" if found.block == "basic" else "11"
+    found.depths = found.depths or ([least, "20"] if found.quick else [least, "20", "56"])
+    found.out = found.out or Path("runs", "degradation-quick" if found.quick else "degradation")
     try:
         found.depths = [twins.depth(found.block)(text) for text in found.depths]
     except argparse.ArgumentTypeError as error:
@@ -113,7 +125,6 @@ class Run:
         self.twin, self.found, self.team = twin, found, team
         size = twins.batch_size(chosen, found)
         self.recipe = twins.Recipe(chosen.epochs, size, chosen.lr, chosen.momentum, chosen.weight_decay, seed)
-        self.loaders = data.Loaders(found, self.recipe, team)
         self.path = chosen.out / f"{twin.name}-seed-{seed}.pt"
         self.setting = {
             "--dataset": found.name,
@@ -128,10 +139,15 @@ class Run:
         if not chosen.fresh and self.path.exists():
             self._resume(checkpoint.load(self.path))
 
+    @cached_property
+    def loaders(self) -> data.Loaders:
+        """Made when they are needed: they hold a copy of the images."""
+        return data.Loaders(self.found, self.recipe, self.team)
+
     def _resume(self, saved: dict) -> None:
         checkpoint.require_same(self.path, saved["setting"], self.setting)
         self.curve, self.seconds, self.parameters = saved["curve"], saved["seconds"], saved["parameters"]
-        self.state = saved
+        self.state = None if self.done else saved
 
     @property
     def epochs(self) -> int:
@@ -143,7 +159,7 @@ class Run:
 
     @property
     def steps_left(self) -> int:
-        return (self.recipe.epochs - self.epochs) * self.loaders.steps
+        return (self.recipe.epochs - self.epochs) * (len(self.found.train.labels) // self.recipe.batch_size)
 
     def train(self, bar: Progress, task) -> None:
         """The epochs that are left."""
@@ -157,10 +173,17 @@ class Run:
             start = time.perf_counter()
             self._epoch(network, optimizer, bar, task)
             if self.done:
-                for name, value in zip(FINAL, measure(network, self.loaders.fitted(), self.team.device), strict=True):
+                final = measure(network, self.loaders.fitted(), self.team.device)
+                if not math.isfinite(final[0]):
+                    raise Refused(
+                        f"--lr: {self.twin.name} ends with a loss of {final[0]}; lower than {self.recipe.lr} may do"
+                    )
+                for name, value in zip(FINAL, final, strict=True):
                     self.curve[name].append(value)
             self.seconds += time.perf_counter() - start
             self._save(network, optimizer)
+        self.state = None
+        del self.loaders
 
     def _epoch(self, network: nn.Module, optimizer: torch.optim.SGD, bar: Progress, task) -> None:
         network.train()
@@ -277,9 +300,10 @@ def compared(records: list[dict], *pair: tuple) -> str:
     return "training loss " + ", ".join(parts)
 
 
-def squeezed(records: list[dict], found: data.Data) -> list[str]:
+def squeezed(records: list[dict], chosen: Options, found: data.Data) -> list[str]:
     """Parameters of the residual bottleneck networks beside those of 20 layers of basic blocks."""
-    basic = parameters(twins.Twin("residual", 20).build(0, found))
+    twin = twins.Twin("residual", 20, "basic", chosen.activation, chosen.shortcut)
+    basic = parameters(twin.build(0, found))
     sizes = {r["depth"]: r["parameters"] for r in records if (r["kind"], r["block"]) == ("residual", "bottleneck")}
     return [f"bottleneck, {n} layers: {p:,} parameters; basic, 20 layers: {basic:,}" for n, p in sizes.items()]
 
@@ -362,7 +386,7 @@ def experiment(chosen: Options, team: processes.Team, command: str) -> None:
             record["runs"] = [r.record() for r in runs if r.done]
             report.write_record(chosen.record, record)
     console.print("\n" + table(record["runs"]) + "\n")
-    for line in [*findings(record["runs"]), *squeezed(record["runs"], found)]:
+    for line in [*findings(record["runs"]), *squeezed(record["runs"], chosen, found)]:
         console.print(line)
     console.print(draw(record, chosen.picture))
 
@@ -391,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"degradation.py: error: {refused}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last whole epoch", file=sys.stderr)
+        print("stopped; the same command, without --fresh, goes on after the last whole epoch", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -166,6 +167,8 @@ def gradients(network: nn.Module, images: Tensor, labels: Tensor) -> dict:
     loss = cross_entropy(network(images.double()), labels)
     loss.backward()
     layers = convolutions(network)
+    if not all(p.grad.isfinite().all() for p in network.parameters()):
+        raise Refused("--lr: a gradient leaves float64's range; a lower one may do")
     return {
         "loss": report.digits(loss.item()),
         "layers": list(layers),
@@ -224,9 +227,10 @@ def batch(found: data.Data, size: int, device: torch.device) -> tuple[Tensor, Te
 def line(stack: dict) -> str:
     """First against last: how much of the gradient at the last block arrives at the first one."""
     at, weights = stack["block_grad_norm"], stack["weight_grad_norm"]
+    arrived = at[0] / at[-1] if at[-1] else math.inf
     return (
         f"{stack['kind']:<10}{stack['depth']:>5}  {stack['block']:<11}{stack['activation']:<6}{stack['step']:>4}"
-        f"{stack['loss']:>9.3f}{at[0]:>12.3g}{at[-1]:>12.3g}{at[0] / at[-1]:>12.3g}{weights[0]:>12.3g}"
+        f"{stack['loss']:>9.3f}{at[0]:>12.3g}{at[-1]:>12.3g}{arrived:>12.3g}{weights[0]:>12.3g}"
     )
 
 

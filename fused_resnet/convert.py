@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, stateless, unfusable
 from .preact import PreAct
+from .residual_network import ResidualNetwork
 from .training import check_memory
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
@@ -98,6 +99,9 @@ def swap_blocks(
     shared = _shared_convolutions(_module(model))
     _warn_of_biases(model)
     swapped = False
+    for network in model.modules():
+        if isinstance(network, ResidualNetwork):
+            network.fused = True
     for _, block in _blocks(model):
         if type(block) in FUSED and _why_left(block, shared) is None:
             block.__class__ = FUSED[type(block)]
@@ -117,6 +121,9 @@ def swap_blocks(
 def restore_blocks(model: nn.Module) -> nn.Module:
     """Undo `swap_blocks` in place: fused blocks inside `model` are torchvision's again, weights laid out as before.
 
+    Blocks that torchvision does not have, plain and pre-activation ones, stay; the stem of a network of
+    `fused_resnet.models` is called module by module from now on, until blocks are swapped again.
+
     Returns the same model. Raises TypeError if model is not a module.
     """
     for _, block in _blocks(_module(model)):
@@ -124,6 +131,8 @@ def restore_blocks(model: nn.Module) -> nn.Module:
             block.__class__ = ORIGINAL[type(block)]
             block.__dict__.pop("memory", None)
     for m in model.modules():
+        if isinstance(m, ResidualNetwork):
+            m.fused = False
         former = m.__dict__.pop(_FORMER, None)
         if former is not None:
             _lay_out(m, next(f for f in _FORMATS if str(f) == former))
@@ -151,20 +160,24 @@ def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
     type_name = type(block).__name__
     if isinstance(block, PreAct):
         reason = block.unfusable()
-        note = "lean" if block.memory == "lean" else ""
+        note = _lean_note(block, block.not_lean) if block.memory == "lean" else ""
         return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
     if isinstance(block, tuple(ORIGINAL)):  # FSDP makes subclasses of fused blocks
         reason = unfusable(block)
         notes = [_downsample_note(block)]
         if block.memory == "lean":
-            kept = not_lean(block)
-            notes.append(f"not lean: {kept}" if kept else "lean")
+            notes.append(_lean_note(block, lambda: not_lean(block)))
         note = "; ".join(n for n in notes if n)
         return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
     reason = _why_left(block, shared)
     if reason is None:
         return BlockReport(name, type_name, "fusable", note=_downsample_note(block))
     return BlockReport(name, type_name, "left", reason)
+
+
+def _lean_note(block: nn.Module, not_lean) -> str:
+    kept = not_lean() if block.training else None
+    return f"not lean: {kept}" if kept else "lean"
 
 
 def _downsample_note(block: nn.Module) -> str:
@@ -199,16 +212,29 @@ def _shared_convolutions(model: nn.Module) -> set[int]:
 def _warn_of_biases(model: nn.Module) -> None:
     biased = [
         f"{name}.{part}".lstrip(".")
-        for name, block in _blocks(model)
-        for part, conv in _convolutions(block)
-        if getattr(conv, "bias", None) is not None
+        for name, block in model.named_modules()
+        for part, conv, norm in _normalised(block)
+        if getattr(conv, "bias", None) is not None and isinstance(norm, nn.modules.batchnorm._BatchNorm)
     ]
     if biased:
         warnings.warn(
-            f"bias: {', '.join(biased)}: a convolution before a batch norm has a bias, which its mean takes away "
-            "again; its block is left unfused (build it with bias=False)",
+            f"bias: {', '.join(biased)}: a batch norm takes away the bias of the convolution before it, and what "
+            "has one is not fused; build it with bias=False",
             stacklevel=3,
         )
+
+
+def _normalised(block: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(name, convolution, the norm of its result) of a residual block."""
+    if isinstance(block, PreAct):
+        pairs = block._pairs()
+        yield from ((f"conv{i}", pairs[i - 1][1], pairs[i][0]) for i in range(1, len(pairs)))
+    elif isinstance(block, (BasicBlock, Bottleneck)):
+        parts = next(parts for original, parts in PARTS.items() if isinstance(block, original))
+        for conv, norm in zip(parts[::2], parts[1::2], strict=True):
+            yield conv, getattr(block, conv), getattr(block, norm)
+        if isinstance(block.downsample, nn.Sequential) and len(block.downsample) == 2:
+            yield "downsample.0", *block.downsample
 
 
 def _lay_out(conv: nn.Conv2d, memory_format: torch.memory_format) -> torch.memory_format | None:

@@ -106,7 +106,7 @@ def imagenet_resnet(depth: int, **kwargs) -> ResidualNetwork:
     residual, num_classes, ... With the defaults it is torchvision's network, parameters and state_dict keys included.
     x: [N, in_channels, H, W] -> logits [N, num_classes]. Raises ValueError, naming the argument, for what cannot be.
     """
-    if depth not in _IMAGENET:
+    if not isinstance(depth, int) or depth not in _IMAGENET:
         raise ValueError(f"depth: expected one of {', '.join(map(str, _IMAGENET))}, got {depth!r}")
     return ResidualNetwork(*_IMAGENET[depth], **kwargs)
 
@@ -121,7 +121,7 @@ def cifar_resnet(
     activation, shortcut (the paper has "zero_pad" here; the default is "projection"), residual, in_channels, ...
     x: [N, in_channels, H, W] -> logits [N, num_classes]. Raises ValueError, naming the argument, for what cannot be.
     """
-    if block not in _CONVOLUTIONS:
+    if not isinstance(block, str) or block not in _CONVOLUTIONS:
         raise ValueError(f"block: expected 'basic' or 'bottleneck', got {block!r}")
     step = 3 * _CONVOLUTIONS[block]
     if not isinstance(depth, int) or depth < step + 2 or (depth - 2) % step:

@@ -141,14 +141,17 @@ def check_vectors(channels, owner: str, x: Tensor, **vectors: Tensor | None) -> 
 
 
 def check_residual(residual: Tensor | None, shape, x: Tensor) -> None:
-    if residual is None:
-        return
+    if residual is not None:
+        check_shortcut(residual, shape)
+        _check_like(residual, "residual", x)
+
+
+def check_shortcut(residual: Tensor, shape) -> None:
     if residual.dim() != 4 or any(a != b for a, b in zip(residual.shape, shape, strict=True)):
         raise RuntimeError(
             f"residual: expected the output's shape {list(shape)}, got {list(residual.shape)}; where a block changes "
             "channels or size, its shortcut needs a projection (1x1 convolution) or zero_pad"
         )
-    _check_like(residual, "residual", x)
 
 
 def _check_conv(

@@ -18,7 +18,7 @@ from torchvision.models.resnet import conv1x1, conv3x3
 from . import training
 from .blocks import conv_bn, convolution_unfusable, parts_unfusable, recorded, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch
-from .ops import check_residual
+from .ops import check_shortcut
 from .shortcuts import Plain, ZeroPad
 
 
@@ -79,6 +79,12 @@ class PreAct(nn.Module):
             conv = following
         return _added(shortcut, conv(out))
 
+    def not_lean(self) -> str | None:
+        """Why a block whose memory is "lean" keeps what others keep; None if it does not."""
+        if reason := self.unfusable():
+            return reason
+        return None if all(on_own_batch(bn) for bn, _ in self._pairs()) else "a batch norm is frozen or synchronised"
+
     def unfusable(self) -> str | None:
         """Why the block runs its modules one by one, or None if it is fused."""
         reason = parts_unfusable(self, (name for name in self._modules if name.startswith(("bn", "conv"))))
@@ -120,7 +126,7 @@ class FusedPreActBasicBlock(PreAct):
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.bn2 = norm_layer(planes)
         self.conv2 = conv3x3(planes, planes)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()  # in place it would change x where a norm returns its input
         self.downsample = downsample
         self.stride = stride
 
@@ -157,7 +163,7 @@ class FusedPreActBottleneck(PreAct):
         self.conv2 = conv3x3(width, width, stride, groups, dilation)
         self.bn3 = norm_layer(width)
         self.conv3 = conv1x1(width, planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()  # in place it would change x where a norm returns its input
         self.downsample = downsample
         self.stride = stride
 
@@ -184,7 +190,7 @@ def _added(shortcut: Tensor | None, out: Tensor) -> Tensor:
     if shortcut is None:
         return out
     if not isinstance(out, fx.Proxy):
-        check_residual(shortcut, out.shape, out)  # the add would broadcast
+        check_shortcut(shortcut, out.shape)  # the add would broadcast
     return shortcut + out
 
 

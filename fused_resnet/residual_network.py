@@ -43,23 +43,25 @@ class ResidualNetwork(nn.Module):
         "zero_pad" every stride-th pixel and zeros for the new channels (option A: no parameters),
         "projection_all" a projection, and in all other blocks as well (option C),
         "identity" nothing, which cannot be built for such a block and raises ValueError.
-    residual: False builds the plain twin: the same layers, no add.
+    residual: False builds the plain twin: the same layers, no add and no shortcut.
 
     stem: "imagenet" is a 7x7 convolution of stride 2 and a 3x3 max pool of stride 2, "cifar" a 3x3 convolution.
     width: planes of the first stage, and of the stem. in_channels: of the images. num_classes: logits.
     groups, width_per_group, replace_stride_with_dilation, zero_init_residual, norm_layer: torchvision's. In
     pre-activation blocks zero_init_residual zeroes the last convolution, there being no batch norm after it.
 
-    Modules are named as torchvision's: conv1, bn1, relu, maxpool, layer1, ..., avgpool, fc; with the defaults,
-    state_dict and values are torchvision's too. In pre-activation networks bn1 and relu come after the last stage, and
-    the first block's shortcut carries relu(bn1(x)): its activation is adopted before the paths part (1603.05027,
-    appendix).
+    Modules are named as torchvision's: conv1, bn1, relu, maxpool, layer1, ..., avgpool, fc; with the defaults it has
+    torchvision's state_dict, and for the same state_dict its values. In pre-activation networks bn1 and relu come after
+    the last stage, and the first block's shortcut carries relu(bn1(x)): its activation is adopted before the paths part
+    (1603.05027, appendix).
 
     From one seed, networks that differ in shortcut and residual alone begin with the same weights in every layer that
     they share.
 
     x: [N, in_channels, H, W] -> logits [N, num_classes]. Raises ValueError, naming the argument, for what cannot be.
     """
+
+    fused = True  # whether stem and last batch norm are; `restore_blocks` and `swap_blocks` set it
 
     def __init__(
         self,
@@ -80,12 +82,20 @@ class ResidualNetwork(nn.Module):
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("width", width), ("in_channels", in_channels), ("num_classes", num_classes)):
+            _check_count(name, value)
+        if not isinstance(layers, Sequence) or not layers:
+            raise ValueError(f"layers: expected the number of blocks of each stage, got {layers!r}")
+        for count in layers:
+            _check_count("layers", count)
+        if not residual and zero_init_residual:
+            raise ValueError("zero_init_residual: a plain network would compute zeros alone; expected residual=True")
         _check_one_of("block", block, ("basic", "bottleneck"))
         _check_one_of("activation", activation, ("post", "pre"))
         _check_one_of("shortcut", shortcut, SHORTCUTS)
         _check_one_of("stem", stem, ("imagenet", "cifar"))
-        dilated = list(replace_stride_with_dilation or [False] * (len(layers) - 1))
-        if len(dilated) != len(layers) - 1:
+        dilated = replace_stride_with_dilation or [False] * (len(layers) - 1)
+        if not isinstance(dilated, Sequence) or len(dilated) != len(layers) - 1:
             raise ValueError(
                 f"replace_stride_with_dilation: expected {len(layers) - 1} values, one for each stage but the first, "
                 f"got {replace_stride_with_dilation}"
@@ -97,9 +107,14 @@ class ResidualNetwork(nn.Module):
             norm_layer or nn.BatchNorm2d,
             {"groups": groups, "base_width": width_per_group},
         )
+        if block == "basic" and (any(dilated) or groups != 1 or width_per_group != 64):
+            raise ValueError(
+                "replace_stride_with_dilation, groups, width_per_group: basic blocks have neither dilation nor groups"
+            )
         # What constructors draw for parameters depends on the shortcuts; it is thrown away and drawn again in order.
         device = torch.get_default_device()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        others = {} if device.type in ("cpu", "meta") else {"devices": [device], "device_type": device.type}
+        with torch.random.fork_rng(**others or {"devices": []}):
             self._build(design, layers, dilated, stem, width, in_channels, num_classes)
         self._initialise(design, zero_init_residual)
 
@@ -149,12 +164,12 @@ class ResidualNetwork(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _stem(self, x: Tensor) -> Tensor:
-        if parts_unfusable(self, ("conv1", "bn1")) is not None or recorded(x):
+        if not self.fused or parts_unfusable(self, ("conv1", "bn1")) is not None or recorded(x):
             return self.relu(self.bn1(self.conv1(x)))
         return conv_bn(x, self.conv1, self.bn1)
 
     def _last(self, x: Tensor) -> Tensor:
-        if parts_unfusable(self, ("bn1",)) is not None or recorded(x):
+        if not self.fused or parts_unfusable(self, ("bn1",)) is not None or recorded(x):
             return self.relu(self.bn1(x))
         return batch_norm_act(x, self.bn1)
 
@@ -192,6 +207,11 @@ class _Design:
             f"shortcut: 'identity' cannot add x [N, {inplanes}, H, W] to a branch of [N, {outplanes}, {size}]; "
             "expected 'projection' or 'zero_pad' for a network whose blocks change channels or size"
         )
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
 
 
 def _check_one_of(name: str, value: object, choices: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.functional import avg_pool2d, pad
 
 
@@ -24,6 +24,8 @@ class ZeroPad(nn.Module):
         self.inplanes, self.outplanes, self.stride = inplanes, outplanes, stride
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, fx.Proxy) and (x.dim() != 4 or x.shape[1] != self.inplanes):
+            raise RuntimeError(f"x: expected [N, {self.inplanes}, H, W], got {list(x.shape)}")
         if self.stride > 1:
             x = avg_pool2d(x, 1, self.stride)  # of one pixel: as x[:, :, ::stride, ::stride], but it keeps the layout
         return pad(x, (0, 0, 0, 0, 0, self.outplanes - self.inplanes))

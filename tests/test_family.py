@@ -136,6 +136,70 @@ def test_optimized_for_inference(kind, activation, shortcut):
     assert parity.error(fast(x), twin(x.double())) < 1e-5
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "unfused"])
+@pytest.mark.parametrize("norm", ["batch", "frozen", "group"])
+@members
+def test_autocast(kind, activation, shortcut, norm, hooked):
+    """Whatever the dtypes that meet at the add: float32 norms beside bfloat16 convolutions, as in PyTorch."""
+    norms = {
+        "batch": nn.BatchNorm2d,
+        "frozen": torchvision.ops.FrozenBatchNorm2d,
+        "group": lambda channels: Float32GroupNorm(4, channels),
+    }
+    model = build(kind, activation, shortcut, norm_layer=norms[norm])
+    if hooked:
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                m.register_forward_hook(lambda *_: None)
+    x = image(4, (8, 8), torch.float32)
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            low = model(x)
+        with torch.no_grad():
+            assert parity.error(low.float(), model(x)) < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().logsumexp(1).sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+class Float32GroupNorm(nn.GroupNorm):
+    """Returns float32 under autocast, as PyTorch's does on a GPU."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+@pytest.mark.parametrize("cls", [fused_resnet.FusedPreActBasicBlock, fused_resnet.FusedPreActBottleneck])
+def test_no_norm_and_no_change_of_the_input(cls):
+    """Without a norm the first ReLU reads the block's input, and the shortcut carries that input as it was."""
+    block = cls(4 * cls.expansion, 4, norm_layer=lambda channels: nn.Identity())
+    x = torch.randn(2, 4 * cls.expansion, 5, 5)
+    out = before = x.clone()
+    for conv in (m for m in block.children() if isinstance(m, nn.Conv2d)):
+        out = conv(torch.relu(out))
+    torch.testing.assert_close(block(x), before + out)
+    assert torch.equal(x, before)
+
+
+def test_restored_networks_are_pytorchs_own():
+    """Stem and last norm included: not one op of this package is left in a post-activation network."""
+    network = build("basic", "post", "zero_pad")
+
+    def ours() -> set[str]:
+        with torch.profiler.profile() as seen:
+            network(image(dtype=torch.float32))
+        return {event.name for event in seen.events() if event.name.startswith("fused_resnet::")}
+
+    assert ours()
+    fused_resnet.restore_blocks(network)
+    assert not ours()
+    swap_blocks(network)
+    assert ours()
+
+
 def test_copies_and_pickles():
     ours, _ = pair("bottleneck", "pre", "zero_pad")
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -293,6 +357,9 @@ def test_zero_pad_refuses():
         ZeroPad(8, 4)
     with pytest.raises(ValueError, match="^stride: "):
         ZeroPad(4, 8, 0)
+    for shape in ((1, 3, 5, 5), (4, 5, 5)):
+        with pytest.raises(RuntimeError, match=r"^x: expected \[N, 4, H, W\], got "):
+            ZeroPad(4, 8)(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("cls", [PlainBasicBlock, PlainBottleneck, PlainPreActBasicBlock, PlainPreActBottleneck])
@@ -316,6 +383,10 @@ def test_report_tells_of_preactivation_blocks():
     report = swap_report(model)
     assert [b.status for b in report.blocks] == ["fused"] * 3
     assert [b.reason for b in report.blocks] == ["", "runs unfused: conv1: has hooks", ""]
+    model.layer3[0].bn2.eval()
+    report = swap_report(swap_blocks(model, memory="lean"))
+    notes = ["lean", "not lean: conv1: has hooks", "not lean: a batch norm is frozen or synchronised"]
+    assert [b.note for b in report.blocks] == notes
 
 
 # --- known mistakes ---------------------------------------------------------------------------------------------------
@@ -361,9 +432,30 @@ def test_identity_where_nothing_changes():
 def test_a_bias_before_a_batch_norm_warns():
     model = torchvision.models.resnet18(num_classes=3)
     model.layer1[1].conv2 = nn.Conv2d(64, 64, 3, padding=1)
-    with pytest.warns(UserWarning, match=r"^bias: layer1\.1\.conv2: .*bias=False"):
+    model.layer2[0].downsample[0] = nn.Conv2d(64, 128, 1, 2)
+    with pytest.warns(UserWarning, match=r"^bias: layer1\.1\.conv2, layer2\.0\.downsample\.0: .*bias=False"):
         swap_blocks(model)
     assert [b.name for b in swap_report(model).left] == ["layer1.1"]
+    model = models.cifar_resnet8(activation="pre")
+    model.layer1[0].conv1 = nn.Conv2d(16, 16, 3, padding=1)
+    with pytest.warns(UserWarning, match=r"^bias: layer1\.0\.conv1: "):
+        swap_blocks(model)
+
+
+def test_a_bias_that_is_needed_does_not_warn(recwarn):
+    """Folded batch norms, other norms, and the convolution that a pre-activation block ends with."""
+    folded = torchvision.models.resnet18().eval()
+    block = folded.layer1[0]
+    block.conv1 = torch.nn.utils.fuse_conv_bn_eval(block.conv1, block.bn1)
+    block.bn1 = nn.Identity()
+    swap_blocks(folded)
+    group = torchvision.models.resnet18(norm_layer=lambda channels: nn.GroupNorm(4, channels))
+    group.layer1[0].conv1 = nn.Conv2d(64, 64, 3, padding=1)
+    swap_blocks(group)
+    pre = models.cifar_resnet8(activation="pre")
+    pre.layer1[0].conv2 = nn.Conv2d(16, 16, 3, padding=1)
+    swap_blocks(pre)
+    assert not [w for w in recwarn if "bias" in str(w.message)]
 
 
 @pytest.mark.parametrize(
@@ -381,12 +473,25 @@ def test_a_bias_before_a_batch_norm_warns():
         ({"depth": 48, "block": "bottleneck"}, r"^depth: .*9n \+ 2 layers \(47 or 56\), got 48"),
         ({"replace_stride_with_dilation": [True]}, "^replace_stride_with_dilation: expected 2 values"),
         ({"stem": "cifar"}, "stem"),
+        ({"width": 0}, "^width: expected an integer of at least 1, got 0"),
+        ({"in_channels": "3"}, "^in_channels: expected an integer of at least 1, got '3'"),
+        ({"num_classes": 0}, "^num_classes: "),
+        ({"replace_stride_with_dilation": [True, False]}, "^replace_stride_with_dilation, groups, width_per_group: "),
+        ({"replace_stride_with_dilation": True}, "^replace_stride_with_dilation: expected 2 values"),
+        ({"residual": False, "zero_init_residual": True}, "^zero_init_residual: a plain network"),
+        ({"block": ["basic"]}, "^block: "),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_what_cannot_be_built(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         models.cifar_resnet(**{"depth": 8, **arguments})
+
+
+@pytest.mark.parametrize("layers", [[], [0, 1], [1.5], 3, [-1]])
+def test_layers_that_cannot_be(layers):
+    with pytest.raises(ValueError, match="^layers: expected "):
+        models.ResidualNetwork("basic", layers)
 
 
 def test_other_refusals():

@@ -1,4 +1,4 @@
-"""Plain and residual twins: networks of the CIFAR family that differ in the shortcut's add alone."""
+"""Plain and residual twins: networks of the CIFAR family that differ in the shortcut alone."""
 
 from __future__ import annotations
 
