@@ -103,8 +103,8 @@ def _lesson(runs: Runs, gradients: dict) -> str:
         (
             "gradients die in a deep plain stack, 0.9^100",
             "with batch norm they explode at initialisation: of 110 plain layers the first's is "
-            f"{start['plain']:.1e} times the last's (residual: {start['residual']:.1e}); after {steps} steps they have died, "
-            f"{later['plain']:.1e} (residual: {later['residual']:.1e})",
+            f"{start['plain']:.1e} times the last's (residual: {start['residual']:.1e}); after {steps} steps they have "
+            f"died, {later['plain']:.1e} (residual: {later['residual']:.1e})",
         ),
         (
             "without the add a network stops being trainable past a dozen layers",

@@ -154,9 +154,19 @@ def test_findings_compare_seed_by_seed():
 
 def test_bottlenecks_are_put_beside_basic_blocks():
     run = {"kind": "residual", "block": "bottleneck", "depth": 47, "parameters": 1234567}
-    basic = sum(p.numel() for p in twins.Twin("residual", 20).build(0, DIGITS).parameters())
-    expected = f"bottleneck, 47 layers: 1,234,567 parameters; basic, 20 layers: {basic:,}"
-    assert degradation.squeezed([run, {**run, "kind": "plain"}], DIGITS) == [expected]
+    for shortcut in ("projection", "zero_pad"):
+        twin = twins.Twin("residual", 20, shortcut=shortcut)
+        basic = sum(p.numel() for p in twin.build(0, DIGITS).parameters())
+        expected = f"bottleneck, 47 layers: 1,234,567 parameters; basic, 20 layers: {basic:,}"
+        chosen = degradation.parse([*SHORT, "--shortcut", shortcut])
+        assert degradation.squeezed([run, {**run, "kind": "plain"}], chosen, DIGITS) == [expected]
+
+
+def test_a_quick_run_is_kept_apart():
+    """`--quick` first and everything later is how people try it: other options, so another folder."""
+    quick, whole = degradation.parse(["--quick"]), degradation.parse([])
+    assert quick.out != whole.out and quick.record.parent == quick.out
+    assert degradation.parse(["--block", "bottleneck"]).depths == [11, 20, 56]
 
 
 @pytest.mark.parametrize("block, depth", [("basic", 14), ("bottleneck", 20)])
@@ -194,7 +204,7 @@ def test_stopped_and_resumed_gives_the_same_curves(number, whole, tmp_path, monk
     with monkeypatch.context() as patch:
         stop_at_loss(patch, number)
         assert degradation.main(command) == degradation.INTERRUPTED
-    assert "the same command goes on after the last whole epoch" in capsys.readouterr().err
+    assert "the same command, without --fresh, goes on after the last whole epoch" in capsys.readouterr().err
     assert (tmp_path / "plain-8-seed-0.pt").exists() == (number > 3)
     assert degradation.main(command) == 0
     assert curves(tmp_path) == curves(whole)

@@ -526,7 +526,9 @@ def test_maps():
         zoo.entry("resnet19")
 
 
-def test_zoo_command(capsys):
+def test_zoo_command(capsys, monkeypatch):
+    monkeypatch.setattr(models, "TORCHVISION", ("resnet50", "resnet152"))
+    monkeypatch.setattr(models, "FAMILY", ("cifar_resnet56", "plain18"))
     assert cli.main(["zoo"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*models.TORCHVISION, *models.FAMILY)) and "25,557,032" in shown
