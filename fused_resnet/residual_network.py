@@ -100,6 +100,10 @@ class ResidualNetwork(nn.Module):
                 f"replace_stride_with_dilation: expected {len(layers) - 1} values, one for each stage but the first, "
                 f"got {replace_stride_with_dilation}"
             )
+        if block == "basic" and (any(dilated) or groups != 1 or width_per_group != 64):
+            raise ValueError(
+                "replace_stride_with_dilation, groups, width_per_group: basic blocks have neither dilation nor groups"
+            )
         design = _Design(
             BLOCKS[block, activation][not residual],
             activation == "pre",
@@ -107,14 +111,11 @@ class ResidualNetwork(nn.Module):
             norm_layer or nn.BatchNorm2d,
             {"groups": groups, "base_width": width_per_group},
         )
-        if block == "basic" and (any(dilated) or groups != 1 or width_per_group != 64):
-            raise ValueError(
-                "replace_stride_with_dilation, groups, width_per_group: basic blocks have neither dilation nor groups"
-            )
         # What constructors draw for parameters depends on the shortcuts; it is thrown away and drawn again in order.
         device = torch.get_default_device()
-        others = {} if device.type in ("cpu", "meta") else {"devices": [device], "device_type": device.type}
-        with torch.random.fork_rng(**others or {"devices": []}):
+        accelerated = device.type not in ("cpu", "meta")
+        forked = {"devices": [device], "device_type": device.type} if accelerated else {"devices": []}
+        with torch.random.fork_rng(**forked):
             self._build(design, layers, dilated, stem, width, in_channels, num_classes)
         self._initialise(design, zero_init_residual)
 

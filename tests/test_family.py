@@ -65,6 +65,18 @@ def test_equals_its_twin(kind, activation, shortcut, training, layout):
     same(parity.observe(ours, image().to(memory_format=layout)), parity.observe(twin, image()))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@members
+def test_with_the_large_stem(kind, activation, shortcut, training):
+    """The networks for ImageNet, in small."""
+    how = {"residual": False} if shortcut is None else {"shortcut": shortcut}
+    ours = models.ResidualNetwork(kind, [1, 1, 1], width=16, num_classes=10, activation=activation, **how)
+    twin = twins.Network(kind, 1, activation == "pre", shortcut, large=True)
+    twin.load_state_dict(parity.randomize_norms(ours, 0, branch=0.5).state_dict(), strict=True)
+    ours, twin = ours.double().train(training), twin.double().train(training)
+    same(parity.observe(ours, image(size=(37, 41))), parity.observe(twin, image(size=(37, 41))))
+
+
 def test_a_planted_error_is_seen():
     ours, twin = pair("basic", "pre", "zero_pad")
     ours.layer2[0].conv1.weight.register_hook(lambda grad: grad * 1.01)

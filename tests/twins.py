@@ -56,11 +56,12 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """The networks for small images; shortcut None is the plain one."""
+    """The networks for small images, or with a large stem those for large ones; shortcut None is the plain one."""
 
-    def __init__(self, kind: str, n: int, pre: bool, shortcut: str | None, channels: int = 3, classes: int = 10):
+    def __init__(self, kind: str, n: int, pre: bool, shortcut: str | None, large: bool = False):
         super().__init__()
-        self.conv1, self.pre = nn.Conv2d(channels, 16, 3, 1, 1, bias=False), pre
+        self.pre, self.large = pre, large
+        self.conv1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False) if large else nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         c = 16
         for stage in range(3):
             blocks = []
@@ -70,11 +71,12 @@ class Network(nn.Module):
                 c = blocks[-1].cout
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.bn1 = nn.BatchNorm2d(c if pre else 16)
-        self.fc = nn.Linear(c, classes)
+        self.fc = nn.Linear(c, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         x = x if self.pre else F.relu(self.bn1(x))
+        x = F.max_pool2d(x, 3, 2, 1) if self.large else x
         x = self.layer3(self.layer2(self.layer1(x)))
         x = F.relu(self.bn1(x)) if self.pre else x
         return self.fc(x.mean((2, 3)))
