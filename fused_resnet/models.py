@@ -158,7 +158,7 @@ def _plain(depth: int) -> Callable:
 
 def _cifar(depth: int, block: str = "basic") -> Callable:
     name = {"basic": "cifar_resnet", "bottleneck": "cifar_bottleneck"}[block]
-    about = f"The network of {depth} layers, of {block} blocks, for small images (arXiv 1512.03385, section 4.2)."
+    about = f"The network of {depth} layers, of {block} blocks, for small images (arXiv 1512.03385; 1603.05027)."
     return _named(f"{name}{depth}", about, cifar_resnet, depth, block=block)
 
 
