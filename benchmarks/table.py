@@ -1,4 +1,4 @@
-"""The README's measured tables, from benchmarks/results/*.json: blocks swapped, and whole models beside the peers.
+"""The README's measured tables, from benchmarks/results/*.json: blocks swapped, whole models beside the peers, on GPUs.
 
 python benchmarks/table.py           write it between the markers
 python benchmarks/table.py --check   fail if the README says anything else
@@ -17,6 +17,7 @@ from benchmarks import peers  # noqa: E402
 
 BEGIN, END = "<!-- measured: written by benchmarks/table.py -->", "<!-- /measured -->"
 PEERS_BEGIN, PEERS_END = "<!-- peers: written by benchmarks/table.py -->", "<!-- /peers -->"
+ENGINE_BEGIN, ENGINE_END = "<!-- engine: written by benchmarks/table.py -->", "<!-- /engine -->"
 PEERS = {
     "channels_last": "channels_last",
     "compile": "torch.compile",
@@ -106,6 +107,28 @@ def _peers_row(cell: dict, systems: list[str]) -> list[str]:
     return [what, f"{eager['p50_ms']:.1f}", *ratios, over, *ready, memory, parity]
 
 
+def render_engine(results: list[dict]) -> str:
+    """Markdown: one table a GPU, of what `make gpu-check PART=bench` says of planned networks."""
+    return "\n\n".join(_engine_table(result) for result in results)
+
+
+def _engine_table(result: dict) -> str:
+    e, ways = result["environment"], list(result["engine"][0]["images_per_s"])
+    about = (
+        f"{e['gpus'][0]['name']}; torch {e['torch']}, Triton {e['triton']}, cuDNN {e['cudnn']}; images of 224×224, "
+        "images/s by the median of alternating rounds, each of several calls without a pause; off is the result's "
+        "distance from float64's, beside the largest of torchvision's own variants."
+    )
+    header = ["", *("**fused_resnet**" if way == "engine" else way for way in ways), "off"]
+    lines = [about, "", _row(header), _row(["---", *["--:"] * (len(header) - 1)])]
+    for case in result["engine"]:
+        model, dtype, batch = case["case"].split("/")[2:]
+        off = f"{max(case['error'].values()):.1e} ({case['torchvision']:.1e})"
+        speeds = [f"{case['images_per_s'][way]:,.0f}" for way in ways]
+        lines.append(_row([f"{model}, batch {batch}, {dtype}", *speeds, off]))
+    return "\n".join(lines)
+
+
 def _about(result: dict) -> str:
     e, size = result["environment"], result["cases"][0]["size"]
     on = ", ".join(gpu["name"] for gpu in e["gpus"]) if result["cases"][0]["device"] == "cuda" else e["cpu"]
@@ -138,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     readme = arguments.readme.read_text()
     new = updated(readme, [result for result in results if "cases" in result])
     new = updated(new, beside_peers, PEERS_BEGIN, PEERS_END, render_peers)
+    if on_gpus := [result for result in results if "engine" in result]:
+        new = updated(new, on_gpus, ENGINE_BEGIN, ENGINE_END, render_engine)
     if arguments.check:
         if new != readme:
             print("README.md does not say what benchmarks/results/*.json say: run `python benchmarks/table.py`")

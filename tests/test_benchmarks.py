@@ -157,6 +157,21 @@ def test_the_peers_are_rendered_between_theirs(written):
     assert table.main(["--readme", str(written / "README.md"), "--results", str(written / "results"), "--check"]) == 1
 
 
+def test_planned_networks_on_gpus_are_rendered_between_theirs(written):
+    case = {"case": "engine/speed/resnet50/float16/8", "error": {"a": 2e-4, "b": 3e-4}, "torchvision": 4e-4}
+    case["images_per_s"] = {"engine": 41234.5, "torch.compile": 20000.0}
+    environment = {"gpus": [{"name": "a GPU"}], "torch": "2.11.0", "triton": "3.6.0", "cudnn": "9.19.0"}
+    (written / "results" / "engine.json").write_text(json.dumps({"environment": environment, "engine": [case]}))
+    options = ["--readme", str(written / "README.md"), "--results", str(written / "results")]
+    with pytest.raises(SystemExit, match="expected the markers"):
+        table.main(options)
+    with open(written / "README.md", "a") as f:
+        f.write(f"{table.ENGINE_BEGIN}\n{table.ENGINE_END}\n")
+    assert table.main(options) == 0
+    row = "| resnet50, batch 8, float16 | 41,234 | 20,000 | 3.0e-04 (4.0e-04) |"
+    assert row in (written / "README.md").read_text()
+
+
 def test_a_readme_without_markers_is_refused(written):
     (written / "README.md").write_text("nothing\n")
     with pytest.raises(SystemExit, match="expected the markers"):

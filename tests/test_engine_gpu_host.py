@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 import fused_resnet
-from fused_resnet.engine import captured, cases, chain_cases, child, gpu, reference, triton_conv, triton_stem
+from fused_resnet.engine import captured, cases, chain_cases, child, gpu, reference, runner, triton_conv, triton_stem
 from fused_resnet.engine.captured import Captured, Ordered, Turns, race
 from fused_resnet.engine.eager import EagerExecutor
 from fused_resnet.engine.graph import capture, propagate
@@ -162,6 +162,27 @@ def test_a_capture_warms_up_on_its_stream_and_is_in_order_with_what_was_before(r
         "main waits for side1",
         "event on main",
     ]
+
+
+def test_weights_that_graphs_read_stay(monkeypatch):
+    """A graph knows addresses alone: nothing else would keep the folded weights from being given to somebody."""
+
+    class Sharing:
+        converts_inputs = shares_weights = gpu.Gpu.shares_weights
+
+        def __init__(self, eager):
+            self.eager = eager
+
+        def plan(self, network, inputs, mode, objection):
+            return lambda given: self.eager.run(network, given), self.eager.groups(network), None
+
+    monkeypatch.setattr(runner, "_executor", lambda graph, eager, device: (Sharing(eager), None))
+    x = torch.randn(2, 3, 32, 32)
+    fast = fused_resnet.optimize_for_inference(torchvision.models.resnet18().eval(), x)
+    kept = dict(fast._eager.eager.weights)
+    assert len(kept) == 18  # 17 convolutions, three with a projection, and the classifier
+    fast(x.contiguous(memory_format=torch.channels_last))
+    assert all(fast._eager.eager.weights[key] is folded for key, folded in kept.items())
 
 
 def test_all_graphs_share_a_stream_so_that_they_share_the_pool(recorder):

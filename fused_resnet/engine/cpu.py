@@ -24,6 +24,7 @@ class Cpu:
     """Programs, and the weights and memory that they share. One call at a time: the caller has the lock."""
 
     converts_inputs = False
+    shares_weights = False  # programs fold and pack for themselves
 
     def __init__(self, module: nn.Module, workers: int | None = None, isa: int = -1):
         self.target = cp.isa(isa)

@@ -35,6 +35,7 @@ class Gpu:
     """Plans for one device and dtype, and the weights they share. One call at a time: the caller has the lock."""
 
     converts_inputs = True  # what comes is read as it is
+    shares_weights = True  # graphs read the memory of the eager executor's folded weights
 
     def __init__(self, eager: EagerExecutor, device: torch.device):
         self.eager, self.dtype, self.device = eager, eager.dtype, device

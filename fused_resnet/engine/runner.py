@@ -246,7 +246,7 @@ class OptimizedModel(nn.Module):
             if self._fast.converts_inputs:
                 given = lambda inputs: inputs  # noqa: E731
             judge = self._judge(network, inputs)
-            if self._device.type == "cpu":  # the program folds and packs for itself
+            if not self._fast.shares_weights:
                 self._eager.forget()
             run, groups, note = self._fast.plan(network, given(inputs), self._tune, judge)
             if note:
@@ -255,7 +255,8 @@ class OptimizedModel(nn.Module):
                 level = logging.WARNING if run is None or self._device.type == "cpu" else logging.INFO
                 logger.log(level, "optimize_for_inference: %s", note)
         if run is not None:
-            self._eager.forget()  # it was asked for the comparison
+            if not self._fast.shares_weights:
+                self._eager.forget()  # it was asked for the comparison
         else:
             run, groups, given = (lambda x: self._eager.run(network, x)), self._eager.groups(network), self._converted
             if self._device.type == "cuda":
