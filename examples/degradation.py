@@ -39,30 +39,17 @@ INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(twins.TwinOptions):
     """One field an option, under its name; `parse` holds the defaults."""
 
-    dataset: str
-    data: Path
-    download: bool
-    workers: int | None
     depths: list[int]
     bottleneck: list[int]
     block: str
     activation: str
-    shortcut: str
     epochs: int
-    batch_size: int | None
-    lr: float
-    momentum: float
-    weight_decay: float
     seeds: list[int]
     quick: bool
     images: int | None
-    device: str
-    out: Path
-    record: Path
-    picture: Path
     fresh: bool
 
 

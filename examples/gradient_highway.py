@@ -35,28 +35,15 @@ TOLERANCE = 1e-12  # relative, of float64 sums of eight products in another orde
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(twins.TwinOptions):
     """One field an option, under its name; `parse` holds the defaults."""
 
-    dataset: str
-    data: Path
-    download: bool
-    workers: int | None
     depths: list[int]
     bottleneck: list[int]
     activation: list[str]
-    shortcut: str
     steps: int
-    batch_size: int | None
-    lr: float
-    momentum: float
-    weight_decay: float
     bottleneck_batch: int
     seed: int
-    device: str
-    out: Path
-    record: Path
-    picture: Path
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:

@@ -11,13 +11,19 @@ from fused_resnet import models
 
 
 @dataclass(frozen=True)
-class Options:
-    """One field an option, under its name; `parse` holds the defaults."""
+class DataOptions:
+    """One field an option of `add_data`, under its name."""
 
     dataset: str
     data: Path
     download: bool
     workers: int | None
+
+
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """One field an option, under its name; `parse` holds the defaults."""
+
     model: str
     blocks: str
     sync_bn: bool

@@ -75,6 +75,21 @@ def coloured(sizes: Sequence[tuple[str, int]]) -> dict[tuple[str, int], str]:
 # --- what the command lines of both examples share ------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class TwinOptions(options.DataOptions):
+    """One field an option, under its name, of those that `add_...` below and `options.add_data` add."""
+
+    shortcut: str
+    batch_size: int | None
+    lr: float
+    momentum: float
+    weight_decay: float
+    device: str
+    out: Path
+    record: Path
+    picture: Path
+
+
 def depth(block: str) -> Callable[[str], int]:
     """An option's type: the depth of a network of such blocks."""
     step = LAYERS[block]
