@@ -166,7 +166,7 @@ class Part:
     def engine(self) -> bool:
         """The engine's cases, in half of the time; whether they are all that was asked for."""
         only = self.arguments.only or []
-        if only and only[0].startswith(("engine", "conv/", "chain/")):
+        if only and only[0].startswith(("engine", "conv/", "chain/", "train/")):
             self.cases("--only", *only)
             return True
         if not only and not self.arguments.dry_run:

@@ -48,7 +48,8 @@ def _engine_lines(done: dict[str, dict]) -> Iterator[str]:
     for case, line in done.items():
         if speed := line.get("images_per_s"):
             told = ", ".join(f"{what} {n:g}" for what, n in speed.items())
-            yield f"  {case}, images/s: {told}; host {line['host_us']:.0f} us a call"
+            host = f"; host {line['host_us']:.0f} us a call" if "host_us" in line else ""
+            yield f"  {case}, images/s: {told}{host}"
         elif "ready_s" in line:
             again = f", {line['warm_s']:.0f} s with warm compilers" if "warm_s" in line else ""
             yield f"  {case}: ready in {line['ready_s']:.0f} s{again}; {'; '.join(line['notes'])[:160]}"

@@ -1,12 +1,20 @@
-"""Arguments of the ops of training, for gpu-check: convolutions between batch norms of the batch's own statistics."""
+"""Training, for gpu-check: arguments of its ops (convolutions between batch norms of the batch's own statistics), and
+the speed, memory and kernels of whole steps."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import copy
+import functools
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 
-from fused_resnet import measure
-from fused_resnet.backends import reference
+import torch
+from torch import Tensor, nn
+
+import fused_resnet
+from fused_resnet import backends, measure
+from fused_resnet.backends import composed, pooled, reference
 
 # name: (N, C, H, W, K, kernel, stride, padding, batch norm while loading); odd maps make ragged tiles
 CONVOLUTIONS = {
@@ -31,9 +39,18 @@ POINTWISE_OF_A_RESNET = {
     "layer1-expand": (32, 64, 56, 56, 256, 1, 1, 0, True),
     "layer4-expand": (32, 512, 7, 7, 2048, 1, 1, 0, True),
 }
+# The same, of a pool's input.
+POOLS = {
+    "pool": (2, 64, 9, 12, 64, 3, 2, 1, True),
+    "pool-72-channels": (3, 72, 8, 7, 72, 3, 2, 1, True),
+}
+POOLS_OF_A_RESNET = {"stem-pool": (32, 64, 112, 112, 64, 3, 2, 1, True)}
+OPS = (*composed.OPS, *pooled.OPS)
 
 
 def specs(op: str, on_gpu: bool) -> dict[str, tuple]:
+    if op in pooled.OPS:
+        return POOLS | (POOLS_OF_A_RESNET if on_gpu else {})
     if op.startswith("pointwise"):
         return POINTWISE | (POINTWISE_OF_A_RESNET if on_gpu else {})
     return CONVOLUTIONS | (CONVOLUTIONS_OF_A_RESNET if on_gpu else {})
@@ -51,6 +68,12 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
         return weight + 0.5, bias - 0.5
 
     x = maps((n, c, h, w), 1)
+    if op in pooled.OPS:
+        bn = (*reference.bn_stats(x), *affine(c))
+        if op == "bn_act_pool":
+            return x, *bn, 1e-5
+        _, winner = reference.bn_act_pool(x, *bn, 1e-5)
+        return maps(winner.shape, 3), x, winner, *bn[:3], 1e-5, [True] * 3
     weight = (maps((k, c, kernel, kernel), 2).float() / (c * kernel * kernel) ** 0.5).to(dtype)
     weight = weight.contiguous(memory_format=format)
     loaded = (*(reference.bn_stats(x) if normalised else (None, None)), *(affine(c) if normalised else (None, None)))
@@ -71,3 +94,88 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
     mask = [True, True, normalised, normalised, True, True, normalised]
     statistics = (out_weight, y_mean, y_var, 1e-5, a_mean, a_cov)
     return grad, y if normalised else None, x, weight, *loaded, *statistics, [stride] * 2, normalised, mask
+
+
+# --- whole steps ------------------------------------------------------------------------------------------------------
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+ROUNDS = 9
+KERNELS = 40  # of a profile, those that take longest
+
+
+def bench_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
+    plan = [("resnet50", "bfloat16", 256), ("resnet50", "bfloat16", 128), ("resnet18", "bfloat16", 256)]
+    for name, dtype, batch in plan if device.type == "cuda" else [("resnet18", "bfloat16", 2)]:
+        yield f"train/speed/{name}/{dtype}/{batch}", functools.partial(_speed, name, dtype, batch, device)
+
+
+def _speed(name: str, dtype: str, batch: int, device) -> dict:
+    """Images a second of whole steps (forward, cross-entropy, backward, SGD with momentum) in turns, the most memory
+    that a step takes beside what it starts with, and the kernels of one of ours."""
+    on_gpu = device.type == "cuda"
+    steps, peak, ready = {}, {}, {}
+    runs = ("eager", "channels_last", "fused", "fused lean", "fused, captured", "torch.compile")
+    for how in runs if on_gpu else runs[:4]:
+        step = training_step(name, how, DTYPES[dtype], batch, 224 if on_gpu else 32, device)
+        ready[how] = _seconds(step, device)
+        step()
+        peak[how] = measure.peak_memory(step, device)
+        steps[how] = step
+    found = {"profile": profile(steps.get("fused, captured", steps["fused"]), device), "kernels": chosen()}
+    seconds = defaultdict(list)
+    for _ in range(ROUNDS if on_gpu else 2):
+        for how, step in steps.items():
+            seconds[how].append(measure.time_once(step, device, 2))
+    cuts = {how: [1e3 * q for q in measure.quantiles(t)] for how, t in seconds.items()}
+    speed = {how: round(batch / statistics.median(t), 1) for how, t in seconds.items()}
+    return {"images_per_s": speed, "p20_p50_p80_ms": cuts, "peak_mib": peak, "ready_s": ready} | found
+
+
+def _seconds(step: Callable, device) -> float:
+    start = measure.time.perf_counter()
+    step()
+    measure.synchronize(device)
+    return measure.time.perf_counter() - start
+
+
+def training_step(name: str, how: str, dtype: torch.dtype, batch: int, size: int, device) -> Callable[[], None]:
+    model = copy.deepcopy(measure.build_model(name)).to(device=device, dtype=dtype).train()
+    format = torch.contiguous_format if how == "eager" else torch.channels_last
+    model = model.to(memory_format=format)
+    x = measure.random_input((batch, 3, size, size), 0, device, dtype).contiguous(memory_format=format)
+    target = torch.arange(batch, device=device) % 1000
+    if "fused" in how:
+        fused_resnet.swap_blocks(model, memory="lean" if "lean" in how else "default")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    called = torch.compile(model) if how == "torch.compile" else model
+    if "captured" in how:
+        called = fused_resnet.capture_training(model, x)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(called(x), target).backward()
+        optimizer.step()
+
+    return step
+
+
+def profile(step: Callable[[], None], device: torch.device) -> dict[str, list]:
+    """Microseconds of a step by kernel, and how often it ran; {} where nothing can be traced."""
+    if device.type != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step()
+        measure.synchronize(device)
+    took, count = Counter(), Counter()
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            took[event.name[:120]] += event.self_device_time_total
+            count[event.name[:120]] += 1
+    return {name: [round(t, 1), count[name]] for name, t in took.most_common(KERNELS)} | {
+        "all": [round(took.total(), 1), count.total()]
+    }
+
+
+def chosen() -> dict[str, int]:
+    """How many kinds of calls of the measured ops each backend serves, so far."""
+    return dict(Counter(f"{key[0]} {backend.NAME}" for key, backend in backends._winners.items()))

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, stateless, unfusable
 from .preact import PreAct
 from .residual_network import ResidualNetwork
+from .stem import FusedResNet
 from .training import check_memory
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
@@ -69,7 +70,8 @@ def swap_blocks(
     memory_format: torch.memory_format = torch.channels_last,
     memory: str | None = None,
 ) -> nn.Module:
-    """Turn every torchvision BasicBlock and Bottleneck inside `model` into its fused twin, in place.
+    """Turn every torchvision BasicBlock and Bottleneck inside `model` into its fused twin, in place; and a torchvision
+    ResNet into one that trains with its stem's batch norm, ReLU and pool in one pass.
 
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Parameters, buffers, hooks
     of the blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A block that cannot
@@ -102,6 +104,8 @@ def swap_blocks(
     for network in model.modules():
         if isinstance(network, ResidualNetwork):
             network.fused = True
+        elif type(network) is ResNet and not {"forward", "_forward_impl"} & vars(network).keys():
+            network.__class__ = FusedResNet
     for _, block in _blocks(model):
         if type(block) in FUSED and _why_left(block, shared) is None:
             block.__class__ = FUSED[type(block)]
@@ -133,6 +137,8 @@ def restore_blocks(model: nn.Module) -> nn.Module:
     for m in model.modules():
         if isinstance(m, ResidualNetwork):
             m.fused = False
+        elif type(m) is FusedResNet:
+            m.__class__ = ResNet
         former = m.__dict__.pop(_FORMER, None)
         if former is not None:
             _lay_out(m, next(f for f in _FORMATS if str(f) == former))

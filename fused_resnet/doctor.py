@@ -15,7 +15,7 @@ import torch
 import fused_resnet
 
 from . import backends
-from .backends import composed, cuda, cuda_conv
+from .backends import composed, cuda, cuda_conv, pooled
 
 VARIABLES = {
     "FUSED_RESNET_BACKEND": "forces a backend: cuda, triton, cudnn, cpu or reference",
@@ -26,7 +26,16 @@ VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "which GPUs PyTorch sees",
     "OMP_NUM_THREADS": "threads of PyTorch's CPU kernels",
 }
-OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", *composed.OPS)
+OPS = (
+    "conv_bn_act",
+    "conv_bn_act_bwd",
+    "bn_stats",
+    "bn_act",
+    "bn_act_bwd",
+    "bn_act_bwd_input",
+    *composed.OPS,
+    *pooled.OPS,
+)
 
 
 def environment() -> dict:
@@ -120,6 +129,7 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
     bn = (vector(), vector(), vector(), vector())
     loaded, places = (*bn, 1e-5, True), conv[:-1]
     pointwise = torch.rand(64, 64, 1, 1, device=device).to(dtype)
+    winners = torch.zeros(2, 64, 4, 4, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
     covariance = torch.eye(64, device=device)
     return {
         "conv_bn_act": (maps(), weight, *bn, 1e-5, maps(), *conv),
@@ -135,6 +145,8 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
             *(maps(), maps(), maps(), pointwise, *loaded, vector(), vector(), vector(), 1e-5),
             *(vector(), covariance, [1, 1], True, [True] * 7),
         ),
+        "bn_act_pool": (maps(), *bn, 1e-5),
+        "bn_act_pool_bwd": (maps()[:, :, ::2, ::2], maps(), winners, *bn[:3], 1e-5, [True] * 3),
     }[op]
 
 

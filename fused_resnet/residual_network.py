@@ -21,6 +21,7 @@ from .blocks import (
 from .functional import batch_norm_act
 from .preact import FusedPreActBasicBlock, FusedPreActBottleneck, PlainPreActBasicBlock, PlainPreActBottleneck
 from .shortcuts import ZeroPad
+from .stem import pooled_stem
 
 BLOCKS = {  # residual, plain
     ("basic", "post"): (FusedBasicBlock, PlainBasicBlock),
@@ -157,7 +158,7 @@ class ResidualNetwork(nn.Module):
                 nn.init.zeros_(getattr(block, f"{last}{3 if hasattr(block, 'conv3') else 2}").weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.conv1(x) if self.pre else self._stem(x))
+        x = self.maxpool(self.conv1(x)) if self.pre else self._stem(x)
         for i in range(1, self.stages + 1):
             x = getattr(self, f"layer{i}")(x)
         if self.pre:
@@ -165,9 +166,11 @@ class ResidualNetwork(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def _stem(self, x: Tensor) -> Tensor:
+        if self.fused and (pooled := pooled_stem(self, x)) is not None:
+            return pooled
         if not self.fused or parts_unfusable(self, ("conv1", "bn1")) is not None or recorded(x):
-            return self.relu(self.bn1(self.conv1(x)))
-        return conv_bn(x, self.conv1, self.bn1)
+            return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.maxpool(conv_bn(x, self.conv1, self.bn1))
 
     def _last(self, x: Tensor) -> Tensor:
         if not self.fused or parts_unfusable(self, ("bn1",)) is not None or recorded(x):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import training_ops  # noqa: F401  (registers the ops)
+from . import pool_ops, training_ops  # noqa: F401  (register their ops)
 from .functional import update_running_stats
 
 _ops = torch.ops.fused_resnet

@@ -31,7 +31,7 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SMS = {80: 108, 89: 128, 90: 132, 100: 148}
 CL = torch.channels_last
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
-TYPE_NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+TYPE_NAMES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 INSTRUCTIONS = {
     "hmma": r"\bHMMA\.",
     "wgmma": r"\b[HQ]GMMA\.",
@@ -88,6 +88,15 @@ def batch_norm(host, n, c, size, precision):
     host.bn_act_bwd_input(x, x, x, mean, var, gamma, beta, True)
 
 
+def pool(host, n, c, size, precision):
+    """Batch norm, ReLU and max-pool in one, and the backward."""
+    x = meta(n, c, size, size, dtype=DTYPES[precision])
+    mean, var, gamma, beta = (meta(c) for _ in range(4))
+    pooled = backend("backends.triton_pool")
+    y, winner = pooled.bn_act_pool(x, mean, var, gamma, beta, 1e-5)
+    pooled.bn_act_pool_bwd(y, x, winner, mean, var, gamma, 1e-5, [True] * 3)
+
+
 def instances() -> dict[str, tuple]:
     """name: (function, arguments): layers of ResNets and ResNeXts that between them take every kind of tile."""
     every = {}
@@ -125,6 +134,10 @@ def instances() -> dict[str, tuple]:
         "bn_256_b32_fp16": (batch_norm, 32, 256, 56, "fp16"),
         "bn_256_b32_bf16": (batch_norm, 32, 256, 56, "bf16"),
         "bn_72_b32_fp16": (batch_norm, 32, 72, 28, "fp16"),
+        "pool_64_b32_fp16": (pool, 32, 64, 112, "fp16"),
+        "pool_64_b32_bf16": (pool, 32, 64, 112, "bf16"),
+        "pool_64_b32_tf32": (pool, 32, 64, 112, "tf32"),
+        "pool_72_b5_odd_fp16": (pool, 5, 72, 31, "fp16"),
         "bn_3_b5_tf32": (batch_norm, 5, 3, 9, "tf32"),
         # Every extent and stride is 1, which Triton turns into a constant.
         "ones_fp16": (convolution, 1, 1, 1, 1, 1, 1, 1, "fp16"),
@@ -156,7 +169,7 @@ def record(host, arch: int, function, *args) -> list:
     """The launches of one instance on sm_<arch>."""
     launches: list = []
     host._chip = lambda x: (arch, SMS[arch])
-    recorded(launches, host._bn, host._conv, host._conv_bwd)
+    recorded(launches, host._bn, host._conv, host._conv_bwd, backend("backends.triton_pool")._pool)
     function(host, *args)
     return launches
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..folding import fold
-from . import aten, composed, cuda
+from . import aten, composed, cuda, pooled
 from .aten import bn_act_bwd_input, conv_bn_act_bwd  # noqa: F401  (two of the backend's functions)
 from .cpu_gradients import conv_gradients  # noqa: F401
 from .layout import as_float32_vectors, as_rows, is_channels_last, output_format
@@ -272,3 +272,4 @@ def relu_bwd_sum(grad, y):
 
 
 bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, pointwise_bn_act_bwd = composed.composed_of(sys.modules[__name__])
+bn_act_pool, bn_act_pool_bwd = pooled.pooled_of(sys.modules[__name__])

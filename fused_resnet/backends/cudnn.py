@@ -8,7 +8,7 @@ import sys
 import torch
 
 from ..folding import fold
-from . import aten, composed
+from . import aten, composed, pooled
 from .aten import (  # noqa: F401  (the backend's functions)
     bn_act,
     bn_act_bwd,
@@ -82,3 +82,4 @@ def _fuses(device: int, dtype: torch.dtype) -> bool:
 
 
 bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, pointwise_bn_act_bwd = composed.composed_of(sys.modules[__name__])
+bn_act_pool, bn_act_pool_bwd = pooled.pooled_of(sys.modules[__name__])

@@ -5,9 +5,12 @@ Computes in float32 (float64 for float64 inputs) and casts once at the end, as t
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
+from . import pooled
 from .layout import as_channels, output_format, with_strides_of
 
 NAME = "reference"
@@ -229,3 +232,11 @@ def pointwise_bn_act_bwd(
     if need_residual:
         dresidual = dresidual.to(x.dtype).contiguous(memory_format=output_format(x, weight))
     return *gradients, dout_weight, dout_bias, dresidual
+
+
+bn_act_pool, _ = pooled.pooled_of(sys.modules[__name__])
+
+
+def bn_act_pool_bwd(grad, x, winner, mean, var, bn_weight, eps, output_mask):
+    g = pooled.scattered(grad.to(accumulator(x.dtype)), winner, x.shape)
+    return bn_act_bwd(g, None, x, mean, var, bn_weight, eps, False, True, [*output_mask, False])[:3]

@@ -32,6 +32,7 @@ except ImportError as error:
 
 NAME = "triton"
 TRAINING = {"bn_act_conv": "triton_train", "pointwise_bn_act": "triton_train", "bn_act_conv_bwd": "triton_train_bwd"}
+TRAINING |= {"bn_act_pool": "triton_pool", "bn_act_pool_bwd": "triton_pool"}
 OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", *TRAINING)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 2**10  # rows are counted in 32 bits, up to the end of the last tile

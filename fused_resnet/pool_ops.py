@@ -1,0 +1,107 @@
+"""The ops of a stem in training, torch.ops.fused_resnet.*:
+
+    bn_act_pool      (y, winner) of y = max_pool 3x3 stride 2 padding 1 of relu(BN(x)), with x's own statistics
+    bn_act_pool_bwd
+
+winner: uint8, each window's first largest position (3 * row + column), 9 where nothing is above zero; a constant to
+autograd. mean and var are constants too, as everywhere: the op carries their derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends
+from .backends import pooled, reference
+from .backends.layout import output_format
+from .backends.reference import accumulator
+from .ops import (
+    _check_4d,
+    as_given,
+    check_given,
+    check_values,
+    check_vectors,
+    empty,
+    optional,
+    register,
+    register_autocast,
+    register_autograd,
+    register_double_backward,
+)
+
+_SCHEMAS = {
+    "bn_act_pool": "(Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, float eps) "
+    "-> (Tensor, Tensor)",
+    "bn_act_pool_bwd": "(Tensor grad, Tensor x, Tensor winner, Tensor mean, Tensor var, Tensor? bn_weight, float eps, "
+    "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
+}
+
+
+def _check(x, mean, var, bn_weight, bn_bias, eps) -> None:
+    _check_4d(x, ValueError)
+    check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
+    check_values(x.shape)
+    if min(x.shape[2:]) < 1:
+        raise RuntimeError(f"x: expected maps that are not empty, got {list(x.shape)}")
+
+
+def _bn_act_pool(*args):
+    check_given(x=args[0], mean=args[1], var=args[2])
+    return backends.run("bn_act_pool", *args, check=_check)
+
+
+def _bn_act_pool_fake(x, mean, *args):
+    check_given(x=x, mean=mean, var=args[0])
+    _check(x, mean, *args)
+    shape, format = (*x.shape[:2], *pooled.size(*x.shape[2:])), output_format(x)
+    return empty(shape, x, format), empty(shape, x, format, torch.uint8)
+
+
+def _bn_act_pool_bwd(grad, x, *args):
+    dx, *of_bn = backends.run("bn_act_pool_bwd", grad, x, *args)
+    acc = accumulator(x.dtype)
+    return optional((dx, *(d if d is None else d.to(acc) for d in of_bn)), args[-1], x)
+
+
+def _bn_act_pool_bwd_fake(grad, x, *args):
+    channel = x.new_empty(x.shape[1], dtype=accumulator(x.dtype))
+    return optional((empty(x.shape, x, output_format(x)), channel, torch.empty_like(channel)), args[-1], x)
+
+
+def _setup(ctx, inputs, output):
+    x, mean, var, bn_weight, bn_bias, ctx.eps = inputs
+    ctx.save_for_backward(x, output[1], mean, var, bn_weight)
+    ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    needs = ctx.needs_input_grad
+    mask = [needs[0], needs[3], needs[4]]
+    if grad is None or not any(mask):
+        return (None,) * 6
+    x, winner, mean, var, bn_weight = ctx.saved_tensors
+    dx, dbn_weight, dbn_bias = torch.ops.fused_resnet.bn_act_pool_bwd.default(
+        grad, x, winner, mean, var, bn_weight, ctx.eps, mask
+    )
+    return (
+        dx if mask[0] else None,
+        None,
+        None,
+        dbn_weight.to(bn_weight.dtype) if mask[1] else None,
+        dbn_bias.to(ctx.bias_dtype) if mask[2] else None,
+        None,
+    )
+
+
+def _bwd_from_input(grad, x, winner, mean, var, *args):
+    """The reference with the statistics as functions of x."""
+    return reference.bn_act_pool_bwd(grad, x, winner, *reference.bn_stats(x), *args)
+
+
+register("bn_act_pool", _SCHEMAS["bn_act_pool"], _bn_act_pool, _bn_act_pool_fake)
+register("bn_act_pool_bwd", _SCHEMAS["bn_act_pool_bwd"], _bn_act_pool_bwd, _bn_act_pool_bwd_fake)
+register_autograd("bn_act_pool", _setup, _backward)
+register_double_backward("bn_act_pool_bwd", _bwd_from_input, (0, 1, 5))
+register_autocast("bn_act_pool", as_given)
+register_autocast("bn_act_pool_bwd", as_given)

@@ -1,0 +1,63 @@
+"""The stem of an ImageNet ResNet in training: batch norm, ReLU and max-pool in one pass, on a GPU.
+
+Between the first convolution and the pool lie a network's largest maps. PyTorch's kernels go over them four times in
+the forward and four in the backward; `bn_act_pool` reads them once and twice. torch.compile fuses the modules itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.models.resnet import ResNet
+
+from .backends import refuses, triton
+from .blocks import on_own_batch, parts_unfusable, tampered
+from .functional import update_running_stats
+
+_ops = torch.ops.fused_resnet
+POOL = dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, return_indices=False)
+
+
+def pooled_stem(network: nn.Module, x: Tensor) -> Tensor | None:
+    """maxpool(relu(bn1(conv1(x)))) of a network with these modules; None where they have to be called one by one."""
+    if unpoolable(network) is not None or not _worth_it(x):
+        return None
+    y, bn = network.conv1(x), network.bn1
+    mean, var = _ops.bn_stats.default(y)
+    update_running_stats(bn, y, mean, var)
+    return _ops.bn_act_pool.default(y, mean, var, bn.weight, bn.bias, bn.eps)[0]
+
+
+def unpoolable(network: nn.Module) -> str | None:
+    """Why batch norm, ReLU and pool of this network's stem are called as modules now, or None."""
+    modules = network._modules
+    if reason := parts_unfusable(network, ("bn1",)):
+        return reason
+    if not on_own_batch(modules["bn1"]):
+        return "bn1: does not use the batch's own statistics"
+    pool = modules.get("maxpool")
+    if type(pool) is not nn.MaxPool2d:
+        return f"maxpool: {type(pool).__name__} is not MaxPool2d"
+    for name, expected in POOL.items():
+        if getattr(pool, name) not in (expected, [expected] * 2, (expected, expected)):
+            return f"maxpool: {name} is {getattr(pool, name)}, not {expected}"
+    reason = tampered(pool)
+    return reason and f"maxpool: {reason}"
+
+
+def _worth_it(x: Tensor) -> bool:
+    """Whether the op would run on a kernel of its own for an input like x."""
+    if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or not x.is_cuda or x.dim() != 4:
+        return False
+    return refuses(triton, "bn_stats", (x,)) is None
+
+
+class FusedResNet(ResNet):
+    """torchvision's ResNet with its stem fused while it trains; `swap_blocks` makes one of it, in place."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        stem = pooled_stem(self, x)
+        if stem is None:
+            return super()._forward_impl(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))

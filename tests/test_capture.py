@@ -1,0 +1,223 @@
+"""capture_training. What a GPU does with graphs is told by a function that runs again, into the same attributes; the
+tests marked gpu capture real ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import fused_resnet
+from fused_resnet import capture
+from fused_resnet.capture import CapturedTraining
+
+
+class Rerun(CapturedTraining):
+    """Graphs on a CPU: functions that run again. What was computed before is overwritten, as in a graph's memory."""
+
+    def _recorder(self):
+        def record(function):
+            def replay():
+                attribute = "_results" if function == self._forward else "_flat"
+                with torch.enable_grad():
+                    before, now = getattr(self, attribute), function()
+                for old in before if isinstance(before, list) else [before]:
+                    old.detach().fill_(0)
+                setattr(self, attribute, now)
+
+            return replay, function()
+
+        return record
+
+
+class Two(nn.Module):
+    """Two results, one of which has no gradient, and a parameter that nothing uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.unused = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return {"y": y, "largest": y.detach().amax((2, 3))}
+
+
+@pytest.fixture
+def device(request):
+    return torch.device("cuda" if "gpu" in request.keywords else "cpu")
+
+
+def captured(model, x):
+    return fused_resnet.capture_training(model, x) if x.is_cuda else Rerun(model, x)
+
+
+def network(device):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5)
+    return fused_resnet.swap_blocks(model).to(device).train()
+
+
+ON_BOTH = pytest.mark.parametrize("where", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+
+
+def steps(call, model, device, count=3, accumulate=1):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), []
+    for i in range(count):
+        optimizer.zero_grad()
+        for j in range(accumulate):
+            torch.manual_seed(10 * i + j)
+            x, target = torch.randn(4, 3, 40, 40), torch.randint(5, (4,))
+            loss = nn.functional.cross_entropy(call(x.to(device)), target.to(device))
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+    return losses, {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@ON_BOTH
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_are_those_of_the_model(device, where, accumulate):
+    model, untouched = network(device), network(device)
+    step = captured(model, torch.zeros(4, 3, 40, 40, device=device))
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        expected, after = steps(untouched, untouched, device, accumulate=accumulate)
+        losses, kept = steps(step, model, device, accumulate=accumulate)
+    assert step._calls == 2 * 3 * accumulate, "a call went to the model itself"
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for name, wanted in after.items():
+        torch.testing.assert_close(kept[name], wanted, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_model_stays_as_it_was(device):
+    model = network(device)
+    before = copy.deepcopy(model.state_dict())
+    step = captured(model, torch.randn(4, 3, 40, 40))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert "forward" not in vars(model)
+    assert "ResNet" in repr(step) and "40" in repr(step)
+
+
+def test_results_are_the_callers(device):
+    model = network(device)
+    step = captured(model, torch.zeros(4, 3, 40, 40))
+    x = torch.randn(4, 3, 40, 40)
+    y = step(x)
+    kept = y.clone()
+    y.sum().backward()
+    gradient = model.fc.weight.grad
+    before = gradient.clone()
+    model.zero_grad(set_to_none=True)
+    step(-x).sum().backward()
+    assert torch.equal(y, kept)
+    assert torch.equal(gradient, before)
+    assert not torch.equal(model.fc.weight.grad, before)
+
+
+@ON_BOTH
+def test_pytrees_inputs_gradient_and_unused_parameters(device, where):
+    model = Two().to(device)
+    x = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
+    expected = model(x)
+    (of_x,) = torch.autograd.grad((expected["y"] ** 2).sum(), x)
+    model.bn.reset_running_stats()
+    step = captured(model, x)
+    result = step(x)
+    assert result.keys() == expected.keys() and not result["largest"].requires_grad
+    torch.testing.assert_close(result["largest"], expected["largest"])
+    (result["y"] ** 2).sum().backward()
+    torch.testing.assert_close(x.grad, of_x, rtol=1e-4, atol=1e-4)
+    assert model.unused.grad is None
+
+
+def others(model, x):
+    """(what is changed, how): calls that no graph was captured for."""
+    yield "shape", lambda: x[:2]
+    yield "dtype", lambda: x.double()
+    yield "layout", lambda: x.contiguous(memory_format=torch.channels_last)
+    yield "requires_grad", lambda: x.clone().requires_grad_()
+    yield "mode", lambda: (model.bn.eval(), x)[1]
+    yield "frozen", lambda: (model.bn.train(), model.conv.weight.requires_grad_(False), x)[2]
+
+
+def test_any_other_call_is_the_models():
+    model = Two()
+    x = torch.randn(4, 3, 8, 8)
+    step = captured(model, x)
+    for what, change in others(model, x):
+        given = change()
+        calls, model = step._calls, model.double() if what == "dtype" else model
+        assert step(given)["y"].dtype is given.dtype, what
+        assert step._calls == calls, what
+        model.float()
+    with torch.no_grad():
+        assert not step(x)["y"].requires_grad
+    assert step._calls == 0
+
+
+def test_another_autocast_is_the_models():
+    model = Two()
+    x = torch.randn(4, 3, 8, 8)
+    step = captured(model, x)
+    assert capture._autocast() == (False, torch.get_autocast_dtype("cuda"))
+    step(x)
+    assert step._calls == 1
+
+
+def test_a_result_is_differentiated_before_the_next_call():
+    step = captured(Two(), x := torch.randn(4, 3, 8, 8))
+    first = step(x)["y"].sum()
+    step(x)
+    with pytest.raises(RuntimeError, match="called again"):
+        first.backward()
+    y = step(x)["y"].sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="its backward has run"):
+        y.backward()
+
+
+def test_a_parameter_that_moved():
+    model = Two()
+    step = captured(model, x := torch.randn(4, 3, 8, 8))
+    model.conv.weight.data = model.conv.weight.data.clone()
+    with pytest.raises(RuntimeError, match="capture the model again"):
+        step(x)
+
+
+class Cumulative(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "error", "message"),
+    [
+        (3, torch.zeros(1), TypeError, "model: expected a torch.nn.Module, got int"),
+        (nn.ReLU(), torch.zeros(1), ValueError, "x: expected a CUDA tensor, got cpu"),
+        (nn.ReLU(), 3, ValueError, "x: expected a CUDA tensor, got int"),
+    ],
+)
+def test_what_is_refused(model, x, error, message):
+    with pytest.raises(error, match=message):
+        fused_resnet.capture_training(model, x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Conv2d(3, 3, 1).eval(), "model.train"),
+        (Cumulative(nn.SyncBatchNorm(3)), "norm is a SyncBatchNorm"),
+        (Cumulative(nn.BatchNorm2d(3, momentum=None)), "norm has momentum None"),
+        (nn.Flatten(), "requires a gradient"),
+    ],
+)
+def test_what_cannot_be_captured(model, message):
+    with pytest.raises(ValueError, match=message):
+        Rerun(model, torch.zeros(2, 3, 4, 4))
