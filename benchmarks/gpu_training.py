@@ -100,7 +100,7 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 ROUNDS = 9
-KERNELS = 40  # of a profile, those that take longest
+KERNELS = 100  # of a profile, those that take longest
 
 
 def bench_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:

@@ -104,8 +104,12 @@ def _trained(x: Tensor, block: nn.Module) -> Tensor:
 
     def run(x: Tensor, statistics: training.Statistics) -> Tensor:
         *first, conv, bn = (block._modules[name] for name in PARTS[_kind(block)])
-        out, norm = x, training.NOTHING
-        for i in range(0, len(first), 2):
+        if block.residual:
+            own = projected or (downsample is None and block.conv1.in_channels > 1)
+            out, norm, x = training.convolve_shared(x, *first[:2], statistics, own)
+        else:
+            out, norm = training.convolve(x, training.NOTHING, *first[:2], statistics)
+        for i in range(2, len(first), 2):
             out, norm = training.convolve(out, norm, first[i], first[i + 1], statistics)
         if projected:
             shortcut = training.normalised(x, training.NOTHING, *downsample, None, statistics, relu=False)

@@ -24,7 +24,7 @@ from torch._C import _after_autograd_keyset, _any_requires_grad, _are_functorch_
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends import reference
+from .backends import reference, triton_running
 from .backends.layout import conv_output_size, output_format
 from .backends.reference import accumulator
 
@@ -386,6 +386,9 @@ def _bn_backward(ctx, grad):
 
 def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
     check_vectors(mean.shape[0], "x", mean, running_mean=running_mean, running_var=running_var)
+    if momentum is not None and count > 1:
+        if triton_running.follow(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
+            return
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if count == 0:

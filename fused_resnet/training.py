@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import pool_ops, training_ops  # noqa: F401  (register their ops)
+from .backends.layout import is_channels_last
+from .backends.reference import rows_of
 from .functional import update_running_stats
 
 _ops = torch.ops.fused_resnet
@@ -75,6 +77,75 @@ def convolve(x: Tensor, norm: Norm, conv: nn.Conv2d, bn: nn.Module, statistics: 
     if known is not None:
         return y, Norm(*known, bn.weight, bn.bias, bn.eps)
     return y, statistics.keep(bn, y, mean, var)
+
+
+def convolve_shared(
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module, statistics: Statistics, own: bool
+) -> tuple[Tensor, Norm, Tensor]:
+    """`convolve` of x itself, and x for what else reads it: a shortcut.
+
+    The gradients of both meet at x. Where the convolution's is a matrix product, the shortcut's is what the product
+    adds to, so that no pass over the largest maps of a block is needed for the sum. own: whether what else reads x is
+    an op of this package, which makes the gradient that it hands back and keeps none.
+    """
+    if not _product(x, conv):
+        return *convolve(x, NOTHING, conv, bn, statistics), x
+    known = statistics.known()
+    y, mean, var, x = _Shared.apply(x, conv.weight, known is None, own)
+    norm = Norm(*known, bn.weight, bn.bias, bn.eps) if known is not None else statistics.keep(bn, y, mean, var)
+    return y, norm, x
+
+
+def _product(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether x's gradient behind this convolution is one of 16-bit matrices on a GPU."""
+    return (
+        type(x) is Tensor
+        and x.is_cuda
+        and x.dtype is conv.weight.dtype
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and is_channels_last(x)
+        and expands(conv, 0)
+        and conv.stride == (1, 1)
+    )
+
+
+class _Shared(torch.autograd.Function):
+    """(y, mean, var, x): the op bn_act_conv of x, 1x1 and of stride 1, with x handed on."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, stats: bool, own: bool):
+        ctx.set_materialize_grads(False)
+        ctx.own = own
+        ctx.save_for_backward(x, weight)
+        y, mean, var = _ops.bn_act_conv.default(x, weight, *NOTHING, True, *_POINTWISE, stats)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var, x
+
+    @staticmethod
+    def backward(ctx, dy, _mean, _var, dx):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        if dy is None:
+            return dx, None, None, None
+        mask = [need_x and dx is None, need_weight, False, False]
+        whole = dweight = None
+        if any(mask):
+            whole, dweight, _, _ = _ops.bn_act_conv_bwd.default(dy, x, weight, *NOTHING, True, *_POINTWISE, mask)
+        if need_x and dx is not None:
+            rows, columns = rows_of(dx, (1, 1)), (rows_of(dy, (1, 1)), weight.flatten(1))
+            if ctx.own and is_channels_last(dx) and not torch.is_grad_enabled():
+                rows.addmm_(*columns)  # a view
+                whole = dx
+            else:
+                n, c, h, w = x.shape
+                whole = torch.addmm(rows, *columns).view(n, h, w, c).permute(0, 3, 1, 2)
+        return whole if need_x else None, dweight if need_weight else None, None, None
+
+
+_POINTWISE = ([1, 1], [0, 0], [1, 1], 1)
 
 
 def normalised(

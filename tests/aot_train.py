@@ -38,6 +38,19 @@ def pointwise(host, c, size, k, stride, precision, normalises=True, residual=Tru
     host.pointwise(x, weight, *normalisation(c, normalises), 1e-5, True, meta(k), meta(k), y, [stride] * 2, True)
 
 
+def small(host, c, k, precision):
+    """The small kernels of the pointwise convolution, forward and backward."""
+    module, dtype = aot.backend("backends.triton_pointwise"), DTYPES[precision]
+    weight, out = meta(k, c, 1, 1, dtype=dtype), [meta(k) for _ in range(4)]
+    module.product_statistics(weight, meta(c), meta(c, c), *out[:2], 1e-5)
+    y = meta(BATCH, k, 8, 8, dtype=dtype)
+    before = (meta(BATCH, c, 8, 8, dtype=dtype), weight, *normalisation(c), 1e-5, True)
+    statistics = (out[0], out[1], out[2], 1e-5, meta(c), meta(c, c))
+    module._inner = lambda g, a: meta(k, c)
+    module._input_gradient = lambda g, *args: meta(g.shape[0], c, dtype=dtype)
+    module.pointwise_bn_act_bwd(y, y, *before, *statistics, [1, 1], True, [True] * 7)
+
+
 def gram(host, c, size, stride, precision):
     host.gram(meta(BATCH, c, size, size, dtype=DTYPES[precision]), *normalisation(c), 1e-5, True, [stride] * 2)
 
@@ -49,6 +62,7 @@ def instances(few: bool) -> dict[str, tuple]:
         "conv_stem_raw_fp16": (convolution, 3, 224, 64, 7, 2, "fp16", False),
         "pointwise_64_256_tf32": (pointwise, 64, 56, 256, 1, "tf32"),
         "gram_256_bf16": (gram, 256, 56, 1, "bf16"),
+        "small_64_256_bf16": (small, 64, 256, "bf16"),
     }
     if few:
         return kinds
@@ -57,6 +71,7 @@ def instances(few: bool) -> dict[str, tuple]:
             f"conv_3x3_64_{precision}": (convolution, 64, 56, 64, 3, 1, precision),
             f"conv_3x3_128_stride2_{precision}": (convolution, 128, 56, 128, 3, 2, precision),
             f"conv_3x3_256_{precision}": (convolution, 256, 14, 256, 3, 1, precision),
+            **({f"small_512_2048_{precision}": (small, 512, 2048, precision)} if precision != "tf32" else {}),
             f"conv_3x3_512_{precision}": (convolution, 512, 7, 512, 3, 1, precision),
             f"conv_1x1_64_256_{precision}": (convolution, 64, 56, 256, 1, 1, precision),
             f"conv_1x1_256_64_{precision}": (convolution, 256, 56, 64, 1, 1, precision),
@@ -85,6 +100,7 @@ def instances(few: bool) -> dict[str, tuple]:
         "conv_1x1_1_1_odd_fp16": (convolution, 1, 1, 1, 1, 1, "fp16"),
         "pointwise_72_40_fp16": (pointwise, 72, 28, 40, 1, "fp16"),
         "gram_72_fp16": (gram, 72, 28, 1, "fp16"),
+        "small_70_odd_fp16": (small, 70, 140, "fp16"),
         "gram_70_odd_fp16": (gram, 70, 28, 1, "fp16"),
         "gram_3_odd_ieee": (gram, 3, 28, 1, "ieee"),
         "gram_1_odd_fp16": (gram, 1, 1, 1, "fp16"),
@@ -97,7 +113,7 @@ def record(host, arch: int, function, *args) -> list:
     base = aot.backend()
     base._chip = lambda x: (arch, SMS[arch])
     base.tf32_allowed = lambda: "ieee" not in args
-    aot.recorded(launches, host._bn, host._conv, host._gram)
+    aot.recorded(launches, host._bn, host._conv, host._gram, aot.backend("backends.triton_pointwise")._pointwise)
     function(host, *args)
     return launches
 

@@ -32,8 +32,9 @@ except ImportError as error:
 
 NAME = "triton"
 TRAINING = {"bn_act_conv": "triton_train", "pointwise_bn_act": "triton_train", "bn_act_conv_bwd": "triton_train_bwd"}
-TRAINING |= {"bn_act_pool": "triton_pool", "bn_act_pool_bwd": "triton_pool"}
+TRAINING |= {"pointwise_bn_act_bwd": "triton_pointwise", "bn_act_pool": "triton_pool", "bn_act_pool_bwd": "triton_pool"}
 OPS = ("conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", *TRAINING)
+_AFTER_Y = ("conv_bn_act_bwd", "bn_act_bwd", "bn_act_bwd_input", "pointwise_bn_act_bwd")  # x is their third argument
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 2**10  # rows are counted in 32 bits, up to the end of the last tile
 
@@ -74,7 +75,7 @@ def declines(op: str, *args) -> str | None:
     if op not in OPS:
         return f"has no {op}"
     first = args[0]
-    x = first if "_bwd" not in op else args[1] if op in TRAINING else args[2]
+    x = first if "_bwd" not in op else args[2] if op in _AFTER_Y else args[1]
     if x.dtype not in _DTYPES:
         return f"needs float16, bfloat16 or float32, got {x.dtype}"
     if not x.is_cuda and not (x.device.type == "cpu" and interpreting()):

@@ -12,10 +12,9 @@ from torch import bfloat16 as _bfloat16
 
 from ..kernels import tiles
 from . import triton as _base
-from .composed import statistics_of_product
 from .layout import conv_output_size, output_format
-from .reference import inverse_and_scale
 from .triton import _dispatch
+from .triton_pointwise import product_statistics
 
 try:
     from ..kernels import bn_act as _bn
@@ -126,9 +125,10 @@ def pointwise_bn_act(
     norm is never stored; its statistics follow from those of what it reads."""
     loaded = (mean, var, bn_weight, bn_bias, eps, relu)
     a_mean, a_cov = gram(x, *loaded, stride, launch=launch)
-    y_mean, y_var = statistics_of_product(weight, a_mean, a_cov)
-    _, scale = inverse_and_scale(a_cov.dtype, out_weight, y_var, out_eps)
-    shift = -y_mean * scale if out_bias is None else out_bias.to(scale.dtype) - y_mean * scale
+    with _base._device_of(x):
+        y_mean, y_var, scale, shift = product_statistics(
+            weight, a_mean, a_cov, out_weight, out_bias, out_eps, launch=launch
+        )
     y = pointwise(x, weight, *loaded, scale, shift, residual, stride, out_relu, launch=launch)
     return y, y_mean, y_var, a_mean, a_cov
 
