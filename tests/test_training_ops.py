@@ -527,3 +527,41 @@ def test_small_terms_survive_rounding_over_many_rows():
         exact = reference.pointwise_bn_act_bwd(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))[3]
         errors.append((found - exact).norm() / (16 * rows) ** 0.5)
     assert max(errors) < 0.012, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("stride, normalised", [(1, True), (2, False)])
+def test_the_pointwise_backward_by_way_of_the_raw_result(stride, normalised, dtype):
+    """What serves where the short way is off by more than may be."""
+    torch.manual_seed(0)
+    channels_last = dict(memory_format=torch.channels_last)
+    x = torch.randn(3, 16, 8, 6).to(dtype).contiguous(**channels_last)
+    weight = (torch.randn(64, 16, 1, 1) / 4).to(dtype).contiguous(**channels_last)
+    wide = reference.accumulator(dtype)
+    bn = (torch.rand(16, dtype=wide) + 0.5, torch.randn(16, dtype=wide))
+    loaded = (*reference.bn_stats(x), *bn) if normalised else (None,) * 4
+    out = torch.rand(64, dtype=wide) + 0.5, torch.randn(64, dtype=wide)
+    before = (x, weight, *loaded, EPS, True)
+    forward = reference.pointwise_bn_act(*before, *out, EPS, None, [stride] * 2, normalised)
+    y, y_mean, y_var, a_mean, a_cov = forward
+    grad = torch.randn_like(y)
+    args = (
+        grad,
+        y if normalised else None,
+        *before,
+        out[0],
+        y_mean,
+        y_var,
+        EPS,
+        a_mean,
+        a_cov,
+        [stride] * 2,
+        normalised,
+    )
+    found = composed.recomputed_bwd(aten, *args, [True] * 7)
+    expected = reference.pointwise_bn_act_bwd(*args, [True] * 7)
+    for got, want in zip(found, expected, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            limit = 1e-10 if dtype is torch.float64 else verify.TOLERANCE[dtype]
+            assert got.dtype == want.dtype and verify.difference(got, want) <= limit

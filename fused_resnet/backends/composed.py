@@ -217,3 +217,22 @@ def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_b
         dx = dx.contiguous(memory_format=format) if need_x else None
     of_out = inv * moment if need_out_weight else None, sum_g if need_out_bias else None
     return dx, dweight, dbn_weight, dbn_bias, *of_out, dresidual
+
+
+def recomputed_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *after):
+    """pointwise_bn_act_bwd by way of the raw result, computed again: more passes, and the rounding of PyTorch's own
+    modules, where the short way is off by more."""
+    out_weight, y_mean, y_var, out_eps, _, _, stride, out_relu, output_mask = after
+    *need_in, need_out_weight, need_out_bias, need_residual = output_mask
+    format, loaded = output_format(x, weight), (mean, var, bn_weight, bn_bias, eps, relu)
+    raw, _, _ = bn_act_conv(backend, x, weight, *loaded, stride, [0, 0], [1, 1], 1, False)
+    grad, y = (t if t is None else t.contiguous(memory_format=format) for t in (grad, y))
+    of_out = [any(need_in), need_out_weight, need_out_bias, need_residual]
+    draw, dout_weight, dout_bias, dresidual = backend.bn_act_bwd(
+        grad, y, raw, y_mean, y_var, out_weight, out_eps, out_relu, True, of_out
+    )
+    del raw
+    gradients = (None,) * 4
+    if any(need_in):
+        gradients = bn_act_conv_bwd(backend, draw, x, weight, *loaded, stride, [0, 0], [1, 1], 1, need_in)
+    return *gradients, dout_weight, dout_bias, dresidual

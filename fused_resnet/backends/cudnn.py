@@ -81,5 +81,6 @@ def _fuses(device: int, dtype: torch.dtype) -> bool:
     return _fused[key]
 
 
-bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, pointwise_bn_act_bwd = composed.composed_of(sys.modules[__name__])
+bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, _ = composed.composed_of(sys.modules[__name__])
+pointwise_bn_act_bwd = functools.partial(composed.recomputed_bwd, sys.modules[__name__])
 bn_act_pool, bn_act_pool_bwd = pooled.pooled_of(sys.modules[__name__])

@@ -1,20 +1,23 @@
 """Host side of the pointwise convolution between batch norms in Triton: its small kernels, and the backward.
 
-The large products of the backward, [M, K] by [M, C] and [M, K] by [K, C], are cuBLAS's.
+Of the backward's large products the one over all rows, g^T a, is cuBLAS's.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from ..kernels import tiles
 from . import triton as _base
-from .composed import _inner, _input_gradient
+from .composed import _inner
 from .cpu_gradients import spread
 from .layout import output_format, with_strides_of
 from .reference import rows_of
 from .triton import _channels_last, _device_of, _dispatch, _floats, _per_channel
+from .triton_train_bwd import input_tile
 
 try:
     from ..kernels import pointwise as _pointwise
@@ -37,8 +40,10 @@ def declines(op: str, grad: Tensor, y: Tensor | None, x: Tensor, weight: Tensor,
     return f"needs at most {_base._MAX_ROWS} positions, got {rows}" if rows > _base._MAX_ROWS else None
 
 
-def variant(op: str, *args) -> None:
-    """Nothing here is picked by the number of rows; the reductions of batch norm are by channels."""
+def variant(op: str, grad: Tensor, y: Tensor | None, x: Tensor, weight: Tensor, *args) -> tuple:
+    """The tile of the input gradient, which is picked by the number of rows."""
+    k, c = weight.shape[:2]
+    return input_tile(grad.numel() // k, c, k, 1, x.element_size(), *_base._chip(x))
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -158,8 +163,8 @@ def pointwise_bn_act_bwd(
             )
             dweight = with_strides_of(weight, dweight.view(weight.shape))
         if need_a:
-            da = _input_gradient(rows_g, folded, rows_a, *_turn(launch, w, slope, folded, a_mean, sum_g, count))
-            da = spread(da, x.shape, stride)
+            turn, shift = _turn(launch, w, slope, folded, a_mean, sum_g, count)
+            da = spread(_input_gradient(launch, rows_g, folded, rows_a, turn, shift), x.shape, stride)
             if mean is None:
                 dx = da
             else:
@@ -173,9 +178,9 @@ def pointwise_bn_act_bwd(
 
 
 def _turn(launch, w: Tensor, slope: Tensor, folded: Tensor, a_mean: Tensor, sum_g: Tensor, count: float):
-    """(turn: [C, C], shift: [C]) in w's dtype: what `_input_gradient` takes."""
+    """(turn: [C, C] in w's dtype, shift: [C] in float32): what `_input_gradient` takes."""
     k, c = w.shape
-    turn, shift = w.new_empty(c, c), w.new_empty(c)
+    turn, shift = w.new_empty(c, c), _floats(w, c)
     blocks = tiles.ceil_div(c, _TILE)
     launch(_pointwise._pointwise_bwd_turn_kernel, (blocks, blocks), w, slope, turn, k, c, BLOCK_K=_TILE, BLOCK_C=_TILE)
     launch(
@@ -193,3 +198,34 @@ def _turn(launch, w: Tensor, slope: Tensor, folded: Tensor, a_mean: Tensor, sum_
         BLOCK_C=16,
     )
     return turn, shift
+
+
+def _input_gradient(launch, g: Tensor, folded: Tensor, a: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
+    """g: [M, K] folded + a: [M, C] turn + shift, as rows [M, C]."""
+    (m, k), c = g.shape, a.shape[1]
+    da = torch.empty_like(a)
+    tile = input_tile(m, c, k, 1, g.element_size(), *_base._chip(g))
+    launch(
+        _pointwise._pointwise_bwd_input_kernel,
+        (tiles.ceil_div(m, tile.block_m) * tiles.ceil_div(c, tile.block_n),),
+        g,
+        folded,
+        a,
+        turn,
+        shift,
+        da,
+        m,
+        k,
+        c,
+        EVEN_K=k % tile.block_k == 0,
+        EVEN_C=c % tile.block_n == 0 and c % tile.block_k == 0,
+        ALIGN=math.gcd(k, c, 16),
+        UPCAST=_base.interpreting() and g.dtype is torch.bfloat16,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=8,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return da

@@ -8,6 +8,8 @@ products are as good as float32's, on the tensor cores.
 import triton
 import triton.language as tl
 
+from .conv_bn_act import _banded, _operand
+
 
 @triton.jit
 def _product(a, b, acc):
@@ -153,7 +155,7 @@ def _pointwise_bwd_weight_kernel(
 def _pointwise_bwd_turn_kernel(
     weight_ptr,  # [K, C] of 16 bits
     slope_ptr,  # [K] float32
-    turn_ptr,  # [C, C] of 16 bits: weight^T slope weight
+    turn_ptr,  # [C, C] of 16 bits: -weight^T slope weight
     K,
     C,
     BLOCK_K: tl.constexpr,
@@ -170,7 +172,7 @@ def _pointwise_bwd_turn_kernel(
         right = tl.load(weight_ptr + k[:, None] * C + c[None, :], mask=ok[:, None] & (c < C)[None, :], other=0.0)
         turn = _product(left.to(tl.float32), right.to(tl.float32) * slope[:, None], turn)
     inside = (i < C)[:, None] & (c < C)[None, :]
-    tl.store(turn_ptr + i[:, None] * C + c[None, :], turn.to(turn_ptr.dtype.element_ty), mask=inside)
+    tl.store(turn_ptr + i[:, None] * C + c[None, :], (-turn).to(turn_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["K", "C"])
@@ -179,7 +181,7 @@ def _pointwise_bwd_shift_kernel(
     folded_ptr,  # [K, C], as it is stored
     a_mean_ptr,  # [C] float32
     sum_g_ptr,  # [K] float32
-    shift_ptr,  # [C]: turn^T a_mean - folded^T sum_g / M
+    shift_ptr,  # [C] float32: -turn^T a_mean - folded^T sum_g / M, so that a mean that cancels does
     count,
     K,
     C,
@@ -199,5 +201,63 @@ def _pointwise_bwd_shift_kernel(
         inside = (k < K)[:, None] & (c < C)[None, :]
         folded = tl.load(folded_ptr + k[:, None] * C + c[None, :], mask=inside, other=0.0).to(tl.float32)
         folds += folded * tl.load(sum_g_ptr + k, mask=k < K, other=0.0)[:, None]
-    total = tl.sum(shift, axis=0) - tl.sum(folds, axis=0) / count
-    tl.store(shift_ptr + c, total.to(shift_ptr.dtype.element_ty), mask=c < C)
+    tl.store(shift_ptr + c, -tl.sum(shift, axis=0) - tl.sum(folds, axis=0) / count, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _pointwise_bwd_input_kernel(
+    g_ptr,  # [M, K]
+    folded_ptr,  # [K, C]
+    a_ptr,  # [M, C]
+    turn_ptr,  # [C, C]
+    shift_ptr,  # [C] float32
+    da_ptr,  # [M, C]: g folded + a turn + shift
+    M,
+    K,
+    C,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides K
+    EVEN_C: tl.constexpr,  # BLOCK_N and BLOCK_K divide C
+    ALIGN: tl.constexpr,  # what divides K and C, up to 16: Triton finds out only whether 16 does
+    UPCAST: tl.constexpr,  # operands to fp32: the interpreter's tl.dot returns garbage for bf16
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Both products in one sum, rounded once. The second's terms are as small as 1 / sqrt(M): added to a first that is
+    rounded to 16 bits already they would be lost, in every row alike."""
+    if ALIGN < 16:
+        K = K // ALIGN * ALIGN
+        C = C // ALIGN * ALIGN
+    tile_m, tile_n = _banded(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_N), GROUP_M)
+    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.minimum(m, M - 1)[:, None]
+    c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        k = start + lane
+        if EVEN_K and EVEN_C:
+            g = tl.load(g_ptr + rows * K + k[None, :])
+            folded = tl.load(folded_ptr + k[:, None] * C + c[None, :])
+        else:
+            g = tl.load(g_ptr + rows * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+            inside = (k < K)[:, None] & (c < C)[None, :]
+            folded = tl.load(folded_ptr + k[:, None] * C + c[None, :], mask=inside, other=0.0)
+        acc = tl.dot(_operand(g, False, UPCAST), _operand(folded, False, UPCAST), acc)
+    for start in tl.range(0, C, BLOCK_K):
+        j = start + lane
+        if EVEN_C:
+            a = tl.load(a_ptr + rows * C + j[None, :])
+            turn = tl.load(turn_ptr + j[:, None] * C + c[None, :])
+        else:
+            a = tl.load(a_ptr + rows * C + j[None, :], mask=(j < C)[None, :], other=0.0)
+            inside = (j < C)[:, None] & (c < C)[None, :]
+            turn = tl.load(turn_ptr + j[:, None] * C + c[None, :], mask=inside, other=0.0)
+        acc = tl.dot(_operand(a, False, UPCAST), _operand(turn, False, UPCAST), acc)
+    acc += tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
+    at = m[:, None] * C + c[None, :]
+    if EVEN_C:
+        tl.store(da_ptr + at, acc.to(da_ptr.dtype.element_ty), mask=(m < M)[:, None])
+    else:
+        tl.store(da_ptr + at, acc.to(da_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
