@@ -8,6 +8,7 @@
 #include "cpu/bn_act.h"
 #include "cpu/engine/program.h"
 #include "cpu/fingerprint.h"
+#include "stem.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
   m.def("fingerprint(Tensor[] tensors) -> Tensor");
@@ -77,6 +78,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def(
       "conv_bn_act(int instance, Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
       "Tensor? var, float eps, Tensor? residual, int[] stride, int[] padding, int[] dilation, bool relu) -> Tensor");
+  m.def("stem_out(Tensor x, Tensor weight, Tensor bias, int rows, Tensor(a!) y) -> ()");
 }
 
 #ifdef FUSED_RESNET_WITH_CUDA
@@ -90,6 +92,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
   m.impl("conv_bias_act_out", TORCH_BOX(&fused_resnet::conv_bias_act_out));
   m.impl("conv_bn_act", TORCH_BOX(&fused_resnet::conv_bn_act));
+  m.impl("stem_out", TORCH_BOX(&fused_resnet::stem_out));
 }
 
 // What needs no device.

@@ -88,6 +88,26 @@ __device__ inline void store_16_bytes(void* to, const uint4& value) {
                : "memory");
 }
 
+// The larger of each two values, a NaN if one of them is.
+__device__ inline uint32_t larger(uint32_t a, uint32_t b, __half) {
+  uint32_t y;
+  asm("max.NaN.f16x2 %0, %1, %2;\n" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+__device__ inline uint32_t larger(uint32_t a, uint32_t b, __nv_bfloat16) {
+  uint32_t y;
+  asm("max.NaN.bf16x2 %0, %1, %2;\n" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+// Two times -inf.
+__device__ constexpr uint32_t lowest(__half) { return 0xfc00fc00u; }
+__device__ constexpr uint32_t lowest(__nv_bfloat16) { return 0xff80ff80u; }
+
+// A value of which the compiler knows nothing from here on.
+__device__ inline void opaque(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
 // PyTorch's ReLU, or nothing: a NaN stays one.
 __device__ inline float at_least(float value, float floor) {
   float y;

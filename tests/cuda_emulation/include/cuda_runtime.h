@@ -25,6 +25,7 @@
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 
 struct dim3 {
   unsigned x, y, z;
@@ -197,6 +198,17 @@ inline float __shfl_down_sync(unsigned mask, float value, unsigned offset) {
   slot[lane] = value;
   emulation::wait(warp.barrier, 32);
   return lane + offset < 32 ? slot[lane + offset] : value;
+}
+
+inline uint32_t __shfl_up_sync(unsigned mask, uint32_t value, unsigned offset) {
+  using emulation::machine;
+  if (mask != 0xffffffffu) emulation::fail("shuffles of whole warps only");
+  emulation::Warp& warp = machine.warps[machine.current / 32];
+  const int lane = machine.current % 32;
+  auto* slot = warp.words[warp.barrier.generation % 2];
+  slot[lane][0] = value;
+  emulation::wait(warp.barrier, 32);
+  return lane >= static_cast<int>(offset) ? slot[lane - offset][0] : value;
 }
 
 template <typename... Parameters, typename... Arguments>

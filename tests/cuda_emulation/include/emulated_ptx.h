@@ -96,10 +96,24 @@ float2 unpack(uint32_t pair, T) {
   return {value<T>(pair, 0), value<T>(pair, 1)};
 }
 
+template <class T>
+uint32_t larger(uint32_t a, uint32_t b, T) {
+  const auto one = [&](int i) {
+    const float of_a = value<T>(a, i), of_b = value<T>(b, i);
+    return of_a != of_a || of_a > of_b || (of_a == of_b && !std::signbit(of_a)) ? of_a : of_b;
+  };
+  return pack(one(0), one(1), T{});
+}
+
+constexpr uint32_t lowest(__half) { return 0xfc00fc00u; }
+constexpr uint32_t lowest(__nv_bfloat16) { return 0xff80ff80u; }
+
 inline void store_16_bytes(void* to, const uint4& value) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("a store to a misaligned address");
   std::memcpy(to, &value, 16);
 }
+
+inline void opaque(uint32_t&) {}
 
 inline float at_least(float value, float floor) { return value < floor ? floor : value; }
 

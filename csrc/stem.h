@@ -1,0 +1,16 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+namespace fused_resnet {
+
+using torch::stable::Tensor;
+
+// y = max_pool3x3s2p1(relu(conv7x7s2p3(x) + bias)) in channels_last. x: [N, 3, H, W], NCHW or channels_last, float16 or
+// bfloat16, W even; weight: [K, 224] in the order of conv/stem_kernel.cuh, K a multiple of 64; bias: [K] float32.
+// rows: pooled rows that a block walks.
+void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t rows, Tensor& y);
+
+}  // namespace fused_resnet

@@ -1,0 +1,194 @@
+"""The stem of csrc/conv, kernel and launcher, executed on the CPU: tests/cuda_emulation has its instructions by the
+letter of the manual. Against PyTorch in float64.
+
+Shared memory and y hold NaN first; every input lies between NaNs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_resnet.engine import compiled_stem, reference, triton_stem
+from fused_resnet.engine.guard import ELEMENTWISE, errors
+from fused_resnet.engine.problem import TOLERANCE
+from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error
+
+ops = torch.ops.fused_resnet_cuda
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """machine(multiprocessors, reversed) sets the emulated machine up."""
+    return emulated_machine(tmp_path_factory, ROOT / "csrc" / "stem.cu", HERE / "emulated_stem.cpp")
+
+
+@pytest.fixture(autouse=True)
+def seeded(machine):
+    machine(4, False)
+    torch.manual_seed(0)
+
+
+def laid_out(x, layout):
+    """x between NaNs."""
+    if layout == "nhwc":
+        return between_nans(x)
+    shelf = torch.full((x.numel() + 64,), float("nan"), dtype=x.dtype)
+    return shelf[32:-32].view(x.shape).copy_(x)
+
+
+class Call:
+    """A stem's tensors, x between NaNs, and what has to come out, in float64."""
+
+    def __init__(self, n, h, w, k=64, dtype=torch.float16, layout="nchw"):
+        self.x = laid_out(torch.randn(n, 3, h, w).to(dtype), layout)
+        self.weight = (torch.randn(k, 3, 7, 7) / 147**0.5).to(dtype)
+        self.bias = torch.randn(k)
+
+    def expected(self):
+        return reference.stem_pool(self.x.double(), self.weight.double(), self.bias.double())
+
+    def arguments(self, rows=2, **changes):
+        n, _, h, w = self.x.shape
+        y = torch.full((n, self.weight.shape[0], *triton_stem.sizes(h, w)[2:]), float("nan"), dtype=self.x.dtype)
+        given = dict(x=self.x, weight=compiled_stem.pack(self.weight), bias=self.bias, rows=rows, y=between_nans(y))
+        return given | changes
+
+    def run(self, rows=2):
+        given = self.arguments(rows)
+        ops.stem_out(*given.values())
+        return given["y"]
+
+    def check(self, rows):
+        y, expected = self.run(rows), self.expected()
+        assert error(y, expected) < torch.finfo(y.dtype).eps / 2  # a rounding to nearest of each value, no more
+        norm, element, strays = errors(y, expected)
+        assert norm <= (limit := TOLERANCE[y.dtype]) and element <= ELEMENTWISE * limit and not strays
+
+
+SHAPES = {
+    "even": (2, 38, 40),
+    "odd-height": (1, 19, 64),
+    "ragged": (2, 13, 38),
+    "one-pixel-pair": (3, 1, 2),
+    "two-tiles": (1, 9, 250),
+    "rows-of-three": (1, 3, 6),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 99])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_stem(machine, shape, dtype, layout, rows):
+    machine(4, rows == 2)
+    Call(*shape, dtype=dtype, layout=layout).check(rows)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_several_tiles_and_blocks_of_channels(layout):
+    Call(1, 33, 130, k=128, layout=layout).check(4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_order_of_threads_and_copies_changes_no_bit(machine, layout):
+    """No barrier and no wait is missing."""
+    call, results = Call(2, 35, 38, layout=layout), []
+    for backwards, rows in ((False, 5), (True, 5), (False, 1), (True, 9)):
+        machine(4, backwards)
+        results.append(call.run(rows))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_sums_are_those_of_the_filter(dtype):
+    """Whole numbers: not one product is missing, doubled or misplaced."""
+    call = Call(1, 21, 26, dtype=dtype)
+    call.x.copy_(torch.randint(-2, 3, call.x.shape))
+    call.weight.copy_(torch.randint(-1, 2, call.weight.shape))
+    call.bias.copy_(torch.randint(-4, 5, call.bias.shape))
+    assert torch.equal(call.run(3).double(), call.expected())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("size", [(20, 22), (21, 22), (22, 24), (23, 24)])
+def test_outside_of_the_map_is_the_lowest_not_zero(size, rows):
+    """The maxima go over negative values, and the ReLU comes later: with zeros outside a border would be zero too, so
+    the bias says where."""
+    call = Call(1, *size)
+    call.x.fill_(1.0)
+    call.weight.fill_(-1 / 64)
+    call.bias.fill_(1.0)
+    y, expected = call.run(rows), call.expected()
+    assert (expected[..., 1:-1, 1:-1] == 0).all() and (expected[..., 0, :] < 1).all()
+    assert error(y, expected) < 1e-3
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_finite_comes_out_where_pytorch_has_it(layout, value):
+    """In a filter's window and nowhere else: the kernel reads a column more, and its zero weight must not meet it."""
+    for at in ((0, 0), (11, 7), (11, 8), (20, 25), (12, 24), (0, 25)):
+        call = Call(1, 21, 26, layout=layout)
+        call.weight.abs_()
+        call.x.abs_()[0, 1, at[0], at[1]] = float(value)
+        y, expected = call.run(3), call.expected()
+        assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+        assert not y.isfinite().all() and y.isfinite().any()
+        assert error(y.nan_to_num(0, 0), expected.nan_to_num(0, 0)) < 1e-3
+
+
+def test_y_leaves_what_lies_around_it_alone():
+    call = Call(1, 19, 38)
+    given = call.arguments()
+    n, k, p, q = given["y"].shape
+    shelf = torch.full((given["y"].numel() + 4096,), 7.0, dtype=torch.float16)
+    given["y"] = shelf[2048:-2048].view(n, p, q, k).permute(0, 3, 1, 2).fill_(float("nan"))
+    ops.stem_out(*given.values())
+    assert torch.equal(given["y"], call.run()) and (shelf[:2048] == 7).all() and (shelf[-2048:] == 7).all()
+
+
+def test_a_packed_filter_is_a_filter():
+    weight = torch.randn(128, 3, 7, 7)
+    packed = compiled_stem.pack(weight).view(128, 7, 8, 4)
+    assert not packed[:, :, 0].any() and not packed[..., 3].any()
+    assert packed.double().sum().isclose(weight.double().sum())
+    assert torch.equal(packed[64 + 32 + 8 * 3 + 2 * 1 + 1, 6, 7, :3], weight[64 + 32 + 8 * 1 + 2 * 3 + 1, :, 6, 6])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_x_may_begin_at_any_pair(layout):
+    call = Call(1, 9, 12, layout=layout)
+    expected = call.run()
+    shelf = torch.empty(call.x.numel() + 2, dtype=torch.float16)
+    call.x = shelf[2:].as_strided(call.x.shape, call.x.stride()).copy_(call.x)
+    assert call.x.data_ptr() % 16 and torch.equal(call.run(), expected)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(x=torch.zeros(1, 4, 9, 12).half()), r"x must be \[N, 3, H, W\]"),
+        (dict(x=torch.zeros(0, 3, 9, 12).half()), "x must not be empty"),
+        (dict(x=torch.zeros(1, 3, 9, 12)), "x must be float16 or bfloat16, got Float"),
+        (dict(x=torch.zeros(1, 3, 9, 24).half()[..., ::2]), "x must be dense and channels_last"),
+        (dict(x=torch.zeros(1, 3, 9, 13).half()), "x must have an even width, got 13"),
+        (dict(x=torch.zeros(325).half()[1:].view(1, 3, 9, 12)), "x must begin at a multiple of 4 bytes"),
+        (dict(weight=torch.zeros(64, 3, 7, 7).half()), r"weight must be packed, \[K, 224\]"),
+        (dict(weight=torch.zeros(64, 224).bfloat16()), "weight must have the dtype of x"),
+        (dict(weight=torch.zeros(32, 224).half()), "K must be a multiple of 64, got 32"),
+        (dict(bias=torch.zeros(64).half()), "bias must be float32"),
+        (dict(bias=torch.zeros(32)), r"bias must be \[C\] = \[64\]"),
+        (dict(rows=0), "rows must be at least 1, got 0"),
+        (dict(y=torch.zeros(1, 64, 3, 4).half()), r"y must be \[1, 64, 3, 3\]"),
+    ],
+)
+def test_the_launcher_refuses_with_a_sentence(changes, sentence):
+    call = Call(1, 9, 12)
+    if "y" in changes:
+        changes = {"y": changes["y"].contiguous(memory_format=torch.channels_last)}
+    with pytest.raises(RuntimeError, match=f"stem: {sentence}"):
+        ops.stem_out(*call.arguments(**changes).values())
