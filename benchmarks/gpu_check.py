@@ -54,7 +54,15 @@ SANITIZED[0:0] = [
 ]
 SANITIZED[12:12] = [
     f"engine-op/{op}/float16"
-    for op in ("conv-3x3", "chain-next-quarter", "stem-nchw", "conv-1x1-segment", "chain-segment-stride2", "chain-pool")
+    for op in (
+        "conv-3x3",
+        "chain-next-quarter",
+        "stem-nchw",
+        "stem-nchw-even",
+        "conv-1x1-segment",
+        "chain-segment-stride2",
+        "chain-pool",
+    )
 ]
 
 

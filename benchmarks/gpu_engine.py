@@ -54,6 +54,8 @@ OPS = {
     "chain-segment-stride2": (chain_cases.ChainArgs, _CHAIN | dict(stride=2, segment=(32, 7, 9, 2), following=64)),
     "conv-3x3-stride2": (cases.ConvArgs, _CONV | dict(stride=(2, 2))),
     "stem-nhwc": (cases.StemArgs, dict(n=2, h=19, w=37, k=64, channels_last=True)),
+    "stem-nchw-even": (cases.StemArgs, dict(n=2, h=19, w=38, k=64, channels_last=False)),
+    "stem-nhwc-even": (cases.StemArgs, dict(n=2, h=19, w=38, k=64, channels_last=True)),
 }
 
 

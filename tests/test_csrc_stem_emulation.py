@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fused_resnet.engine import compiled_stem, reference, triton_stem
 from fused_resnet.engine.guard import ELEMENTWISE, errors

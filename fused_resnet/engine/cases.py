@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from ..backends import cudnn
 from ..backends.library import chip as gpu_chip
 from ..backends.triton import unavailable as triton_unavailable
-from . import compiled_conv, reference, triton_conv, triton_stem
+from . import compiled_conv, compiled_stem, reference, triton_conv, triton_stem
 from .problem import TOLERANCE, Candidate, Case, Problem
 
 CUDNN = Candidate("cudnn", "PyTorch's convolution, and kernels of their own for what follows")
@@ -292,6 +294,16 @@ class StemCase(EngineCase):
         a = self.args
         return triton_stem.configs((a.n, 3, a.h, a.w), self.dtype, self.arch, self.sms, a.k, tf32=self.tf32)
 
+    def compiled(self) -> list[Candidate]:
+        a = self.args
+        chip = (self.dtype, self.arch, self.sms, a.k)
+        configs = compiled_stem.configs((a.n, 3, a.h, a.w), *chip, input_dtype=getattr(torch, a.input_dtype))
+        found = [Candidate("cuda", f"sm80 stem {c['rows']} rows", c) for c in configs]
+        return found if self.device.type == "cuda" else []
+
+    def candidates(self) -> list[Candidate]:
+        return super().candidates() + self.compiled()
+
     def inputs(self, device, seed):
         a, random = self.args, Random(device, self.dtype, seed)
         x = random.map(a.n, 3, a.h, a.w).to(getattr(torch, a.input_dtype))
@@ -308,24 +320,38 @@ class StemCase(EngineCase):
         return {"y": reference.stem_pool(x, inputs["weight"], inputs["bias"])}
 
     def pack(self, candidate, inputs):
-        if candidate.backend != "triton":
+        if candidate.backend not in OWN:
             return inputs
-        layout = "channels_last" if self.args.channels_last else "nchw"
-        return inputs | {"weight": triton_stem.pack(inputs["weight"], layout, tf32=self.tf32)}
+        pack, _ = stem_pack(candidate, self.args)
+        return inputs | {"weight": pack(inputs["weight"])}
 
     def run(self, candidate, inputs, outputs):
-        if candidate.backend == "triton":
-            triton_stem.launch(candidate.config, inputs["x"], inputs["weight"], inputs["bias"], outputs["y"])
+        if candidate.backend in OWN:
+            launch_stem(candidate, inputs["x"], inputs["weight"], inputs["bias"], outputs["y"])
         else:
             outputs["y"].copy_(self.timed(candidate, inputs, outputs))
 
     def timed(self, candidate, inputs, outputs):
-        if candidate.backend == "triton":
+        if candidate.backend in OWN:
             return self.run(candidate, inputs, outputs)
         x = inputs["x"].to(self.dtype, memory_format=torch.channels_last)
         with library():
             y = F.conv2d(x, inputs["weight"], inputs["bias"].to(self.dtype), 2, 3).relu_()
             return F.max_pool2d(y, 3, 2, 1)
+
+
+def launch_stem(candidate: Candidate, *tensors) -> None:
+    """triton_stem.launch, or its like, with the candidate's config."""
+    kernels = compiled_stem if candidate.backend == "cuda" else triton_stem
+    kernels.launch(candidate.config, *tensors)
+
+
+def stem_pack(candidate: Candidate, args: StemArgs) -> tuple[Callable[[Tensor], Tensor], str]:
+    """What makes of a filter the weight that launch_stem needs, and the name of that form."""
+    if candidate.backend == "cuda":
+        return compiled_stem.pack, "compiled stem"
+    layout = "channels_last" if args.channels_last else "nchw"
+    return functools.partial(triton_stem.pack, layout=layout, tf32=args.tf32), f"stem {layout} {args.tf32}"
 
 
 @dataclass(frozen=True)

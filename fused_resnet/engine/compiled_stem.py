@@ -69,8 +69,8 @@ def configs(
 
 
 def pack(weight: Tensor) -> Tensor:
-    """weight: [K, 3, 7, 7] as the kernel reads it, [K, 224]: 7 rows of 8 columns, the first of zeros, of 4 channels, the
-    last of zeros. Of 64 filters the order is that in which a thread's sums are eight neighbours of y, twice."""
+    """weight: [K, 3, 7, 7] as the kernel reads it, [K, 224]: 7 rows of 8 columns, the first of zeros, of 4 channels,
+    the last of zeros. Filters are in the order in which a thread's sums are eight neighbours of y, twice."""
     k = weight.shape[0]
     taps = torch.nn.functional.pad(weight, (1, 0, 0, 0, 0, 1)).permute(0, 2, 3, 1)  # [K, 7, 8, 4]
     # A filter's number is 32 i + 8 q + 2 j + e, its place 32 i + 8 j + 2 q + e: e of lane q's pair in the tile 4 i + j.

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..backends import cuda_conv
 from ..backends.triton import unavailable as triton_unavailable
 from ..backends.verify import tf32_allowed
-from . import path, triton_chain, triton_conv, triton_stem
+from . import path, triton_chain, triton_conv
 from .arena import Life, assign
 from .captured import Captured, Ordered, Turns, race
-from .cases import CUDNN, OWN, StemArgs, chip, conv_workspace, launch_conv, pytorch_conv
+from .cases import CUDNN, OWN, StemArgs, chip, conv_workspace, launch_conv, launch_stem, pytorch_conv, stem_pack
 from .chain_cases import ChainArgs, launch_chain
 from .eager import Eager, EagerExecutor, named, output_of
 from .graph import may_alias
@@ -306,7 +306,7 @@ class Program:
         if candidate.backend not in OWN:
             return self._pytorch(piece), 0
         if isinstance(piece.args, StemArgs):
-            return self._stem(piece, candidate.config), 0
+            return self._stem(piece, candidate), 0
         if isinstance(piece.args, ChainArgs):
             return self._chain(piece, candidate)
         return self._conv(piece, candidate)
@@ -362,15 +362,19 @@ class Program:
 
         return run
 
-    def _stem(self, piece: Piece, config: dict) -> Callable[[dict], None]:
+    def _stem(self, piece: Piece, candidate: Candidate) -> Callable[[dict], None]:
         (step,) = piece.steps
-        layout = "channels_last" if piece.args.channels_last else "nchw"
-        tf32 = piece.args.tf32
-        pack = lambda w: triton_stem.pack(w, layout, tf32=tf32)  # noqa: E731
-        (weight,), bias = self.weights.get(step, pack, f"stem {layout} {tf32}")
-        x, y = self.network.source(step.x), self.values[step.output]
+        (weight,), bias = self.weights.get(step, *stem_pack(candidate, piece.args))
+        source, y = self.network.source(step.x), self.values[step.output]
         format = torch.channels_last if piece.args.channels_last else torch.contiguous_format
-        return lambda values: triton_stem.launch(config, values[x].contiguous(memory_format=format), weight, bias, y)
+
+        def run(values: dict) -> None:
+            x = values[source].contiguous(memory_format=format)
+            # An input of the caller's may begin anywhere.
+            x = x.clone() if candidate.backend == "cuda" and x.data_ptr() % 4 else x
+            launch_stem(candidate, x, weight, bias, y)
+
+        return run
 
     def _conv(self, piece: Piece, candidate: Candidate) -> tuple[Callable[[dict], None], int]:
         (step,) = piece.steps
