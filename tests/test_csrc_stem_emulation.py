@@ -114,16 +114,14 @@ def test_sums_are_those_of_the_filter(dtype):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("size", [(20, 22), (21, 22), (22, 24), (23, 24)])
-def test_outside_of_the_map_is_the_lowest_not_zero(size, rows):
-    """The maxima go over negative values, and the ReLU comes later: with zeros outside a border would be zero too, so
-    the bias says where."""
+def test_what_the_convolution_has_beyond_its_map_is_not_taken(size, rows):
+    """A row or column further there are fewer taps in the image, and with negative weights larger sums."""
     call = Call(1, *size)
     call.x.fill_(1.0)
-    call.weight.fill_(-1 / 64)
+    call.weight.fill_(-1 / 256)
     call.bias.fill_(1.0)
     y, expected = call.run(rows), call.expected()
-    assert (expected[..., 1:-1, 1:-1] == 0).all() and (expected[..., 0, :] < 1).all()
-    assert error(y, expected) < 1e-3
+    assert expected.min() > 0 and error(y, expected) < 1e-3
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
