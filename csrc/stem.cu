@@ -82,9 +82,9 @@ void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t
   const Device device(x);
   check_arch(op, "the kernel", 80, device);
   const unsigned blocks = static_cast<unsigned>(x.size(0) * of_image);
-  check_launch(op, "the kernel",
-               dtype == ScalarType::Half ? run<__half>(p, blocks, device.stream)
-                                         : run<__nv_bfloat16>(p, blocks, device.stream));
+  check_launch(
+      op, "the kernel",
+      dtype == ScalarType::Half ? run<__half>(p, blocks, device.stream) : run<__nv_bfloat16>(p, blocks, device.stream));
 }
 
 }  // namespace fused_resnet

@@ -11,9 +11,10 @@
 // thread has both of a pooled column t, and column 2t - 1 comes from the lanes of t - 1; the first t of a warp is there
 // for its neighbour only.
 //
-// A block walks down pooled rows p. The convolution's rows 2p and 2p + 1 are computed at once, of row 2p - 1 the maxima
-// are kept. Maxima are taken after bias and rounding, which keep the order, and before the ReLU: each window has a
-// position inside the map, so that -inf outside never comes out.
+// A block walks down pooled rows p, and the rows of x that the next one needs come meanwhile, through registers to a
+// ring. The convolution's rows 2p and 2p + 1 are computed at once, of row 2p - 1 the maxima are kept. Maxima are taken
+// after bias and rounding, which keep the order, and before the ReLU: each window has a position inside the map, so
+// that -inf outside never comes out.
 
 #pragma once
 
@@ -36,22 +37,22 @@ struct StemParams {
   int rows;                          // pooled rows of a block
   int parts, tiles, groups;          // blocks along the rows, columns and channels of y
   bool nchw;
-  uint32_t ones;  // all bits: what is masked with it becomes a value of its own, at a place that the compiler may choose
+  uint32_t ones;  // all bits: what is masked with it is a value of its own, in registers that the compiler may choose
 };
 
 struct Stem {
   static constexpr int kThreads = 256, kWarps = 8;
-  static constexpr int kColumns = 7;                  // pooled, of a warp
-  static constexpr int kTile = kWarps * kColumns;     // pooled columns of a block
-  static constexpr int kChannels = 64;                // of a block
-  static constexpr int kChunks = 2 * kTile + 5;       // of a row: columns 4 * (t0 - 2) to 4 * (t0 + 56) + 1 of x
-  static constexpr int kPlane = 60 * 16;              // bytes; not a multiple of 128, so that stores meet in no bank
+  static constexpr int kColumns = 7;               // pooled, of a warp
+  static constexpr int kTile = kWarps * kColumns;  // pooled columns of a block
+  static constexpr int kChannels = 64;             // of a block
+  static constexpr int kChunks = 2 * kTile + 5;    // of a row: columns 4 * (t0 - 2) to 4 * (t0 + 56) + 1 of x
+  static constexpr int kPlane = 60 * 16;           // bytes; not a multiple of 128, so that stores meet in no bank
   static constexpr int kRow = 2 * kPlane;
-  static constexpr int kRing = 16;                    // rows: 9 that are read, 5 that were or will be
-  static constexpr int kFetch = 4;                    // rows of x at a time: one pooled row further
-  static constexpr int kSize = 7 * 8 * 4;             // values of a filter
-  static constexpr int kPitch = 2 * kSize + 16;       // bytes of a filter in shared memory: no two rows meet in a bank
-  static constexpr int kWeights = kRing * kRow;       // where they are
+  static constexpr int kRing = 16;               // rows: 9 that are read, 5 that come
+  static constexpr int kFetch = 4;               // rows of x at a time: one pooled row further
+  static constexpr int kSize = 7 * 8 * 4;        // values of a filter
+  static constexpr int kPitch = 2 * kSize + 16;  // bytes of a filter in shared memory: no two rows meet in a bank
+  static constexpr int kWeights = kRing * kRow;  // where they are
   static constexpr int kBias = kWeights + kChannels * kPitch;
   static constexpr int kAbove = kBias + kChannels * 4;  // 32 bytes a thread: registers are short
   static constexpr int kShared = kAbove + kThreads * 32;
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(Stem::kThreads, 2) stem_kernel(const StemParam
   unsigned char* const memory = ptx::shared_memory();
   const uint32_t shared = ptx::shared_address(memory);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  // Neighbours read the same of x.
+  // Neighbours are groups of filters: they read the same of x.
   int block = blockIdx.x;
   const int group = block % p.groups * Stem::kChannels;
   block /= p.groups;
@@ -131,10 +132,9 @@ __global__ void __launch_bounds__(Stem::kThreads, 2) stem_kernel(const StemParam
 
   for (int i = thread; i < Stem::kChannels * Stem::kSize / 8; i += Stem::kThreads) {
     const int row = i / (Stem::kSize / 8), chunk = i % (Stem::kSize / 8);
-    ptx::copy_async(shared + Stem::kWeights + row * Stem::kPitch + chunk * 16,
-                    static_cast<const unsigned char*>(p.weight) + (int64_t{group} + row) * (2 * Stem::kSize) +
-                        chunk * 16,
-                    true);
+    ptx::copy_async(
+        shared + Stem::kWeights + row * Stem::kPitch + chunk * 16,
+        static_cast<const unsigned char*>(p.weight) + (int64_t{group} + row) * (2 * Stem::kSize) + chunk * 16, true);
   }
   ptx::commit_copies();
   float* const all_bias = reinterpret_cast<float*>(memory + Stem::kBias);
@@ -191,10 +191,9 @@ __global__ void __launch_bounds__(Stem::kThreads, 2) stem_kernel(const StemParam
   __syncthreads();
 
   // The matrices of a sixteenth: even columns' first chunk, odd ones', even columns' second, odd ones'.
-  const uint32_t x = shared + ((lane / 8 + 1) / 2 % 2) * Stem::kPlane +
-                     (warp * Stem::kColumns + lane % 8 + lane / 24) * 16;
-  const uint32_t weight =
-      shared + Stem::kWeights + (lane / 16 * 8 + lane % 8) * Stem::kPitch + lane / 8 % 2 * 16;
+  const uint32_t x =
+      shared + ((lane / 8 + 1) / 2 % 2) * Stem::kPlane + (warp * Stem::kColumns + lane % 8 + lane / 24) * 16;
+  const uint32_t weight = shared + Stem::kWeights + (lane / 16 * 8 + lane % 8) * Stem::kPitch + lane / 8 % 2 * 16;
   const float* const bias = all_bias + 8 * quarter;
   unsigned char* y = static_cast<unsigned char*>(p.y) + (int64_t{n} * p.p + p0) * p.row_of_y +
                      (int64_t{t} * p.k + group + 8 * quarter) * 2;

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda_conv, library
-from ..kernels.tiles import ceil_div
+from ..kernels.tiles import ceil_div, family
 from . import triton_stem
 
 _TILE = 56  # pooled columns of a block
 _CHANNELS = 64  # of a block
-_BLOCKS = 2  # a multiprocessor
 _ROWS = (1, 2, 4, 7, 14, 28, 56)
 _START = 1.5  # what a block does before its first pooled row, in pooled rows: a row of the convolution, and to wait
 _MOST_CONFIGS = 3
@@ -61,9 +60,10 @@ def configs(
     if declines(shape, dtype, arch, k, input_dtype=input_dtype) is not None:
         return []
     p = triton_stem.sizes(*shape[2:])[2]
+    resident = sms * (1 if family(arch) == 89 else 2)  # by their shared memory, 68 KiB
 
     def cost(rows: int) -> float:
-        return ceil_div(_blocks(shape, rows, k), _BLOCKS * sms) * (rows + _START)
+        return ceil_div(_blocks(shape, rows, k), resident) * (rows + _START)
 
     return [{"rows": rows} for rows in sorted({min(p, rows) for rows in _ROWS}, key=cost)[:_MOST_CONFIGS]]
 
