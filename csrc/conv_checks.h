@@ -1,4 +1,4 @@
-// Checks that the launchers of conv_bias_act, conv_bn_act and chain share.
+// Checks that the launchers of conv_bias_act, conv_bn_act, chain and stem share.
 
 #pragma once
 
