@@ -96,6 +96,9 @@ class CapturedTraining:
             self._replay, self._results = capture(self._forward)
             self._grads = [torch.empty_like(y) for y in self._results if y.requires_grad]
             self._replay_backward, self._flat = capture(self._backward)
+        # Without the graph between them, which would keep the parameters' gradients on the stream of the capture.
+        self._differentiable = [y.requires_grad for y in self._results]
+        self._results = [y.detach() for y in self._results]
 
     def _recorder(self) -> Callable:
         """A function that captures a function of nothing: (replay, what the function returned)."""
@@ -143,7 +146,7 @@ class _Step(torch.autograd.Function):
         captured._replay()
         kept = captured._results
         results = tuple(y.detach().clone(memory_format=torch.preserve_format) for y in kept)
-        ctx.mark_non_differentiable(*(r for r, y in zip(results, kept, strict=True) if not y.requires_grad))
+        ctx.mark_non_differentiable(*(r for r, on in zip(results, captured._differentiable, strict=True) if not on))
         return results
 
     @staticmethod
@@ -156,7 +159,7 @@ class _Step(torch.autograd.Function):
                 "backward has run"
             )
         captured._calls += 1
-        of_results = [g for g, y in zip(grads, captured._results, strict=True) if y.requires_grad]
+        of_results = [g for g, on in zip(grads, captured._differentiable, strict=True) if on]
         for g, given in zip(captured._grads, of_results, strict=True):
             g.copy_(given)
         captured._replay_backward()
