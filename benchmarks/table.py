@@ -18,6 +18,7 @@ from benchmarks import peers  # noqa: E402
 BEGIN, END = "<!-- measured: written by benchmarks/table.py -->", "<!-- /measured -->"
 PEERS_BEGIN, PEERS_END = "<!-- peers: written by benchmarks/table.py -->", "<!-- /peers -->"
 ENGINE_BEGIN, ENGINE_END = "<!-- engine: written by benchmarks/table.py -->", "<!-- /engine -->"
+TRAINING_BEGIN, TRAINING_END = "<!-- training: written by benchmarks/table.py -->", "<!-- /training -->"
 PEERS = {
     "channels_last": "channels_last",
     "compile": "torch.compile",
@@ -112,12 +113,33 @@ def render_engine(results: list[dict]) -> str:
     return "\n\n".join(_engine_table(result) for result in results)
 
 
+def _gpu(result: dict) -> str:
+    e = result["environment"]
+    return f"{e['gpus'][0]['name']}; torch {e['torch']}, Triton {e['triton']}, cuDNN {e['cudnn']}; images of 224×224, "
+
+
+def render_training(results: list[dict]) -> str:
+    """Markdown: one table a GPU, of what it says of whole training steps."""
+    return "\n\n".join(_training_table(result) for result in results)
+
+
+def _training_table(result: dict) -> str:
+    ways = list(result["training"][0]["images_per_s"])
+    about = _gpu(result) + "images/s by the median of alternating rounds; below, the most MiB a step adds."
+    ours = {"fused": "**fused_resnet**", "fused lean": "**fused_resnet**, lean"}
+    lines = [about, "", _row(["", *(ours.get(way, way) for way in ways)]), _row(["---", *["--:"] * len(ways)])]
+    for case in result["training"]:
+        model, dtype, batch = case["case"].split("/")[2:]
+        lines.append(_row([f"{model}, batch {batch}, {dtype}", *(f"{case['images_per_s'][way]:,.0f}" for way in ways)]))
+        lines.append(_row(["", *(f"{case['peak_mib'][way]:,.0f}" for way in ways)]))
+    return "\n".join(lines)
+
+
 def _engine_table(result: dict) -> str:
-    e, ways = result["environment"], list(result["engine"][0]["images_per_s"])
+    ways = list(result["engine"][0]["images_per_s"])
     about = (
-        f"{e['gpus'][0]['name']}; torch {e['torch']}, Triton {e['triton']}, cuDNN {e['cudnn']}; images of 224×224, "
-        "images/s by the median of alternating rounds, each of several calls without a pause; off is the result's "
-        "distance from float64's, beside the largest of torchvision's own variants."
+        f"{_gpu(result)}images/s by the median of alternating rounds, each of several calls without a pause; off is "
+        "the result's distance from float64's, beside the largest of torchvision's own variants."
     )
     header = ["", *("**fused_resnet**" if way == "engine" else way for way in ways), "off"]
     lines = [about, "", _row(header), _row(["---", *["--:"] * (len(header) - 1)])]
@@ -163,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     new = updated(new, beside_peers, PEERS_BEGIN, PEERS_END, render_peers)
     if on_gpus := [result for result in results if "engine" in result]:
         new = updated(new, on_gpus, ENGINE_BEGIN, ENGINE_END, render_engine)
+    if training := [result for result in results if "training" in result]:
+        new = updated(new, training, TRAINING_BEGIN, TRAINING_END, render_training)
     if arguments.check:
         if new != readme:
             print("README.md does not say what benchmarks/results/*.json say: run `python benchmarks/table.py`")

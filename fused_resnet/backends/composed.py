@@ -30,7 +30,6 @@ from torch import Tensor
 from .cpu_gradients import spread
 from .layout import output_format, with_strides_of
 from .reference import accumulator, inverse_and_scale, rows_of
-from .verify import tf32_allowed
 
 OPS = ("bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd")
 
@@ -118,17 +117,7 @@ def _input_gradient(g: Tensor, folded: Tensor, a: Tensor, turn: Tensor, shift: T
     The small terms come first. Added to what is rounded to 16 bits already, those below half of its last digit would be
     lost in every row: an error that grows with the number of rows, where one of rounding does with its square root.
     """
-    if _is_a_convolution(a):
-        da = torch.conv2d(_as_maps(a), turn.t()[:, :, None, None].neg(), shift)
-        return da.add_(torch.conv2d(_as_maps(g), folded.t()[:, :, None, None])).flatten(2)[0].t()
     return torch.addmm(shift, a, turn, alpha=-1).addmm_(g, folded)
-
-
-def _as_multiplied(t: Tensor, x: Tensor) -> Tensor:
-    """A matrix as a product with x takes it: in x's dtype, or rounded to what TF32 holds where that may be used."""
-    if _is_a_convolution(x) and tf32_allowed():
-        return round_tf32(t)
-    return t.to(x.dtype)
 
 
 def statistics_of_product(weight: Tensor, a_mean: Tensor, a_cov: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,12 +133,6 @@ def _exact_product(w: Tensor, a_cov: Tensor) -> Tensor:
         return torch.mm(w, a_cov)
     upper = upper_bits(a_cov)
     return torch.mm(w, upper).add_(torch.mm(w, a_cov - upper))
-
-
-def round_tf32(t: Tensor) -> Tensor:
-    """To the nearest of 10 mantissa bits, ties away from zero, as cvt.rna.tf32 does."""
-    rounded = ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    return torch.where(t.isfinite(), rounded, t)
 
 
 def upper_bits(t: Tensor) -> Tensor:
@@ -176,6 +159,10 @@ def pointwise_bn_act(backend, x, weight, mean, var, bn_weight, bn_bias, eps, rel
 
 
 def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *after):
+    if _is_a_convolution(x):
+        # Where TF32 cuts digits off, an error that is the same in every row would be left of what should cancel.
+        loaded = (mean, var, bn_weight, bn_bias, eps, relu)
+        return recomputed_bwd(backend, grad, y, x, weight, *loaded, *after)
     out_weight, y_mean, y_var, out_eps, a_mean, a_cov, stride, out_relu, output_mask = after
     need_x, need_weight, need_bn_weight, need_bn_bias, need_out_weight, need_out_bias, need_residual = output_mask
     format, acc = output_format(x, weight), accumulator(x.dtype)
@@ -205,7 +192,7 @@ def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_b
         dweight = with_strides_of(weight, dweight.view(weight.shape))
     if need_a:
         # The shift of what the products will multiply by, rounded: a gradient whose mean cancels then still does so.
-        turn, folded = (_as_multiplied(t, x) for t in (torch.mm(wide.t(), tilted), scale.unsqueeze(1) * wide))
+        turn, folded = (t.to(x.dtype) for t in (torch.mm(wide.t(), tilted), scale.unsqueeze(1) * wide))
         shift = torch.mv(turn.t().to(acc), a_mean) - torch.mv(folded.t().to(acc), sum_g / count)
         da = _input_gradient(rows_g, folded, rows_a, turn, shift.to(x.dtype))
         da = spread(da, x.shape, stride)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.composed import round_tf32
 from ..backends.triton import interpreting
 from ..kernels import tiles
 
@@ -271,8 +270,14 @@ def pack(weight: Tensor, *, tf32: bool = True) -> Tensor:
     here instead of at every load."""
     weight = weight.contiguous(memory_format=torch.channels_last)
     if weight.dtype is torch.float32 and tf32:
-        weight = round_tf32(weight)
+        weight = _round_tf32(weight)
     return weight
+
+
+def _round_tf32(t: Tensor) -> Tensor:
+    """To the nearest of 10 mantissa bits, ties away from zero, as cvt.rna.tf32 does."""
+    rounded = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(t.isfinite(), rounded, t)
 
 
 def workspace(config: dict, shape: Conv) -> int:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..backends.composed import round_tf32
 from ..backends.triton import interpreting
 from ..kernels import tiles
+from .triton_conv import _round_tf32
 
 try:
     from ..kernels import stem as _stem
@@ -102,7 +102,7 @@ def pack(weight: Tensor, layout: str, *, tf32: bool = True) -> Tensor:
     taps = torch.nn.functional.pad(weight, (1, 0))  # [K, 3, 7, 8]
     lines = taps.permute(0, 2, 1, 3) if layout == "nchw" else taps.permute(0, 2, 3, 1)
     packed = torch.nn.functional.pad(lines.reshape(k, 7 * 3 * _TAPS), (0, _SIZE - 7 * 3 * _TAPS))
-    return round_tf32(packed) if weight.dtype is torch.float32 and tf32 else packed
+    return _round_tf32(packed) if weight.dtype is torch.float32 and tf32 else packed
 
 
 def launch(
