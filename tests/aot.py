@@ -135,8 +135,6 @@ def instances() -> dict[str, tuple]:
         "bn_256_b32_bf16": (batch_norm, 32, 256, 56, "bf16"),
         "bn_72_b32_fp16": (batch_norm, 32, 72, 28, "fp16"),
         "pool_64_b32_fp16": (pool, 32, 64, 112, "fp16"),
-        "pool_64_b32_bf16": (pool, 32, 64, 112, "bf16"),
-        "pool_64_b32_tf32": (pool, 32, 64, 112, "tf32"),
         "pool_72_b5_odd_fp16": (pool, 5, 72, 31, "fp16"),
         "bn_3_b5_tf32": (batch_norm, 5, 3, 9, "tf32"),
         # Every extent and stride is 1, which Triton turns into a constant.

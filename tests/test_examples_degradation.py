@@ -76,7 +76,6 @@ def test_the_record_has_its_form(whole):
     assert residual - plain == 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # the projections and their batch norms
 
 
-@pytest.mark.skipif(not RECORD.exists(), reason="nothing is recorded")
 def test_the_recorded_experiment_has_its_form():
     check_record(json.loads(RECORD.read_text()))
 

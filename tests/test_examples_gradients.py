@@ -150,7 +150,6 @@ def test_the_record_has_its_form(whole):
     assert stacks == [("basic", *x, s) for x in both for s in (0, 2)] + [("bottleneck", *x, 0) for x in both]
 
 
-@pytest.mark.skipif(not RECORD.exists(), reason="nothing is recorded")
 def test_the_recorded_experiment_has_its_form():
     check_record(json.loads(RECORD.read_text()))
 

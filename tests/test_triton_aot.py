@@ -44,7 +44,8 @@ def test_every_kernel_compiles_and_fits(lines, version, arch):
     too_large = {i["instance"]: i["shared"] for i in lines if i["shared"] > SHARED_KIB[arch] << 10}
     assert not too_large
     package = ROOT / "fused_resnet"
-    families = re.findall(r"kernels import (\w+) as", (package / "backends" / "triton.py").read_text())
+    hosts = [(package / "backends" / f"{host}.py").read_text() for host in ("triton", "triton_pool")]
+    families = [family for host in hosts for family in re.findall(r"kernels import (\w+) as", host)]
     sources = [(package / "kernels" / f"{family}.py").read_text() for family in families]
     kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
     assert kernels == {i["kernel"] for i in lines}, "tests/aot.py has to compile every kernel of the backend"

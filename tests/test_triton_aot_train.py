@@ -15,7 +15,7 @@ from aot_runs import ROOT, SHARED_KIB, TENSOR_CORE  # noqa: E402
 
 pytestmark = pytest.mark.aot
 RUNS = aot_runs.runs(80, 90)
-DOTS = {"_bn_act_conv_fwd_kernel", "_gram_partial_kernel"}
+DOTS = {"_bn_act_conv_fwd_kernel", "_gram_partial_kernel", "_pointwise_bwd_input_kernel"}
 
 
 def command(version: str, arch: int, few: bool) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def lines(request) -> list[dict]:
 def test_every_kernel_compiles_and_fits(lines, version, arch, few):
     assert not [(i["instance"], i["kernel"]) for i in lines if i["spill_load"] or i["spill_store"]]
     assert not [(i["instance"], i["shared"]) for i in lines if i["shared"] > SHARED_KIB[arch] << 10]
-    sources = [(ROOT / "fused_resnet" / "kernels" / f"{name}.py").read_text() for name in ("bn_act_conv", "gram")]
+    sources = [(ROOT / "fused_resnet" / "kernels" / f"{name}.py").read_text() for name in ("bn_act_conv", "gram", "pointwise")]
     kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
     assert kernels | {"_bn_stats_merge_kernel"} == {i["kernel"] for i in lines}
 

@@ -89,7 +89,7 @@ def _declines_conv(x: Tensor, weight: Tensor, *args) -> str | None:
 def defers(op: str, *args) -> str | None:
     """Why an automatic choice passes over this call, though it can run here."""
     if op == "conv_bn_act":
-        return "its convolutions are the tuner's, which tries them in a process of its own, until a GPU has run them"
+        return "its convolutions are the tuner's, which tries them in a process of its own"
     return None
 
 
