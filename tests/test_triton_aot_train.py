@@ -32,7 +32,9 @@ def lines(request) -> list[dict]:
 def test_every_kernel_compiles_and_fits(lines, version, arch, few):
     assert not [(i["instance"], i["kernel"]) for i in lines if i["spill_load"] or i["spill_store"]]
     assert not [(i["instance"], i["shared"]) for i in lines if i["shared"] > SHARED_KIB[arch] << 10]
-    sources = [(ROOT / "fused_resnet" / "kernels" / f"{name}.py").read_text() for name in ("bn_act_conv", "gram", "pointwise")]
+    sources = [
+        (ROOT / "fused_resnet" / "kernels" / f"{name}.py").read_text() for name in ("bn_act_conv", "gram", "pointwise")
+    ]
     kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
     assert kernels | {"_bn_stats_merge_kernel"} == {i["kernel"] for i in lines}
 
