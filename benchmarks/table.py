@@ -131,7 +131,7 @@ def _training_table(result: dict) -> str:
     for case in result["training"]:
         model, dtype, batch = case["case"].split("/")[2:]
         lines.append(_row([f"{model}, batch {batch}, {dtype}", *(f"{case['images_per_s'][way]:,.0f}" for way in ways)]))
-        lines.append(_row(["", *(f"{case['peak_mib'][way]:,.0f}" for way in ways)]))
+        lines.append(_row(["", *("–" if (mib := case["peak_mib"][way]) is None else f"{mib:,.0f}" for way in ways)]))
     return "\n".join(lines)
 
 

@@ -26,22 +26,28 @@ def capture_training(model: nn.Module, x: Tensor) -> CapturedTraining:
 
     model: a module on one GPU, in the modes that it will train in; it stays as it is, and running statistics are not
     changed here. x: [N, C, H, W] on that GPU, of the shape, dtype and layout of a batch; its values do not matter.
-    Capture under the autocast under which you train.
+    Capture under the autocast under which you train, and before a DataLoader with pin_memory is under way, whose calls
+    of CUDA would end the capture.
 
     The function takes one tensor and returns what model(tensor) returns; gradients reach the parameters (and the input,
     if x requires one) as usual, and accumulate as usual. Any other call goes to the model itself: another shape, dtype
-    or layout, other modes or requires_grad, another autocast, no gradients wanted, torch.compile. Hooks on modules
-    inside are not called by a graph, and each result can be differentiated once, before the next call.
+    or layout, other modes, requires_grad or numbers (momentum and eps of a norm, p of a dropout), another autocast, no
+    gradients wanted, torch.compile. Hooks on modules inside are not called by a graph, and each result can be
+    differentiated once, before the next call and before parameters change. A captured step is one process's: gradients
+    are not reduced over several, which is why DistributedDataParallel and FSDP are refused.
 
-    Raises TypeError if model is no module; ValueError if x is not a CUDA tensor, nothing in the model is in training or
-    a part cannot be captured (SyncBatchNorm, cumulative running statistics); RuntimeError later on, if a parameter or
-    buffer no longer lies where it was, or a result is differentiated after another call.
+    Raises TypeError if model is no module; ValueError if x is not a plain CUDA tensor, nothing in the model is in
+    training or a part cannot be captured (SyncBatchNorm, cumulative running statistics, modules of several processes);
+    RuntimeError later on, if a parameter or buffer is another or no longer lies where it was, or a result is
+    differentiated after another call or after parameters have changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(x, Tensor) or not x.is_cuda:
         what = str(x.device) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: expected a CUDA tensor, got {what}: graphs are captured on a GPU")
+    if type(x) is not Tensor:
+        raise ValueError(f"x: expected a torch.Tensor itself, got {type(x).__name__}")
     if elsewhere := {str(t.device) for t in (*model.parameters(), *model.buffers()) if t.device != x.device}:
         raise ValueError(f"model: expected all of it on {x.device}, as x is, got {', '.join(sorted(elsewhere))}")
     return CapturedTraining(model, x)
@@ -53,6 +59,8 @@ class CapturedTraining:
     def __init__(self, model: nn.Module, x: Tensor):
         _check(model)
         self.model = model
+        names = ("momentum", "eps", "p", "memory")
+        self._numbers = [(m, name) for m in model.modules() for name in names if hasattr(m, name)]
         self._like = self._signature(x)
         self._tensors = [*model.parameters(), *model.buffers()]
         self._places = [t.data_ptr() for t in self._tensors]
@@ -71,8 +79,10 @@ class CapturedTraining:
     def __call__(self, x: Tensor):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or self._signature(x) != self._like:
             return self.model(x)
-        if [t.data_ptr() for t in self._tensors] != self._places:
-            raise RuntimeError("model: a parameter or buffer does not lie where it did: capture the model again")
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        same = len(tensors) == len(self._tensors) and all(t is u for t, u in zip(tensors, self._tensors, strict=True))
+        if not same or [t.data_ptr() for t in tensors] != self._places:
+            raise RuntimeError("model: a parameter or buffer is not where it was: capture the model again")
         self._calls += 1
         return tree_unflatten(_Step.apply(self, self._calls, x, *self._parameters), self._tree)
 
@@ -86,7 +96,8 @@ class CapturedTraining:
             return None
         modes = tuple(m.training for m in self.model.modules())
         wanted = tuple(p.requires_grad for p in self.model.parameters())
-        return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, *_autocast(), modes, wanted
+        numbers = tuple(getattr(m, name, None) for m, name in self._numbers)
+        return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, *_autocast(), modes, wanted, numbers
 
     def _record(self) -> None:
         enabled, dtype = _autocast()
@@ -104,13 +115,15 @@ class CapturedTraining:
         """A function that captures a function of nothing: (replay, what the function returned)."""
         stream, pool = torch.cuda.Stream(self._x.device), torch.cuda.graph_pool_handle()
         stream.wait_stream(torch.cuda.current_stream(self._x.device))
-        with torch.cuda.device(self._x.device), torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._results = self._forward()
-                self._grads = [torch.zeros_like(y) for y in self._results if y.requires_grad]
-                self._backward()
-            self._results = self._grads = None
-        torch.cuda.current_stream(self._x.device).wait_stream(stream)
+        try:
+            with torch.cuda.device(self._x.device), torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._results = self._forward()
+                    self._grads = [torch.zeros_like(y) for y in self._results if y.requires_grad]
+                    self._backward()
+                self._results = self._grads = None
+        finally:  # whatever happened: buffers are put back as they were
+            torch.cuda.current_stream(self._x.device).wait_stream(stream)
 
         def capture(function):
             graph = torch.cuda.CUDAGraph()
@@ -130,7 +143,8 @@ class CapturedTraining:
         """All gradients behind one another; `_wanted` tells which there are and how they lie."""
         inputs = [*[self._x] * self._x.requires_grad, *self._parameters]
         results = [y for y in self._results if y.requires_grad]
-        found = torch.autograd.grad(results, inputs, self._grads, allow_unused=True)
+        with torch.autocast("cuda", enabled=False):  # backward() is called outside of it
+            found = torch.autograd.grad(results, inputs, self._grads, allow_unused=True)
         there = [g for g in found if g is not None]
         flat = torch.empty(sum(map(_bytes, there)), dtype=torch.uint8, device=self._x.device)
         self._wanted = [None if g is None else (g.dtype, g.shape, torch.empty_like(g).stride()) for g in found]
@@ -142,6 +156,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, captured: CapturedTraining, call: int, x: Tensor, *parameters: Tensor):
         ctx.captured, ctx.call = captured, call
+        ctx.versions = [p._version for p in parameters]
         captured._x.detach().copy_(x)
         captured._replay()
         kept = captured._results
@@ -158,6 +173,8 @@ class _Step(torch.autograd.Function):
                 "this result of a captured model cannot be differentiated any more: the model was called again, or its "
                 "backward has run"
             )
+        if ctx.versions != [p._version for p in captured._parameters]:
+            raise RuntimeError("a parameter was modified between a captured model's call and its backward")
         captured._calls += 1
         of_results = [g for g, on in zip(grads, captured._differentiable, strict=True) if on]
         for g, given in zip(captured._grads, of_results, strict=True):
@@ -195,6 +212,12 @@ def _autocast() -> tuple[bool, torch.dtype]:
 
 
 def _check(model: nn.Module) -> None:
+    over_processes = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    for m in model.modules():
+        if isinstance(m, over_processes) or type(m).__name__.startswith(("FSDP", "FullySharded")):
+            raise ValueError(f"model: {type(m).__name__} works over several processes or GPUs, which is not captured")
+    if other := next((type(p).__name__ for p in model.parameters() if type(p) not in (nn.Parameter, Tensor)), None):
+        raise ValueError(f"model: expected parameters of torch.nn.Parameter, got {other}")
     if not any(m.training for m in model.modules()):
         raise ValueError("model: expected a model in training: call model.train() first")
     for name, m in model.named_modules():

@@ -18,6 +18,7 @@ from . import pool_ops, training_ops  # noqa: F401  (register their ops)
 from .backends.layout import is_channels_last
 from .backends.reference import rows_of
 from .functional import update_running_stats
+from .ops import lowered
 
 _ops = torch.ops.fused_resnet
 MEMORY = ("default", "lean")
@@ -88,20 +89,23 @@ def convolve_shared(
     adds to, so that no pass over the largest maps of a block is needed for the sum. own: whether what else reads x is
     an op of this package, which makes the gradient that it hands back and keeps none.
     """
-    if not _product(x, conv):
+    weight = conv.weight
+    if type(x) is Tensor and torch.is_autocast_enabled("cuda") and x.is_cuda:
+        weight = lowered(weight, torch.get_autocast_dtype("cuda"))  # as the op would
+    if not _product(x, weight, conv):
         return *convolve(x, NOTHING, conv, bn, statistics), x
     known = statistics.known()
-    y, mean, var, x = _Shared.apply(x, conv.weight, known is None, own)
+    y, mean, var, x = _Shared.apply(x, weight, known is None, own)
     norm = Norm(*known, bn.weight, bn.bias, bn.eps) if known is not None else statistics.keep(bn, y, mean, var)
     return y, norm, x
 
 
-def _product(x: Tensor, conv: nn.Conv2d) -> bool:
+def _product(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> bool:
     """Whether x's gradient behind this convolution is one of 16-bit matrices on a GPU."""
     return (
         type(x) is Tensor
         and x.is_cuda
-        and x.dtype is conv.weight.dtype
+        and x.dtype is weight.dtype
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.requires_grad
         and torch.is_grad_enabled()

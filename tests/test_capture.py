@@ -11,7 +11,6 @@ import torchvision
 from torch import nn
 
 import fused_resnet
-from fused_resnet import capture
 from fused_resnet.capture import CapturedTraining
 
 
@@ -162,9 +161,36 @@ def test_another_autocast_is_the_models():
     model = Two()
     x = torch.randn(4, 3, 8, 8)
     step = captured(model, x)
-    assert capture._autocast() == (False, torch.get_autocast_dtype("cuda"))
     step(x)
     assert step._calls == 1
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        step(x)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert step._calls == 1
+
+
+def test_a_number_that_changed_is_the_models():
+    model = Two()
+    step = captured(model, x := torch.randn(4, 3, 8, 8))
+    model.bn.momentum = 0.5
+    step(x)
+    assert step._calls == 0
+    model.bn.momentum = 0.1
+    step(x)
+    assert step._calls == 1
+
+
+def test_a_parameter_that_changed_before_the_backward():
+    """A graph would mix the activations of the old one with the new one."""
+    model = Two()
+    step = captured(model, x := torch.randn(4, 3, 8, 8))
+    y = step(x)["y"].sum()
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified between"):
+        y.backward()
 
 
 def test_a_result_is_differentiated_before_the_next_call():
@@ -179,10 +205,23 @@ def test_a_result_is_differentiated_before_the_next_call():
         y.backward()
 
 
-def test_a_parameter_that_moved():
+def moved(model):
+    model.conv.weight.data = model.conv.weight.data.clone()
+
+
+def replaced(model):
+    model.conv.weight = nn.Parameter(model.conv.weight.detach())
+
+
+def assigned(model):
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [moved, replaced, assigned])
+def test_a_parameter_that_moved(change):
     model = Two()
     step = captured(model, x := torch.randn(4, 3, 8, 8))
-    model.conv.weight.data = model.conv.weight.data.clone()
+    change(model)
     with pytest.raises(RuntimeError, match="capture the model again"):
         step(x)
 
@@ -214,6 +253,7 @@ def test_what_is_refused(model, x, error, message):
     [
         (nn.Conv2d(3, 3, 1).eval(), "model.train"),
         (Cumulative(nn.SyncBatchNorm(3)), "norm is a SyncBatchNorm"),
+        (nn.DataParallel(nn.Conv2d(3, 3, 1)), "DataParallel works over several"),
         (Cumulative(nn.BatchNorm2d(3, momentum=None)), "norm has momentum None"),
         (nn.Flatten(), "requires a gradient"),
     ],

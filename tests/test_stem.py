@@ -197,6 +197,16 @@ def test_feature_extractors_see_the_modules(worth_it):
     assert found["relu"].shape == (2, 64, 16, 16) and found["maxpool"].shape == (2, 64, 8, 8)
 
 
+def test_a_forced_backend_without_the_op_leaves_the_modules(monkeypatch):
+    monkeypatch.setattr(stem, "refuses", lambda *args: None)
+    x = type("OnAGpu", (), {"is_cuda": True, "dim": lambda self: 4})()
+    assert stem._worth_it(x)
+    with fused_resnet.backend("triton"):
+        assert stem._worth_it(x)
+    with fused_resnet.backend("cuda"):
+        assert not stem._worth_it(x)
+
+
 def test_on_a_cpu_the_modules_are_called():
     model = fused_resnet.swap_blocks(network())
     assert stem.pooled_stem(model, torch.zeros(2, 3, 32, 32).double()) is None
@@ -215,7 +225,7 @@ def test_a_shortcuts_gradient_is_added_by_the_product(monkeypatch, memory):
 
     def run(product):
         monkeypatch.setattr(
-            training, "_product", lambda x, conv: product and x.requires_grad and torch.is_grad_enabled()
+            training, "_product", lambda x, weight, conv: product and x.requires_grad and torch.is_grad_enabled()
         )
         torch.manual_seed(0)
         blocks = nn.Sequential(*torchvision.models.resnet50().layer1[:2]).double().train()

@@ -31,6 +31,9 @@ def follow(
     if not _serves(tensors) or not _agrees(tensors):
         return False
     _run(tensors, *scalars)
+    for t in tensors[:3]:
+        if t is not None:
+            torch.autograd.graph.increment_version(t)  # as any change in place does
     return True
 
 
@@ -79,8 +82,14 @@ def _agrees(tensors: tuple) -> bool:
 
 
 def _same(tensors: tuple) -> bool:
+    generator = torch.Generator(tensors[3].device).manual_seed(0)  # not the user's
     sample = [
-        None if t is None else torch.full_like(t, 7) if t.dtype is torch.int64 else torch.rand_like(t) for t in tensors
+        None
+        if t is None
+        else torch.full_like(t, 7)
+        if t.dtype is torch.int64
+        else torch.empty_like(t).uniform_(generator=generator)
+        for t in tensors
     ]
     running, tracked, (mean, var) = sample[:2], sample[2], sample[3:]
     count, momentum = 9, 0.3

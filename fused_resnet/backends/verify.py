@@ -60,21 +60,6 @@ def objection(candidate, op: str, args: tuple) -> tuple[str | None, bool]:
     return _verdicts[key], True
 
 
-@contextlib.contextmanager
-def exact():
-    """Float32 in full, whatever the user allows: TF32's rounding of a gradient adds up over rows to more than what a
-    kernel may be off by."""
-    places = [p for p in (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if hasattr(p, "fp32_precision")]
-    before = [p.fp32_precision for p in places]
-    for p in places:
-        p.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for p, precision in zip(places, before, strict=True):
-            p.fp32_precision = precision
-
-
 def capturing(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
@@ -99,14 +84,11 @@ def unobserved(device: torch.device):
 def _judge(candidate, op: str, args: tuple, limit: int = MAX_SAMPLE) -> str | None:
     """Why the backend's result is not the reference's; None if it is. Asked twice: what the first call prepared serves
     all later ones."""
-    with exact():
-        sample = _sample(op, args, limit)
+    sample = _sample(op, args, limit)
     variant = getattr(candidate, "variant", lambda *args: None)
     if variant(op, *sample) != variant(op, *args):  # fewer rows took another tile: only the whole batch will do
-        with exact():
-            sample = _sample(op, args, math.inf)
-    with exact():
-        expected = getattr(reference, op)(*sample)
+        sample = _sample(op, args, math.inf)
+    expected = getattr(reference, op)(*sample)
     call, limit_of = None, tolerance(op, args)
     for _ in range(2):
         try:
