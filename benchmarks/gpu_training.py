@@ -3,10 +3,9 @@ the speed, memory and kernels of whole steps."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -98,8 +97,7 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
 
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-ROUNDS = 9
+SECONDS = 5  # of timing
 KERNELS = 100  # of a profile, those that take longest
 
 
@@ -116,31 +114,21 @@ def _speed(name: str, dtype: str, batch: int, device) -> dict:
     steps, peak, ready = {}, {}, {}
     runs = ("eager", "channels_last", "fused", "fused lean", "fused, captured", "torch.compile")
     for how in runs if on_gpu else runs[:4]:
-        step = training_step(name, how, DTYPES[dtype], batch, 224 if on_gpu else 32, device)
-        ready[how] = _seconds(step, device)
+        step = training_step(name, how, getattr(torch, dtype), batch, 224 if on_gpu else 32, device)
+        ready[how] = measure.time_once(step, device, 1)
         step()
         # A graph's activations lie in memory that was set aside before the step.
         peak[how] = None if "captured" in how else measure.peak_memory(step, device)
         steps[how] = step
     found = {"profile": profile(steps.get("fused, captured", steps["fused"]), device), "kernels": chosen()}
-    seconds = defaultdict(list)
-    for _ in range(ROUNDS if on_gpu else 2):
-        for how, step in steps.items():
-            seconds[how].append(measure.time_once(step, device, 2))
+    seconds, _ = measure.interleave(steps, device, SECONDS if on_gpu else 0)
     cuts = {how: [1e3 * q for q in measure.quantiles(t)] for how, t in seconds.items()}
     speed = {how: round(batch / statistics.median(t), 1) for how, t in seconds.items()}
     return {"images_per_s": speed, "p20_p50_p80_ms": cuts, "peak_mib": peak, "ready_s": ready} | found
 
 
-def _seconds(step: Callable, device) -> float:
-    start = measure.time.perf_counter()
-    step()
-    measure.synchronize(device)
-    return measure.time.perf_counter() - start
-
-
 def training_step(name: str, how: str, dtype: torch.dtype, batch: int, size: int, device) -> Callable[[], None]:
-    model = copy.deepcopy(measure.build_model(name)).to(device=device, dtype=dtype).train()
+    model = measure.build_model(name).to(device=device, dtype=dtype).train()
     format = torch.contiguous_format if how == "eager" else torch.channels_last
     model = model.to(memory_format=format)
     x = measure.random_input((batch, 3, size, size), 0, device, dtype).contiguous(memory_format=format)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .kernels.tiles import ceil_div
+
 WARM_UP = 3  # steps before the capture: kernels are verified, timed and compiled in the first
 
 
@@ -190,7 +192,7 @@ _ALIGNED = 16  # bytes
 
 
 def _bytes(g: Tensor) -> int:
-    return -(-g.numel() * g.element_size() // _ALIGNED) * _ALIGNED
+    return ceil_div(g.numel() * g.element_size(), _ALIGNED) * _ALIGNED
 
 
 def _parts(flat: Tensor, wanted: list) -> list[Tensor | None]:

@@ -110,7 +110,7 @@ def check_given(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: expected a tensor, got None")
 
 
-def _check_4d(x: Tensor, error: type[Exception]) -> None:
+def check_4d(x: Tensor, error: type[Exception]) -> None:
     if x.layout is not torch.strided:
         raise RuntimeError(f"x: expected a strided tensor, got layout {x.layout}")
     if x.dim() != 4:
@@ -172,7 +172,7 @@ def _check_conv(
 
 def check_places(x, weight, stride, padding, dilation, groups):
     # Conv2d takes 3-D (no batch), so BatchNorm2d is who refuses it, with a ValueError.
-    _check_4d(x, ValueError if x.dim() == 3 else RuntimeError)
+    check_4d(x, ValueError if x.dim() == 3 else RuntimeError)
     if weight.dim() != 4:
         raise RuntimeError(f"weight: expected [K, C/groups, R, S], got {list(weight.shape)}")
     _check_like(weight, "weight", x)
@@ -195,13 +195,13 @@ def check_places(x, weight, stride, padding, dilation, groups):
 
 
 def _check_bn(x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats) -> None:
-    _check_4d(x, ValueError)
+    check_4d(x, ValueError)
     check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
     check_residual(residual, x.shape, x)
 
 
 def _check_stats(x) -> None:
-    _check_4d(x, ValueError)
+    check_4d(x, ValueError)
     check_values(x.shape)
 
 
@@ -335,7 +335,7 @@ def _bn_act_bwd_input(*args):
 
 
 def _check_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu) -> None:
-    _check_4d(x, RuntimeError)
+    check_4d(x, RuntimeError)
     for name, t in (("grad", grad), ("y", y)):
         if t is not None and t.shape != x.shape:
             raise RuntimeError(f"{name}: expected {list(x.shape)}, the shape of x, got {list(t.shape)}")
@@ -386,9 +386,9 @@ def _bn_backward(ctx, grad):
 
 def _update_running_stats_(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
     check_vectors(mean.shape[0], "x", mean, running_mean=running_mean, running_var=running_var)
-    if momentum is not None and count > 1:
-        if triton_running.follow(running_mean, running_var, num_batches_tracked, mean, var, count, momentum):
-            return
+    tensors = (running_mean, running_var, num_batches_tracked, mean, var)
+    if momentum is not None and count > 1 and triton_running.follow(*tensors, count, momentum):
+        return
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if count == 0:

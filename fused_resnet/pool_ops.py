@@ -16,8 +16,8 @@ from .backends import pooled, reference
 from .backends.layout import output_format
 from .backends.reference import accumulator
 from .ops import (
-    _check_4d,
     as_given,
+    check_4d,
     check_given,
     check_values,
     check_vectors,
@@ -38,7 +38,7 @@ _SCHEMAS = {
 
 
 def _check(x, mean, var, bn_weight, bn_bias, eps) -> None:
-    _check_4d(x, ValueError)
+    check_4d(x, ValueError)
     check_vectors(x.shape[1], "x", x, mean=mean, var=var, bn_weight=bn_weight, bn_bias=bn_bias)
     check_values(x.shape)
     if min(x.shape[2:]) < 1:

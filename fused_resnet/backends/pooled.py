@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import output_format
+from .layout import conv_map_size, output_format
 
 OPS = ("bn_act_pool", "bn_act_pool_bwd")
 LOST = 9
@@ -23,9 +23,9 @@ def pooled_of(backend) -> tuple:
     return functools.partial(bn_act_pool, backend), functools.partial(bn_act_pool_bwd, backend)
 
 
-def size(h: int, w: int) -> tuple[int, int]:
+def size(h: int, w: int) -> list[int]:
     """Of the pooled map."""
-    return (h - 1) // 2 + 1, (w - 1) // 2 + 1
+    return conv_map_size((h, w), (3, 3), (2, 2), (1, 1), (1, 1))
 
 
 def bn_act_pool(backend, x, mean, var, bn_weight, bn_bias, eps):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import tiles
+from . import refuses_device
 from . import triton as _base
 from .verify import TOLERANCE, capturing, difference, unobserved
 
@@ -45,14 +46,12 @@ def _serves(tensors: tuple) -> bool:
         return False
     if running_mean.dtype not in _base._DTYPES or running_var.dtype not in _base._DTYPES:
         return False
-    return (tracked is None or tracked.dtype is torch.int64) and _base.declines(
-        "bn_stats", _maps(mean.get_device())
-    ) is None
+    return (tracked is None or tracked.dtype is torch.int64) and _refused(mean.device) is None
 
 
 @functools.cache
-def _maps(device: int) -> Tensor:
-    return torch.empty(1, 1, 2, 2, device=f"cuda:{device}")
+def _refused(device: torch.device) -> str | None:
+    return refuses_device(_base.NAME, device)
 
 
 def _run(tensors: tuple, count: int, momentum: float) -> None:
@@ -83,20 +82,13 @@ def _agrees(tensors: tuple) -> bool:
 
 def _same(tensors: tuple) -> bool:
     generator = torch.Generator(tensors[3].device).manual_seed(0)  # not the user's
-    sample = [
-        None
-        if t is None
-        else torch.full_like(t, 7)
-        if t.dtype is torch.int64
-        else torch.empty_like(t).uniform_(generator=generator)
-        for t in tensors
-    ]
-    running, tracked, (mean, var) = sample[:2], sample[2], sample[3:]
+    *running, mean, var = (torch.empty_like(tensors[i]).uniform_(generator=generator) for i in (0, 1, 3, 4))
+    tracked = None if tensors[2] is None else torch.full_like(tensors[2], 7)
     count, momentum = 9, 0.3
     batch = mean.double(), var.double() * (count / (count - 1))
     expected = [(r.double() * (1 - momentum) + b * momentum).to(r.dtype) for r, b in zip(running, batch, strict=True)]
     try:
-        _run(tuple(sample), count, momentum)
+        _run((*running, tracked, mean, var), count, momentum)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception:  # it does not compile or launch: Triton's errors derive from Exception itself
