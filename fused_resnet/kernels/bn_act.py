@@ -18,6 +18,16 @@ def _masked(grad_ptr, y_ptr, at, ok):
     return g
 
 
+@triton.jit
+def _inverse_and_scale(bn_weight_ptr, var, c, ok, eps):
+    """1 / sqrt(var + eps), and that times the batch norm's weight."""
+    inv = tl.rsqrt(var + eps)
+    scale = inv
+    if bn_weight_ptr is not None:
+        scale *= tl.load(bn_weight_ptr + c, mask=ok, other=0.0).to(tl.float32)
+    return inv, scale
+
+
 @triton.jit(do_not_specialize=["M", "steps"])
 def _bn_stats_partial_kernel(
     x_ptr,  # [M, C]
@@ -124,9 +134,8 @@ def _bn_act_fwd_kernel(
     at = m[:, None] * C + c[None, :]
     ok = (m < M)[:, None] & (c < C)[None, :]
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32) + eps)
-    if bn_weight_ptr is not None:
-        scale *= tl.load(bn_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    var = tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32)
+    _, scale = _inverse_and_scale(bn_weight_ptr, var, c, c < C, eps)
     # Centre first: x * scale + (bias - mean * scale) cancels where mean >> std.
     y = (tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
     if bn_bias_ptr is not None:
@@ -165,9 +174,8 @@ def _bn_act_bwd_reduce_kernel(
     if x_ptr is not None:
         mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     if dx_ptr is not None:
-        scale = tl.rsqrt(tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32) + eps)
-        if bn_weight_ptr is not None:
-            scale *= tl.load(bn_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        var = tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32)
+        _, scale = _inverse_and_scale(bn_weight_ptr, var, c, c < C, eps)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for step in tl.range(0, steps):
@@ -253,11 +261,10 @@ def _bn_act_bwd_input_kernel(
     ok = (m < M)[:, None] & (c < C)[None, :]
     mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     if var_ptr is not None:
-        scale = tl.rsqrt(tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32) + eps)
+        var = tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32)
+        inv, scale = _inverse_and_scale(bn_weight_ptr, var, c, c < C, eps)
         mean_g = tl.load(sum_g_ptr + c, mask=c < C, other=0.0) / M
-        slope = scale * scale * (tl.load(sum_gx_ptr + c, mask=c < C, other=0.0) / M)
-        if bn_weight_ptr is not None:
-            scale *= tl.load(bn_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        slope = inv * inv * (tl.load(sum_gx_ptr + c, mask=c < C, other=0.0) / M)
     else:
         scale = tl.load(bn_weight_ptr + c, mask=c < C, other=0.0)
         mean_g = tl.load(sum_g_ptr + c, mask=c < C, other=0.0)

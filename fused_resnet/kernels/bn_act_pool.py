@@ -8,16 +8,7 @@ the one, two or four windows that it lies in. No atomics, so a second run gives 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _vectors(mean_ptr, var_ptr, bn_weight_ptr, c, C, eps):
-    """Mean and scale of channels c."""
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    inv = tl.rsqrt(tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32) + eps)
-    scale = inv
-    if bn_weight_ptr is not None:
-        scale *= tl.load(bn_weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    return mean, inv, scale
+from .bn_act import _inverse_and_scale
 
 
 @triton.jit(do_not_specialize=["M", "P", "Q", "H", "W"])
@@ -47,7 +38,9 @@ def _bn_act_pool_fwd_kernel(
     pid = tl.program_id(0)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m = (pid // blocks_c).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mean, _, scale = _vectors(mean_ptr, var_ptr, bn_weight_ptr, c, C, eps)
+    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    var = tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32)
+    _, scale = _inverse_and_scale(bn_weight_ptr, var, c, c < C, eps)
     bias = tl.zeros_like(mean)
     if bn_bias_ptr is not None:
         bias = tl.load(bn_bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
@@ -164,7 +157,9 @@ def _bn_act_pool_bwd_input_kernel(
     pid = tl.program_id(0)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m = (pid // blocks_c).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mean, inv, scale = _vectors(mean_ptr, var_ptr, bn_weight_ptr, c, C, eps)
+    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    var = tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32)
+    inv, scale = _inverse_and_scale(bn_weight_ptr, var, c, c < C, eps)
     mean_g = tl.load(sum_g_ptr + c, mask=c < C, other=0.0) / M
     slope = inv * inv * (tl.load(sum_gx_ptr + c, mask=c < C, other=0.0) / M)
     at = m[:, None] * C + c[None, :]

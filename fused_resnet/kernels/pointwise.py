@@ -8,6 +8,7 @@ products are as good as float32's, on the tensor cores.
 import triton
 import triton.language as tl
 
+from .bn_act import _inverse_and_scale
 from .conv_bn_act import _banded, _operand
 
 
@@ -17,16 +18,6 @@ def _product(a, b, acc):
     upper = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     acc = tl.dot(a, upper, acc, input_precision="tf32")
     return tl.dot(a, b - upper, acc, input_precision="tf32")
-
-
-@triton.jit
-def _affine_of(weight_ptr, var, k, ok, eps):
-    """1 / sqrt(var + eps), and that times the batch norm's weight."""
-    inv = tl.rsqrt(var + eps)
-    scale = inv
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + k, mask=ok, other=0.0).to(tl.float32)
-    return inv, scale
 
 
 @triton.jit(do_not_specialize=["K", "C"])
@@ -64,7 +55,7 @@ def _product_statistics_kernel(
             product = _product(rows.to(tl.float32), cov, product)
         var += tl.sum(product * w, axis=1)
     var = tl.maximum(var, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    _, scale = _affine_of(out_weight_ptr, var, k, ok, eps)
+    _, scale = _inverse_and_scale(out_weight_ptr, var, k, ok, eps)
     shift = -mean * scale
     if out_bias_ptr is not None:
         shift += tl.load(out_bias_ptr + k, mask=ok, other=0.0).to(tl.float32)
@@ -95,7 +86,7 @@ def _pointwise_bwd_rows_kernel(
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ok = k < K
     var = tl.load(var_ptr + k, mask=ok, other=1.0)
-    inv, scale = _affine_of(out_weight_ptr, var, k, ok, eps)
+    inv, scale = _inverse_and_scale(out_weight_ptr, var, k, ok, eps)
     sum_g = tl.load(sum_g_ptr + k, mask=ok, other=0.0)
     moment = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for start in tl.range(0, C, BLOCK_C):
@@ -142,7 +133,7 @@ def _pointwise_bwd_weight_kernel(
         turned = _product(rows.to(tl.float32), cov, turned)
     at = k[:, None] * C + c[None, :]
     inside = ok[:, None] & (c < C)[None, :]
-    _, scale = _affine_of(out_weight_ptr, tl.load(var_ptr + k, mask=ok, other=1.0), k, ok, eps)
+    _, scale = _inverse_and_scale(out_weight_ptr, tl.load(var_ptr + k, mask=ok, other=1.0), k, ok, eps)
     sum_g = tl.load(sum_g_ptr + k, mask=ok, other=0.0)
     slope = tl.load(slope_ptr + k, mask=ok, other=0.0)
     mean = tl.load(a_mean_ptr + c, mask=c < C, other=0.0)
