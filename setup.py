@@ -57,6 +57,7 @@ SM90 = (  # tile M, N, blocks a cluster, schedule
     (128, 256, 2, "cooperative"),
     (128, 128, 1, "stream_k"),
 )
+SPLIT = (1, 2, 4, 8)  # blocks that share the reduction of a tile: for few positions on Hopper, without CUTLASS
 SM80 = (  # tile M, N, warps along M, N, stages
     (256, 128, 4, 2, 3),
     (128, 128, 2, 2, 4),
@@ -143,6 +144,10 @@ def convolutions(archs, cutlass):
             macros = dict(TILE_M=m, TILE_N=n, CLUSTER=cluster, SCHEDULE=schedule, ELEMENT=element, NAME=name)
             symbol = f"kSm90_{m}x{n}_{schedule}_{dtype}"
             found.append((symbol, "sm90_instance.cu", cuda_arch_flags(["90a"])[0], macros, f"-isystem {cutlass[0]}"))
+    for splits, (dtype, (_, element)) in itertools.product(SPLIT if "90a" in archs else (), DTYPES.items()):
+        macros = dict(SPLITS=splits, ELEMENT=element, NAME=f"sm90 64x64x64 split {splits}")
+        symbol = f"kSm90_split{splits}_{dtype}"
+        found.append((symbol, "split_instance.cu", cuda_arch_flags(["90a"])[0], macros, ""))
     others = [arch for arch in archs if int(re.match(r"\d+", arch).group()) >= 80 and arch != "90a"]
     if not others:
         missing.append("no convolutions for sm_80: FUSED_RESNET_CUDA_ARCHS names no such architecture")

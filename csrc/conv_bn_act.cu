@@ -142,7 +142,7 @@ Tensor conv_instances() {
          << name_of(i->dtype) << "\", \"tile\": [" << i->tile_m << ", "
          << i->tile_n << ", " << i->tile_k << "], \"cluster\": " << i->cluster_m << ", \"stages\": " << i->stages
          << ", \"threads\": " << i->threads << ", \"shared_bytes\": " << i->shared_bytes
-         << ", \"splits\": " << (i->splits ? "true" : "false") << "}";
+         << ", \"splits\": " << (i->splits ? "true" : "false") << ", \"parts\": " << i->parts << "}";
     separator = ", ";
   }
   return bytes_of(instances().empty() ? "[]" : json.str() + "]");
@@ -169,7 +169,7 @@ void conv_bias_act_out(int64_t instance, const Tensor& x, const Tensor& weight, 
                        const std::optional<Tensor>& scale, const std::optional<Tensor>& residual,
                        const std::optional<Tensor>& x2, const std::optional<Tensor>& weight2, int64_t stride2,
                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                       bool relu, const std::optional<Tensor>& workspace, Tensor& out) {
+                       bool relu, const std::optional<Tensor>& workspace, Tensor& out, bool constant_weights) {
   Call call("conv_bias_act", instance);
   call.input(x, weight, stride, padding, dilation);
   call.second(x2, weight2, stride2, x);
@@ -179,6 +179,7 @@ void conv_bias_act_out(int64_t instance, const Tensor& x, const Tensor& weight, 
   check_vector(call.op, "scale", scale, out, true);
   call.problem.bias = data<float>(bias);
   call.problem.scale = data<float>(scale);
+  call.problem.constant_weights = constant_weights;
   const std::pair<const char*, std::optional<Tensor>> read[] = {
       {"x", x},   {"weight", weight},   {"bias", bias},          {"scale", scale},
       {"x2", x2}, {"weight2", weight2}, {"workspace", workspace}};
@@ -209,7 +210,7 @@ Tensor conv_bias_act(int64_t instance, const Tensor& x, const Tensor& weight, co
   check_shape(call.op, call.instance, call.problem.shape);
   Tensor y = call.new_output(x);
   conv_bias_act_out(instance, x, weight, bias, scale, residual, x2, weight2, stride2, stride, padding, dilation, relu,
-                    std::nullopt, y);
+                    std::nullopt, y, false);
   return y;
 }
 

@@ -21,12 +21,13 @@ Tensor conv_instances();
 // it cannot run. shape: N, H, W, C, K, R, S, stride, padding, dilation (height and width each), H2, W2, C2, stride2.
 Tensor conv_plan(int64_t instance, std::vector<int64_t> shape, int64_t multiprocessors);
 
-// out = act((conv(x, weight) + conv1x1(x2, weight2, stride2)) * scale + bias + residual)
+// out = act((conv(x, weight) + conv1x1(x2, weight2, stride2)) * scale + bias + residual). constant_weights: a promise
+// that what ran just before on the stream did not write weights, scale or bias; they may be read while it still runs.
 void conv_bias_act_out(int64_t instance, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& scale, const std::optional<Tensor>& residual,
                        const std::optional<Tensor>& x2, const std::optional<Tensor>& weight2, int64_t stride2,
                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                       bool relu, const std::optional<Tensor>& workspace, Tensor& out);
+                       bool relu, const std::optional<Tensor>& workspace, Tensor& out, bool constant_weights);
 
 Tensor conv_bias_act(int64_t instance, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      const std::optional<Tensor>& scale, const std::optional<Tensor>& residual,

@@ -39,17 +39,44 @@ struct Device {
   int multiprocessors = 0;
 };
 
-// Launches, and checks that the launch was accepted.
+// Whether a kernel that waits for those before it has the instruction: code for older GPUs, which newer ones run, has
+// not, and must not overlap anything.
+template <typename... Parameters>
+bool may_overlap(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes = {};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
+// Launches, and checks that the launch was accepted. overlaps: it may start before the kernel before it has ended, for
+// whose results it waits.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* op, const Device& device, dim3 grid, dim3 block, void (*kernel)(Parameters...),
-            Arguments&&... arguments) {
+void launch_as(bool overlaps, const char* op, const Device& device, dim3 grid, dim3 block,
+               void (*kernel)(Parameters...), Arguments&&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.stream = device.stream;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   if (error != cudaSuccess) cudaGetLastError();  // or the next call that asks would report this error as its own
   check(error == cudaSuccess, op, ": the launch failed: ", cudaGetErrorString(error));
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, const Device& device, dim3 grid, dim3 block, void (*kernel)(Parameters...),
+            Arguments&&... arguments) {
+  launch_as(false, op, device, grid, block, kernel, std::forward<Arguments>(arguments)...);
+}
+
+// Of a kernel that waits for those before it by itself (ptx::wait_for_kernels).
+template <typename... Parameters, typename... Arguments>
+void launch_overlapping(const char* op, const Device& device, dim3 grid, dim3 block, void (*kernel)(Parameters...),
+                        Arguments&&... arguments) {
+  launch_as(may_overlap(kernel), op, device, grid, block, kernel, std::forward<Arguments>(arguments)...);
 }
 
 // Calls f with a value of the dtype's type.

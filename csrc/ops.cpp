@@ -8,6 +8,7 @@
 #include "cpu/bn_act.h"
 #include "cpu/engine/program.h"
 #include "cpu/fingerprint.h"
+#include "pool.h"
 #include "stem.h"
 
 STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
@@ -74,10 +75,11 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def(
       "conv_bias_act_out(int instance, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, "
       "Tensor? x2, Tensor? weight2, int stride2, int[] stride, int[] padding, int[] dilation, bool relu, "
-      "Tensor(b!)? workspace, Tensor(a!) out) -> ()");
+      "Tensor(b!)? workspace, Tensor(a!) out, bool constant_weights=False) -> ()");
   m.def(
       "conv_bn_act(int instance, Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
       "Tensor? var, float eps, Tensor? residual, int[] stride, int[] padding, int[] dilation, bool relu) -> Tensor");
+  m.def("avg_pool_out(Tensor x, Tensor(a!) y) -> ()");
   m.def("stem_out(Tensor x, Tensor weight, Tensor bias, int rows, Tensor(a!) y) -> ()");
 }
 
@@ -92,6 +94,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
   m.impl("conv_bias_act_out", TORCH_BOX(&fused_resnet::conv_bias_act_out));
   m.impl("conv_bn_act", TORCH_BOX(&fused_resnet::conv_bn_act));
+  m.impl("avg_pool_out", TORCH_BOX(&fused_resnet::avg_pool_out));
   m.impl("stem_out", TORCH_BOX(&fused_resnet::stem_out));
 }
 

@@ -43,7 +43,9 @@ def whole_code(arch):
 
 
 def is_convolution(name):
-    return re.search(r"conv_sm80_kernel|chain_sm90_kernel|stem_kernel|conv::Sm90<|4conv4Sm90I", name) is not None
+    return (
+        re.search(r"conv_(sm80|split)_kernel|chain_sm90_kernel|stem_kernel|conv::Sm90<|4conv4Sm90I", name) is not None
+    )
 
 
 @functools.cache

@@ -20,7 +20,9 @@ def convolution_code(instance):
     m, n, _ = instance["tile"]
     element = {"float16": ("cutlass::half_t", "__half"), "bfloat16": ("cutlass::bfloat16_t", "__nv_bfloat16")}
     cutlass, cuda_type = element[instance["dtype"]]
-    if instance["arch"] == 90:
+    if instance["parts"]:
+        tile = rf"conv_split_kernel<{cuda_type}, (?:\(int\))?{instance['parts']}>"
+    elif instance["arch"] == 90:
         schedule = ["pingpong", "cooperative", "stream-k"].index(instance["name"].split()[-1])
         tile = rf"conv::Sm90<{cutlass}, {m}, {n}, {instance['cluster']}, \(fused_resnet::conv::Schedule\){schedule}>"
     else:
@@ -59,7 +61,10 @@ def test_convolutions_fit_the_chip(instance):
     for registers in instance["registers"].values():
         assert registers <= 255
         assert registers * instance["threads"] <= 65536
-    if instance["arch"] == 90:
+    if instance["parts"]:  # a block of the next kernel finds room beside it
+        assert instance["threads"] == 160 and max(instance["registers"].values()) * 160 * 2 <= 65536
+        assert 2 * (instance["shared_bytes"] + 1024) <= 228 << 10
+    elif instance["arch"] == 90:
         assert instance["threads"] == 3 * 128 and instance["shared_bytes"] <= 227 << 10
         assert instance["stages"] >= 4, "fewer do not hide the latency of memory"
     else:
@@ -77,7 +82,17 @@ def test_machine_code_of_convolutions(instance):
         assert not re.search(r"\b(LDL|STL)\b", code)
         assert not re.search(r"\b(RED|ATOMS)\b.*F32", code), "sums have one order"
         assert count(r"FMNMX\.NAN", code) > 0, "a NaN goes through the ReLU"
-        if instance["arch"] == 90:
+        if instance["parts"]:
+            assert count(rf"HGMMA\.64x64x16\.{kind}", code) == count(r"\bHGMMA", code) > 0
+            assert count(r"\bHGMMA", code) % 4 == 0, "the four sixteenths of a step"
+            assert count(r"UTMALDG\.4D\.IM2COL", code) > 0 and count(r"UTMALDG\.3D", code) > 0
+            assert count(r"\bMEMBAR", code) == 0, "blocks wait for what comes, not for all that is under way"
+            shared = instance["parts"] > 1
+            assert count(r"\bSTAS\.64", code) == (16 if shared else 0), "sums are pushed to other blocks"
+            assert count(r"UCGABAR_ARV", code) == (1 if shared else 0)
+            assert count(r"\bPREEXIT\b", code) == 1 and count(r"\bACQBULK\b", code) == 2, "kernels overlap"
+            assert count(r"STG\.E\.64", code) == count(r"\bSTG", code) == 8 // instance["parts"]
+        elif instance["arch"] == 90:
             groups = 1 if "pingpong" in instance["name"] else 2
             # The first step and the loop's, four sixteenths each; a warp group has M / groups rows, 64 at a time.
             wanted = 2 * (k // 16) * (m // groups // 64)

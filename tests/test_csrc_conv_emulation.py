@@ -1,5 +1,6 @@
-"""The convolution of csrc/conv for sm_80, kernel and launcher, executed on the CPU: tests/cuda_emulation has its
-instructions (cp.async, ldmatrix, mma.sync) by the letter of the manual. Against PyTorch's convolution in float64.
+"""The convolution of csrc/conv for sm_80 and that of few positions for sm_90, kernels and launchers, executed on the
+CPU: tests/cuda_emulation has their instructions (cp.async, ldmatrix, mma.sync; barriers, the tensor memory accelerator,
+wgmma, clusters of blocks) by the letter of the manual. Against PyTorch's convolution in float64.
 
 Shared memory and everything that torch allocates is filled with NaN first; every input lies between NaNs.
 """
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from fused_resnet.backends import reference
 from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error, nan_filled
 
-HALF, BFLOAT, HALF_128x64, HALF_128x128, HALF_256x128 = range(5)  # conv_instances.h
+HALF, BFLOAT, HALF_128x64, HALF_128x128, HALF_256x128, *SPLIT = range(11)  # conv_instances.h
+SPLITS = dict(zip(SPLIT, (1, 2, 4, 8, 1, 4), strict=True))  # blocks that share a reduction
+HALF_8 = SPLIT[3]
 ONE, TWO, ZERO = (1, 1), (2, 2), (0, 0)
 ops = torch.ops.fused_resnet_cuda
 
@@ -35,7 +38,7 @@ def fresh(machine):
 
 
 def dtype_of(instance):
-    return torch.bfloat16 if instance == BFLOAT else torch.float16
+    return torch.bfloat16 if instance in (BFLOAT, *SPLIT[4:]) else torch.float16
 
 
 class Call:
@@ -134,7 +137,58 @@ def test_larger_tiles(machine, instance, backwards):
     Call(instance, *shape, residual=True, scale=False, relu=True).check()
 
 
-@pytest.mark.parametrize("instance", [HALF, HALF_128x128])
+SPLIT_SHAPES = {
+    **SHAPES,
+    "3x3-eighteen-steps": (1, 72, 9, 8, 136, (3, 3), ONE, ONE, ONE, None),
+    "1x1-nine-steps": (1, 520, 7, 7, 64, (1, 1), ONE, ZERO, ONE, None),
+    "1x1-segment-seven-steps": (2, 264, 7, 7, 72, (1, 1), ONE, ZERO, ONE, (136, 13, 13, 2)),
+}
+
+
+def steps(shape):
+    _, c, _, _, _, (r, s), *_, segment = shape
+    return r * s * -(-c // 64) + (-(-segment[0] // 64) if segment else 0)
+
+
+def split_cases():
+    for (name, shape), (instance, parts), backwards in itertools.product(
+        SPLIT_SHAPES.items(), SPLITS.items(), (False, True)
+    ):
+        if steps(shape) >= parts:
+            how = f"{'fp16' if dtype_of(instance) is torch.float16 else 'bf16'}-by-{parts}"
+            order = "early-backwards" if backwards else "late"
+            yield pytest.param(instance, shape, backwards, id=f"{name}-{how}-{order}")
+
+
+@pytest.mark.parametrize("instance, shape, backwards", [*split_cases()])
+def test_blocks_of_a_cluster_share_a_reduction(machine, instance, shape, backwards):
+    machine(4, backwards)
+    epilogue = EPILOGUES["residual" if shape[-1] is None and not backwards else "bias-relu"]
+    Call(instance, *shape, **epilogue).check()
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("instance", SPLIT)
+def test_epilogues_of_what_was_shared(instance, epilogue):
+    Call(instance, *SPLIT_SHAPES["1x1-nine-steps"], **EPILOGUES[epilogue]).check()
+
+
+@pytest.mark.parametrize("instance", SPLIT)
+def test_weights_may_come_early(instance):
+    """What is read before the kernel before has ended is weights alone; the emulation fails if x is."""
+    call = Call(instance, *SPLIT_SHAPES["3x3-eighteen-steps"], residual=True, scale=False, relu=True)
+    out = torch.full_like(call.run(), float("nan"))
+    ops.conv_bias_act_out(*call.arguments, None, out, constant_weights=True)
+    assert torch.equal(out, call.run())
+
+
+def test_a_reduction_too_short_to_be_shared_is_refused():
+    call = Call(HALF_8, *SHAPES["1x1"], residual=False, scale=False, relu=True)
+    with pytest.raises(RuntimeError, match="kHalf8 cannot run a reduction of fewer steps than blocks that share it"):
+        call.run()
+
+
+@pytest.mark.parametrize("instance", [HALF, HALF_128x128, *SPLIT])
 def test_the_order_of_threads_and_copies_changes_no_bit(machine, instance):
     """No barrier and no wait is missing: copies happen at the last moment, then at once, threads in both orders."""
     call = Call(
@@ -181,8 +235,10 @@ def test_conv_bn_act(instance, bn, affine, add):
     assert error(y, expected) < torch.finfo(y.dtype).eps / 2
 
 
-def test_nan_and_infinity():
-    call = Call(HALF, 1, 8, 4, 4, 8, (1, 1), ONE, ZERO, ONE, None, residual=True, scale=False, relu=True, bias=False)
+@pytest.mark.parametrize("instance", [HALF, SPLIT[0]])
+def test_nan_and_infinity(instance):
+    shape = (1, 8, 4, 4, 8, (1, 1), ONE, ZERO, ONE, None)
+    call = Call(instance, *shape, residual=True, scale=False, relu=True, bias=False)
     call.weight.copy_(torch.eye(8).view(8, 8, 1, 1))
     call.residual.zero_()
     call.x[0, 0, 0, 0], call.x[0, 0, 1, 0], call.x[0, 0, 2, 0] = float("nan"), float("inf"), -float("inf")
@@ -201,7 +257,7 @@ def replaced(name, change):
 @pytest.mark.parametrize(
     "name, change, sentence",
     [
-        ("instance", lambda _: 99, "instance must be below 5, got 99"),
+        ("instance", lambda _: 99, "instance must be below 11, got 99"),
         ("instance", lambda _: BFLOAT, "kBfloat64x64 needs x in BFloat16, got Half"),
         ("x", lambda t: t.contiguous(), "x must be dense and channels_last"),
         ("x", lambda t: t[:0], "x must not be empty"),

@@ -34,7 +34,8 @@ SHAPES = [
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """machine(multiprocessors, reversed) sets the emulated machine up."""
-    return emulated_machine(tmp_path_factory, ROOT / "csrc" / "bn_act.cu", HERE / "emulated_ops.cpp")
+    sources = (ROOT / "csrc" / "bn_act.cu", ROOT / "csrc" / "pool.cu", HERE / "emulated_ops.cpp")
+    return emulated_machine(tmp_path_factory, *sources)
 
 
 @pytest.fixture(autouse=True)
@@ -269,3 +270,44 @@ def test_launchers_refuse_with_a_sentence(change, sentence):
     args |= {"residual": None, "relu": True}
     with pytest.raises(RuntimeError, match=f"bn_act: {sentence}"):
         torch.ops.fused_resnet_cuda.bn_act(**change(args))
+
+
+# The average over whole maps
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape", [(1, 2048, 7, 7), (3, 66, 1, 1), (2, 24, 33, 5), (5, 2, 2, 4)])
+def test_avg_pool(machine, shape, dtype, backwards):
+    machine(4, backwards)
+    x = between_nans((torch.randn(shape) + 0.5).to(dtype))
+    y = torch.empty(*shape[:2], 1, 1, dtype=dtype)
+    torch.ops.fused_resnet_cuda.avg_pool_out(x, y)
+    assert error(y, x.double().mean((2, 3), keepdim=True)) < bound(dtype)
+
+
+def test_avg_pool_lets_nan_and_infinity_through():
+    x = torch.zeros(1, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    x[0, 1, 2, 2], x[0, 2, 0, 0], x[0, 3, 1, 1], x[0, 3, 2, 1] = *[float("nan"), float("inf")], *[-float("inf")] * 2
+    y = torch.empty(1, 8, 1, 1)
+    torch.ops.fused_resnet_cuda.avg_pool_out(x, y)
+    assert torch.equal(y.nan_to_num(7.0), x.mean((2, 3), keepdim=True).nan_to_num(7.0)) and y[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "x, y, sentence",
+    [
+        (torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 1, 1), "x must have an even number of channels, got 3"),
+        (torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 1, 2), r"y must be \[1, 4, 1, 1\]"),
+        (torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 1, 1).half(), "y must have the dtype of x"),
+        (torch.zeros(1, 4, 2, 2).double(), torch.zeros(1, 4, 1, 1).double(), "needs float32, float16 or bfloat16"),
+        (torch.zeros(17)[1:].view(1, 4, 2, 2), torch.zeros(1, 4, 1, 1), "x must begin at a multiple of 8 bytes"),
+    ],
+)
+def test_avg_pool_refuses_with_a_sentence(x, y, sentence):
+    if x.is_contiguous() and x.storage_offset() == 0:
+        x = x.contiguous(memory_format=torch.channels_last)
+    else:
+        x = x.as_strided(x.shape, (16, 1, 8, 4), 1)
+    with pytest.raises(RuntimeError, match=f"avg_pool: {sentence}"):
+        torch.ops.fused_resnet_cuda.avg_pool_out(x, y)

@@ -60,7 +60,8 @@ def test_they_stand_behind_the_others_and_on_a_gpu_only(monkeypatch):
     assert not any(case.compiles(c) for c in found if c.backend == "cuda")
 
 
-def launch(instance, x, weight, bias, residual, segment, out, workspace, **options):
+def launch(instance, x, weight, bias, residual, segment, out, workspace, *, constant_weights, **options):
+    assert constant_weights  # the engine's are
     assert out.is_contiguous(memory_format=torch.channels_last) and weight.is_contiguous(
         memory_format=torch.channels_last
     )
@@ -80,6 +81,39 @@ def test_the_verifier_judges_them_like_all_others(right, monkeypatch):
     candidate = Candidate("cuda", "x", {"instance": "sm80 64x64x32"})
     objection = Verifier(case, torch.device("cpu"), 0).objection(candidate)
     assert (objection is None) == right
+
+
+needs_splits = pytest.mark.skipif(not any(i.parts for i in cuda_conv.instances()), reason="built without sm_90a")
+
+
+@needs_splits
+def test_few_positions_are_for_blocks_that_share_a_reduction():
+    """Where there are many, what is for few is not tried; where there are few, the order is that of the blocks that
+    find work."""
+
+    def parts(args):
+        return [i.parts for i in cuda_conv.candidates(compiled_conv.sizes(args.shape), torch.float16, 90, 132)]
+
+    assert not any(parts(replace(ARGS, n=128)))
+    late = replace(ARGS, n=1, c=512, k=512, h=7, w=7)
+    assert parts(late)[:3] == [8, 4, 2] and set(parts(late)) >= {0, 1}
+    early = replace(ARGS, n=1, c=64, k=64, h=56, w=56)
+    assert parts(early)[0] == 2 and 8 not in parts(early)
+    reduce = replace(ARGS, n=1, c=64, k=64, kernel=(1, 1), padding=(0, 0), h=56, w=56)
+    assert parts(reduce)[0] == 1 and set(parts(reduce)) <= {0, 1}
+
+
+@needs_splits
+def test_without_cutlass_a_hopper_has_those_of_ampere_for_many_positions(monkeypatch):
+    listed = tuple(i for i in cuda_conv.instances() if i.parts or i.arch == 80)
+    monkeypatch.setattr(cuda_conv, "instances", lambda: listed)
+    monkeypatch.setattr(cuda_conv.library, "build_facts", lambda: {"archs": ["sm_80", "compute_80", "sm_90a"]})
+    cuda_conv.runs_on.cache_clear()
+    try:
+        assert {i.arch for i in cuda_conv.runs_on(90)} == {80, 90}
+        assert {(i.arch, i.parts) for i in cuda_conv.runs_on(89)} == {(80, 0)}
+    finally:
+        cuda_conv.runs_on.cache_clear()
 
 
 def test_an_instance_that_this_build_lacks_is_an_error():

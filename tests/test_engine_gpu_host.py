@@ -153,15 +153,19 @@ def twice(inputs):
 
 def test_a_capture_warms_up_on_its_stream_and_is_in_order_with_what_was_before(recorder):
     turns = Turns(GPU0)
-    Captured(twice, (torch.ones(2),), turns, pool=turns.pool)
-    assert recorder.since()[:8] == [
-        "side1 waits for main",
-        "side1 waits for the event",
-        "synchronize side1",
-        "capture on side1 into pool 1",
-        "main waits for side1",
-        "event on main",
-    ]
+    kept = Captured(twice, (torch.ones(2),), turns, pool=turns.pool)
+    assert (
+        recorder.since()
+        == [
+            "side1 waits for main",
+            "side1 waits for the event",
+            "synchronize side1",
+            "capture on side1 into pool 1",
+            "main waits for side1",
+            "event on main",
+        ]
+        and kept
+    )
 
 
 def test_weights_that_graphs_read_stay(monkeypatch):
@@ -215,6 +219,29 @@ def test_a_call_waits_copies_replays_clones_and_records(recorder):
     assert y.tolist() == [6, 6]
     run((torch.zeros(2),))
     assert y.tolist() == [6, 6]
+
+
+def test_what_begins_a_call_reads_the_inputs_where_the_caller_has_them(recorder):
+    place, seen = torch.zeros(2), []
+
+    def first(inputs):
+        seen.append((inputs[0].data_ptr(), recorder.current, recorder.capturing))
+        place.copy_(inputs[0])
+
+    run = Captured(lambda inputs: place * 2, (torch.ones(2),), Turns(GPU0), first=first)
+    assert [where for _, *where in seen] == [["side1", False]] * 2  # it warms up, and is not captured
+    recorder.since()
+    seen.clear()
+    recorder.current = "theirs"
+    x = torch.full((2,), 3.0)
+    assert run((x,)).tolist() == [6, 6] and seen == [(x.data_ptr(), "theirs", False)]
+    assert recorder.since() == [
+        "theirs waits for the event",
+        "an input is used on theirs",
+        "replay on theirs",
+        "event on theirs",
+    ]
+    assert run.static == ()  # no memory for a copy of the inputs
 
 
 def test_a_call_that_fails_leaves_the_order_intact(recorder):
@@ -338,7 +365,8 @@ def test_a_plan_serves_its_graph(planned, recorder):
     served, network, inputs = planned
     run, groups, note = served.plan(network, inputs, "cached", fine)
     assert isinstance(run, Captured) and note is None
-    assert {g.backend for g in groups} == {"triton", "cudnn", "pytorch"}
+    assert {g.backend for g in groups} == {"triton", "cudnn"}
+    assert run.first is not None  # the stem's kernel reads the input where it comes
     assert sum("capture" in line for line in recorder.log) == 1  # PyTorch's is on trial in mode 'full' only
     want = served.eager.run(network, inputs)
     assert torch.allclose(run(inputs), want, atol=1e-5)

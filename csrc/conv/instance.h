@@ -20,6 +20,7 @@ struct Problem {
   const float *scale, *bias;
   void* y;
   bool relu;
+  bool constant_weights;  // nobody writes weights, scale and bias meanwhile, nor did the kernel before
 };
 
 struct Instance {
@@ -32,6 +33,7 @@ struct Instance {
   int threads;
   int shared_bytes;
   int splits;  // 1: divides the reduction where the tiles do not fill the chip
+  int parts;   // blocks, a cluster, that share the reduction of a tile; 0: not one of those for few positions
 
   const char* (*refuses)(const Shape&);  // null: runs it
   size_t (*workspace)(const Shape&, int multiprocessors);

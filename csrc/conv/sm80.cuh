@@ -52,7 +52,7 @@ struct Sm80 {
 
   static constexpr Instance instance(const char* name, Dtype dtype) {
     return {name,          80, dtype,    TileM,      TileN, Tile::kTileK, 1, Stages, Tile::kThreads,
-            Tile::kShared, 0,  &refuses, &workspace, &run};
+            Tile::kShared, 0,  0,        &refuses,   &workspace, &run};
   }
 };
 

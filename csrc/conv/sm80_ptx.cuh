@@ -105,6 +105,20 @@ __device__ inline uint32_t larger(uint32_t a, uint32_t b, __nv_bfloat16) {
 __device__ constexpr uint32_t lowest(__half) { return 0xfc00fc00u; }
 __device__ constexpr uint32_t lowest(__nv_bfloat16) { return 0xff80ff80u; }
 
+// The next kernel of the stream may start, if it was launched to overlap this one: it waits for what this one writes.
+__device__ inline void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// Until the kernels before have ended and what they wrote can be read; at once where this one does not overlap them.
+__device__ inline void wait_for_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 // A value of which the compiler knows nothing from here on.
 __device__ inline void opaque(uint32_t& value) { asm volatile("" : "+r"(value)); }
 

@@ -165,6 +165,7 @@ struct Sm90 {
             static_cast<int>(Kernel::MaxThreadsPerBlock),
             static_cast<int>(Kernel::SharedStorageSize),
             kStreamK,
+            0,
             &refuses,
             &workspace,
             &run};

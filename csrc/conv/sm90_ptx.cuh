@@ -77,6 +77,42 @@ __device__ inline void prefetch_tiled(const CUtensorMap* map, int c, int tap, in
 // What this thread wrote to shared memory comes before what the accelerator will write there.
 __device__ inline void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
+// Soon to be used: a map takes as long to come as what it describes.
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// All threads of a cluster's blocks: they have begun, and their barriers are what publish_barriers() left.
+__device__ inline void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed;\n" ::: "memory"); }
+__device__ inline void wait_for_cluster() { asm volatile("barrier.cluster.wait;\n" ::: "memory"); }
+
+// Where what is at `address` in this block is in another one of the cluster.
+__device__ inline uint32_t address_in_block(uint32_t address, int block) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+
+// Two values into another block, and 8 bytes to its barrier; both by address_in_block().
+__device__ inline void push(uint32_t to, float a, float b, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];\n" ::"r"(to), "f"(a),
+               "f"(b), "r"(barrier)
+               : "memory");
+}
+
+// Until the phase of this parity is over, of a barrier that other blocks push to.
+__device__ inline void wait_for_pushes(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 __device__ inline void barrier_of(int id, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }

@@ -118,6 +118,7 @@ __device__ __forceinline__ void stem_columns(uint32_t (&to)[8], const float (&su
 template <class T>
 __global__ void __launch_bounds__(Stem::kThreads, 2) stem_kernel(const StemParams p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  ptx::launch_dependents();
   unsigned char* const memory = ptx::shared_memory();
   const uint32_t shared = ptx::shared_address(memory);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;

@@ -25,10 +25,12 @@ DTYPES = (torch.float16, torch.bfloat16)
 # is measured; the tuner measures.
 _SHARES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.75, (64, 64): 0.55}
 _SPLIT_SHARE = 0.85  # of a stream-K kernel, which adds up parts of tiles
+_EXCHANGE = 3  # steps of a reduction that blocks take to add up their parts of a tile. A guess, too
 
 
 class Instance(NamedTuple):
-    """A compiled convolution. index: its number in the library; arch: 90 runs on 9.0 only, 80 on what is newer."""
+    """A compiled convolution. index: its number in the library; arch: 90 runs on 9.0 only, 80 on what is newer; parts:
+    of those for few positions, how many blocks share the reduction of a tile; 0 for all others."""
 
     index: int
     name: str
@@ -40,6 +42,7 @@ class Instance(NamedTuple):
     threads: int
     shared_bytes: int
     splits: bool
+    parts: int
 
 
 @functools.cache
@@ -57,11 +60,12 @@ def instances() -> tuple[Instance, ...]:
 
 @functools.cache
 def runs_on(arch: int) -> tuple[Instance, ...]:
-    """The instances with code for sm_<arch>: Hopper's own on Hopper, where there are any."""
-    if arch == 90 and (own := tuple(i for i in instances() if i.arch == 90)):
+    """The instances with code for sm_<arch>: on Hopper its own, and sm_80's only where CUTLASS was not at hand."""
+    own = tuple(i for i in instances() if i.arch == 90 == arch)
+    if any(not i.parts for i in own):
         return own
     archs = [a for a in library.build_facts().get("archs", []) if a != "sm_90a"]
-    return tuple(i for i in instances() if i.arch == 80 <= arch and library.covers(archs, divmod(arch, 10)))
+    return own + tuple(i for i in instances() if i.arch == 80 <= arch and library.covers(archs, divmod(arch, 10)))
 
 
 class Chain(NamedTuple):
@@ -121,7 +125,8 @@ def plan(index: int, shape: Shape, sms: int) -> int | str:
 
 def candidates(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> list[Instance]:
     """The instances that can run a shape, the most promising first."""
-    able = [i for i in runs_on(arch) if i.dtype is dtype and isinstance(plan(i.index, shape, sms), int)]
+    found = [i for i in runs_on(arch) if i.dtype is dtype and not _too_small(i, shape, sms)]
+    able = [i for i in found if isinstance(plan(i.index, shape, sms), int)]
     return sorted(able, key=lambda i: _cost(i, shape, sms))
 
 
@@ -136,15 +141,29 @@ def declines(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> str | Non
     return None if any(isinstance(r, int) for r in reasons) else reasons[0]
 
 
+def _tiles(instance: Instance, shape: Shape) -> int:
+    tile_m, tile_n, _ = instance.tile
+    rows = ceil_div(ceil_div(positions(shape), tile_m), instance.cluster) * instance.cluster
+    return rows * ceil_div(shape[4], tile_n)
+
+
+def _too_small(instance: Instance, shape: Shape, sms: int) -> bool:
+    """Whether an instance for few positions has too many: more blocks than the two that find room on an SM."""
+    return instance.parts * _tiles(instance, shape) > 2 * sms
+
+
 def _cost(instance: Instance, shape: Shape, sms: int) -> float:
     """Waves over the multiprocessors, in whole tiles, by what a tile costs; in parts of tiles where stream-K divides
     them, which its need for a workspace tells."""
-    tile_m, tile_n, _ = instance.tile
-    rows = ceil_div(ceil_div(positions(shape), tile_m), instance.cluster) * instance.cluster
-    count = rows * ceil_div(shape[4], tile_n)
+    tile_m, tile_n, tile_k = instance.tile
+    count = _tiles(instance, shape)
     area = tile_m * tile_n / _SHARES.get((tile_m, tile_n), 0.5)
+    if instance.parts:
+        _, _, _, c, _, r, s, *_, c2, _, _, _ = shape
+        exchange = _EXCHANGE / (r * s * ceil_div(c, tile_k) + ceil_div(c2, tile_k)) if instance.parts > 1 else 0.0
+        return max(1.0, instance.parts * count / sms) * area * (1 / instance.parts + exchange)
     if instance.splits and plan(instance.index, shape, sms) > 0:
-        return max(count / sms, 0.25) * area / _SPLIT_SHARE
+        return max(count / sms, 0.5) * area / _SPLIT_SHARE
     return ceil_div(count, sms) * area
 
 
@@ -169,11 +188,16 @@ def conv_bias_act_out(
     padding,
     dilation,
     relu: bool,
+    constant_weights: bool = False,
 ) -> None:
     """out = act(conv(x, weight) + bias + residual + conv1x1(x2, weight2)) on the current stream of x's device. Maps and
-    filters are dense channels_last, in the instance's dtype. Allocates nothing if it gets the workspace it needs."""
+    filters are dense channels_last, in the instance's dtype. Allocates nothing if it gets the workspace it needs.
+
+    constant_weights: a promise that the kernel before on the stream does not write weights or bias: they may be read
+    while it still runs.
+    """
     x2, weight2, stride2 = segment or (None, None, 1)
     torch.ops.fused_resnet_cuda.conv_bias_act_out(
         instance.index, x, weight, bias, None, residual, x2, weight2, stride2, stride, padding, dilation, relu,
-        workspace, out,
+        workspace, out, constant_weights,
     )  # fmt: skip

@@ -72,23 +72,36 @@ class Ordered:
 class Captured(Ordered):
     """The same as a CUDA graph: the function runs here twice, then never again but in a caller's graph."""
 
-    def __init__(self, run: Callable, inputs: tuple, turns: Turns, apart: Callable | None = None, pool=None):
-        """inputs: become the graph's own. pool: of memory, None for one of its own."""
+    def __init__(
+        self,
+        run: Callable,
+        inputs: tuple,
+        turns: Turns,
+        apart: Callable | None = None,
+        pool=None,
+        first: Callable | None = None,
+    ):
+        """inputs: become the graph's own. pool: of memory, None for one of its own. first: what a call begins with,
+        not captured; it alone reads the inputs, where the caller has them, and there is no copy of them."""
         super().__init__(run, turns, apart)
-        self.static, self.index = inputs, turns.device.index
+        self.static, self.first, self.index = inputs, first, turns.device.index
         side = turns.side
         side.wait_stream(torch.cuda.current_stream(turns.device))
         turns.done.wait(side)
         # The outer context gives the caller's stream back even where the capture's own does not.
         with library(), torch.cuda.stream(side):
             for _ in range(2):  # compiles, and lets cuDNN measure
-                run(self.static)
+                if first is not None:
+                    first(inputs)
+                run(inputs)
             side.synchronize()
-            self.graph, self.result = _capture(lambda: run(self.static), turns, pool)
+            self.graph, self.result = _capture(lambda: run(inputs), turns, pool)
         torch.cuda.current_stream(turns.device).wait_stream(side)
         turns.end(torch.cuda.current_stream(turns.device))
         self.leaves, self.spec = tree_flatten(self.result)
         self.single = isinstance(self.result, Tensor)
+        if first is not None:
+            self.static = ()
 
     def __call__(self, inputs: tuple):
         if torch.cuda.current_device() != self.index:
@@ -98,8 +111,11 @@ class Captured(Ordered):
             return self._in_a_graph(inputs)
         stream = self.turns.begin()
         try:
-            for static, x in zip(self.static, inputs, strict=True):
+            if self.first is not None:
+                self.first(inputs)
+            for static, x in zip(self.static, inputs, strict=self.first is None):
                 static.copy_(x)
+            for x in inputs:
                 x.record_stream(stream)
             self.graph.replay()
             if self.single:
@@ -108,8 +124,10 @@ class Captured(Ordered):
         finally:
             self.turns.end(stream)
 
-    def again(self) -> None:
-        """The work of a call without what the caller gives and gets."""
+    def again(self, inputs: tuple) -> None:
+        """The work of a call without the copies of what the caller gives and gets."""
+        if self.first is not None:
+            self.first(inputs)
         self.graph.replay()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import cudnn
 from ..backends.library import chip as gpu_chip
 from ..backends.triton import unavailable as triton_unavailable
-from . import compiled_conv, compiled_stem, reference, triton_conv, triton_stem
+from . import compiled_conv, compiled_pool, compiled_stem, reference, triton_conv, triton_stem
 from .problem import TOLERANCE, Candidate, Case, Problem
 
 CUDNN = Candidate("cudnn", "PyTorch's convolution, and kernels of their own for what follows")
@@ -200,6 +200,7 @@ class ConvCase(EngineCase):
         packed = inputs | {k: triton_conv.pack(inputs[k], tf32=self.tf32) for k in ("weight", "weight2") if k in inputs}
         size = conv_workspace(candidate, self.args.shape, self.dtype, self.sms)
         packed["workspace"] = torch.empty(size, dtype=torch.uint8, device=inputs["x"].device) if size else None
+        settle(self.device)
         return packed
 
     def _segment(self, inputs):
@@ -221,6 +222,34 @@ class ConvCase(EngineCase):
         fused = candidate.config.get("fused", False)
         with library():  # in the network its result is taken as it comes
             return pytorch_conv(x, weight, bias, residual, self._segment(inputs), **self.options, fused=fused)
+
+
+@dataclass(frozen=True)
+class LinearArgs(ConvArgs):
+    """The classifier at one shape: a 1x1 convolution of maps of one position, for which PyTorch has a matrix product."""
+
+    def problem(self) -> Problem:
+        key = f"linear {self.n}x{self.c} -> {self.k} {self.dtype}{' tf32' if self.tf32 else ''}"
+        return Problem(key, f"{__name__}:linear", jsonable(self))
+
+
+def linear(**args) -> LinearCase:
+    return LinearCase(LinearArgs(**tuples(args)))
+
+
+class LinearCase(ConvCase):
+    def timed(self, candidate, inputs, outputs):
+        if candidate.backend in OWN:
+            return self.run(candidate, inputs, outputs)
+        x, weight, bias, _ = _conv_tensors(inputs)
+        return F.linear(x.flatten(1), weight.flatten(1), bias.to(x.dtype))[..., None, None]
+
+
+def settle(device: torch.device) -> None:
+    """What was written so far on the current stream is there for a kernel that reads its weights while the one before
+    it runs: that one is now this one's, which writes nothing of anybody's."""
+    if device.type == "cuda":
+        torch.empty(1, device=device).zero_()
 
 
 def launch_conv(candidate: Candidate, *tensors, **options) -> None:
@@ -356,8 +385,7 @@ def stem_pack(candidate: Candidate, args: StemArgs) -> tuple[Callable[[Tensor], 
 
 @dataclass(frozen=True)
 class PoolArgs:
-    """The average over the whole map, at one shape: by PyTorch's operator. It is measured for the sake of the ways that
-    have it in another kernel."""
+    """The average over the whole map, at one shape."""
 
     n: int
     c: int
@@ -382,6 +410,11 @@ class PoolCase(EngineCase):
     def triton(self) -> list[dict]:
         return []
 
+    def candidates(self) -> list[Candidate]:
+        a = self.args
+        runs = self.device.type == "cuda" and not compiled_pool.declines((a.n, a.c, a.h, a.w), self.dtype, self.arch)
+        return super().candidates() + [Candidate("cuda", "avg_pool")] * runs
+
     def inputs(self, device, seed):
         a = self.args
         return {"x": Random(device, self.dtype, seed).map(a.n, a.c, a.h, a.w)}
@@ -393,9 +426,14 @@ class PoolCase(EngineCase):
         return {"y": F.adaptive_avg_pool2d(inputs["x"], 1)}
 
     def run(self, candidate, inputs, outputs):
-        outputs["y"].copy_(self.timed(candidate, inputs, outputs))
+        if candidate.backend in OWN:
+            compiled_pool.launch(inputs["x"], outputs["y"])
+        else:
+            outputs["y"].copy_(self.timed(candidate, inputs, outputs))
 
     def timed(self, candidate, inputs, outputs):
+        if candidate.backend in OWN:
+            return self.run(candidate, inputs, outputs)
         return inputs["x"].mean((2, 3), keepdim=True)
 
 

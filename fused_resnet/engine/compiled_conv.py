@@ -53,6 +53,8 @@ def launch(
     dilation: Pair = (1, 1),
     relu: bool = True,
 ) -> None:
-    """As triton_conv.launch."""
+    """As triton_conv.launch. Weights and bias are not what the kernel before writes: see `cases.settle`."""
     instance, conv = _instance(config, x.dtype), dict(stride=stride, padding=padding, dilation=dilation)
-    cuda_conv.conv_bias_act_out(instance, x, weight, bias, residual, segment, out, workspace, **conv, relu=relu)
+    cuda_conv.conv_bias_act_out(
+        instance, x, weight, bias, residual, segment, out, workspace, **conv, relu=relu, constant_weights=True
+    )

@@ -13,10 +13,23 @@ from torch import Tensor
 from ..backends import cuda_conv
 from ..backends.triton import unavailable as triton_unavailable
 from ..backends.verify import tf32_allowed
-from . import path, triton_chain, triton_conv
+from . import compiled_pool, path, triton_chain, triton_conv
 from .arena import Life, assign
 from .captured import Captured, Ordered, Turns, race
-from .cases import CUDNN, OWN, StemArgs, chip, conv_workspace, launch_conv, launch_stem, pytorch_conv, stem_pack
+from .cases import (
+    CUDNN,
+    OWN,
+    LinearArgs,
+    PoolArgs,
+    StemArgs,
+    chip,
+    conv_workspace,
+    launch_conv,
+    launch_stem,
+    pytorch_conv,
+    settle,
+    stem_pack,
+)
 from .chain_cases import ChainArgs, launch_chain
 from .eager import Eager, EagerExecutor, named, output_of
 from .graph import may_alias
@@ -59,7 +72,8 @@ class Gpu:
 
             program = build()
             if program.is_ours:
-                ours = self._captured(program.run, inputs, notes, self.turns.pool, lambda x: build().run(x))
+                parts = (program.begin, program.rest) if program.begins_alone else None
+                ours = self._captured(program.run, inputs, notes, self.turns.pool, lambda x: build().run(x), parts)
                 if why := objection(ours(inputs)):
                     ours = None
                     notes.append(f"the planned network is not used: {why}")
@@ -76,7 +90,9 @@ class Gpu:
             cudnn = None
         if ours is None:
             return (cudnn, groups if cudnn is not None else [], _joined(notes))
-        if isinstance(cudnn, Captured) and not (isinstance(ours, Captured) and self._faster(ours, cudnn, notes)):
+        if isinstance(cudnn, Captured) and not (
+            isinstance(ours, Captured) and self._faster(ours, cudnn, inputs, notes)
+        ):
             notes.append("PyTorch's kernels serve")
             ours = cudnn = program = None
             ours = self._pytorch(network, inputs, notes, self.turns.pool)
@@ -94,9 +110,9 @@ class Gpu:
         arch = chip(self.device)[0]
         return f"needs compute capability 8.0 or newer, got {arch / 10}" if arch < 80 else None
 
-    def _faster(self, ours: Captured, cudnn: Captured, notes: list[str]) -> bool:
+    def _faster(self, ours: Captured, cudnn: Captured, inputs: tuple, notes: list[str]) -> bool:
         """Whether the planned network is the faster one, end to end."""
-        times = race({"planned": ours.again, "cudnn": cudnn.again})
+        times = race({"planned": lambda: ours.again(inputs), "cudnn": lambda: cudnn.again(inputs)})
         planned, pytorch = (f"{1e3 * times[name]:.3f} ms" for name in ("planned", "cudnn"))
         notes.append(f"end to end {planned}, all of it by PyTorch's kernels {pytorch}")
         return times["planned"] <= times["cudnn"]
@@ -129,9 +145,19 @@ class Gpu:
     def _pytorch(self, network: Network, inputs: tuple, notes: list[str], pool) -> Ordered:
         return self._captured(lambda given: self.eager.run(network, given), inputs, notes, pool)
 
-    def _captured(self, run: Callable, inputs: tuple, notes: list[str], pool, apart: Callable | None = None) -> Ordered:
+    def _captured(
+        self,
+        run: Callable,
+        inputs: tuple,
+        notes: list[str],
+        pool,
+        apart: Callable | None = None,
+        parts: tuple[Callable, Callable] | None = None,
+    ) -> Ordered:
+        """run as a CUDA graph, if it can be one. parts: the same as what reads the inputs, and what may be captured."""
+        first, rest = parts or (None, run)
         try:
-            return Captured(run, inputs, self.turns, apart, pool)
+            return Captured(rest, inputs, self.turns, apart, pool, first)
         except Exception as error:
             notes.append(f"runs without a CUDA graph: {describe(error)}")
             return Ordered(run, self.turns, apart)
@@ -145,6 +171,7 @@ class Gpu:
         stream = self.turns.begin()
         try:
             self.weights.refresh()
+            settle(self.device)
         finally:
             self.turns.end(stream)
 
@@ -172,6 +199,11 @@ def dense(x: Tensor) -> Tensor:
     """A copy without gaps: channels_last if x is, else contiguous."""
     nhwc = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty_like(x, memory_format=torch.channels_last if nhwc else torch.contiguous_format).copy_(x)
+
+
+def _map(t: Tensor) -> Tensor:
+    """[N, C] as a map of one position."""
+    return t if t.dim() == 4 else t[..., None, None]
 
 
 class Packed:
@@ -220,6 +252,7 @@ class Program:
         self.values, self.arena = self._places()
         self.workspace: Tensor | None = None
         self.launches = [self._launch(p) for p in pieces]
+        settle(device)
         sizes = [size for _, size in self.launches]
         if max(sizes, default=0):
             self.workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
@@ -234,7 +267,7 @@ class Program:
         return [name for name in (piece.y, piece.z) if name is not None]
 
     def shape(self, name: str) -> tuple[int, int, int, int]:
-        n, c, h, w = self.shapes[name]
+        n, c, h, w = (*self.shapes[name], 1, 1)[:4]  # a classifier's result is a map of one position
         return (n, c, (h + 1) // 2, (w + 1) // 2) if name in self.quartered else (n, c, h, w)
 
     def _places(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -263,19 +296,45 @@ class Program:
         for name, offset in zip(names, offsets, strict=True):
             n, c, h, w = self.shape(name)
             flat = arena[offset : offset + n * c * h * w * self.dtype.itemsize].view(self.dtype)
-            values[name] = flat.view(n, h, w, c).permute(0, 3, 1, 2)
+            values[name] = self._seen(name, flat.view(n, h, w, c).permute(0, 3, 1, 2))
         for piece in self.pieces:
             for name in self.written(piece):
                 if name in outputs:
-                    values[name] = torch.empty(
+                    y = torch.empty(
                         self.shape(name), dtype=self.dtype, device=self.device, memory_format=torch.channels_last
                     )
+                    values[name] = self._seen(name, y)
         return values, arena
+
+    def _seen(self, name: str, y: Tensor) -> Tensor:
+        """y in as many dimensions as the network's value has."""
+        return y if len(self.shapes[name]) == 4 else y.flatten(1)
+
+    @property
+    def begins_alone(self) -> bool:
+        """Whether the first piece is a kernel of ours that reads the inputs as they come, and no other reads them."""
+        first, *others = self.pieces
+        if not isinstance(first.args, StemArgs) or self.chosen(first).backend not in OWN:
+            return False
+        source, given = self.network.source, {n.name for n in self.network.placeholders}
+        read = {source(name) for piece in others for step in piece.steps for name in step.reads}
+        return not given & (read | {source(name) for name in self.network.outputs})
 
     def run(self, inputs: tuple):
         """What the model returns, partly in memory that the next run writes again."""
-        values = named(self.network, inputs) | self.network.constants | self.values
-        for (launch, _), over in zip(self.launches, self.releases, strict=True):
+        return self._run(named(self.network, inputs), 0)
+
+    def begin(self, inputs: tuple) -> None:
+        """The first piece, of a program that begins alone."""
+        self.launches[0][0](named(self.network, inputs) | self.values)
+
+    def rest(self, inputs: tuple):
+        """What `run` returns, after `begin`."""
+        return self._run({}, 1)
+
+    def _run(self, given: dict, start: int):
+        values = given | self.network.constants | self.values
+        for (launch, _), over in zip(self.launches[start:], self.releases[start:], strict=True):
             launch(values)
             for name in over:
                 values.pop(name, None)
@@ -307,6 +366,8 @@ class Program:
             return self._pytorch(piece), 0
         if isinstance(piece.args, StemArgs):
             return self._stem(piece, candidate), 0
+        if isinstance(piece.args, PoolArgs):
+            return self._pool(piece), 0
         if isinstance(piece.args, ChainArgs):
             return self._chain(piece, candidate)
         return self._conv(piece, candidate)
@@ -315,7 +376,7 @@ class Program:
         """As a kernel reads it: dense channels_last, in the network's dtype."""
         value = values[self.network.source(name)].to(self.dtype)
         # Not by `to`, which takes a slice of a channels_last tensor, gaps and all, to be channels_last.
-        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value.contiguous()
 
     def _aligned(self, values: dict, name: str) -> Tensor:
         """The same at a multiple of 16 bytes: an input of the caller's may begin anywhere."""
@@ -334,7 +395,7 @@ class Program:
         return run
 
     def _pytorch(self, piece: Piece) -> Callable[[dict], None]:
-        if isinstance(piece.args, StemArgs):
+        if isinstance(piece.args, (StemArgs, LinearArgs)):
             return self._alone(piece)
         steps = piece.steps
         fused = self.chosen(piece).config.get("fused", False)
@@ -376,6 +437,10 @@ class Program:
 
         return run
 
+    def _pool(self, piece: Piece) -> Callable[[dict], None]:
+        (step,) = piece.steps
+        return lambda values: compiled_pool.launch(self._aligned(values, step.x), self.values[step.output])
+
     def _conv(self, piece: Piece, candidate: Candidate) -> tuple[Callable[[dict], None], int]:
         (step,) = piece.steps
         tf32 = piece.args.tf32
@@ -392,7 +457,7 @@ class Program:
             segment = (value(values, step.segment[0]), weights[1], stride2) if step.segment else None
             residual = None if step.residual is None else value(values, step.residual)
             space = self.workspace[:size] if size else None
-            x, y = value(values, step.x), self.values[step.output]
+            x, y = _map(value(values, step.x)), _map(self.values[step.output])
             launch_conv(candidate, x, weights[0], bias, residual, segment, y, space, **options)
 
         return run, size

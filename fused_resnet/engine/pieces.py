@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from .cases import ConvArgs, PoolArgs, StemArgs
+from .cases import ConvArgs, LinearArgs, PoolArgs, StemArgs
 from .chain_cases import ChainArgs
 from .path import Move
 from .steps import Network, Step
@@ -106,6 +106,8 @@ class Pieces:
             return found
         if step.op == "avg_pool" and len(shape := self.shape(step.x)) == 4:
             return [Piece((step,), 0, PoolArgs(*shape, **self.common), step.output)]
+        if step.op == "linear" and (args := self._linear(step)) is not None:
+            return [Piece((step,), 0, args, step.output)]
         return [Piece((step,), 0, None, step.output)]
 
     def _stem(self, step: Step) -> StemArgs | None:
@@ -126,6 +128,16 @@ class Pieces:
         return ConvArgs(
             n, c, h, w, conv.out_channels, conv.kernel, conv.stride, conv.padding, conv.dilation, step.relu,
             step.residual is not None, self._segment(step, quartered), **self.common, tf32=self.tf32,
+        )  # fmt: skip
+
+    def _linear(self, step: Step) -> LinearArgs | None:
+        n, *size = self.shape(step.x)
+        if size not in ([step.conv.in_channels], [step.conv.in_channels, 1, 1]):
+            return None
+        one = (1, 1)
+        return LinearArgs(
+            n, step.conv.in_channels, 1, 1, step.conv.out_channels, one, one, (0, 0), one, False, False, None,
+            **self.common, tf32=self.tf32,
         )  # fmt: skip
 
     def _segment(self, step: Step, quartered: bool) -> tuple[int, int, int, int] | None:

@@ -1,11 +1,14 @@
 // Registers the launchers of csrc/conv_bn_act.cu, compiled against the stand-in runtime beside this file, for CPU
-// tensors; with a few of setup.py's convolutions for sm_80.
+// tensors; with a few of setup.py's convolutions for sm_80, and those of few positions for sm_90.
 
 #include <torch/csrc/stable/library.h>
 
 #include "emulated_shim.h"
 //
+#include "emulated_sm90.h"
+//
 #include "conv/sm80.cuh"
+#include "conv/split_sm90.cuh"
 #include "conv_bn_act.h"
 
 namespace fused_resnet::conv {
@@ -20,7 +23,20 @@ FUSED_RESNET_EMULATED_INSTANCE(kHalf128x64, __half, half, 128, 64, 2, 2, 4)
 FUSED_RESNET_EMULATED_INSTANCE(kHalf128x128, __half, half, 128, 128, 2, 2, 4)
 FUSED_RESNET_EMULATED_INSTANCE(kHalf256x128, __half, half, 256, 128, 4, 2, 3)
 
+#define FUSED_RESNET_EMULATED_SPLIT(symbol, element, splits) \
+  extern const Instance symbol;                              \
+  const Instance symbol = SplitSm90<element, splits>::instance(#symbol);
+
+FUSED_RESNET_EMULATED_SPLIT(kHalf1, __half, 1)
+FUSED_RESNET_EMULATED_SPLIT(kHalf2, __half, 2)
+FUSED_RESNET_EMULATED_SPLIT(kHalf4, __half, 4)
+FUSED_RESNET_EMULATED_SPLIT(kHalf8, __half, 8)
+FUSED_RESNET_EMULATED_SPLIT(kBfloat1, __nv_bfloat16, 1)
+FUSED_RESNET_EMULATED_SPLIT(kBfloat4, __nv_bfloat16, 4)
+
 }  // namespace fused_resnet::conv
+
+const bool is_hopper = (emulation::capability = 9);
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));

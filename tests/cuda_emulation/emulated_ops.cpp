@@ -5,6 +5,8 @@
 #include "emulated_shim.h"
 //
 #include "bn_act.h"
+#include "emulated_ptx.h"
+#include "pool.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
   m.impl("bn_stats", TORCH_BOX(&fused_resnet::bn_stats));
@@ -12,4 +14,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
   m.impl("bn_act_bwd_input", TORCH_BOX(&fused_resnet::bn_act_bwd_input));
   m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
+  m.impl("avg_pool_out", TORCH_BOX(&fused_resnet::avg_pool_out));
 }

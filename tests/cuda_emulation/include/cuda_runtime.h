@@ -1,5 +1,6 @@
 // A stand-in for the CUDA runtime that runs kernels on the CPU: what csrc/*.cu needs, no more. The threads of a block
-// are fibers on one thread; a barrier or a shuffle switches to the next. Blocks run one after another.
+// are fibers on one thread; a barrier or a shuffle switches to the next. Clusters of blocks run one after another, the blocks
+// of one together, each with a shared memory of its own.
 //
 // What it proves: indices, geometry, arithmetic, that every thread reaches every barrier and shuffle. Run in both
 // orders, it tells a result that depends on the order of threads or blocks: a missing barrier, a race. What it cannot:
@@ -9,6 +10,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -45,6 +47,12 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -54,10 +62,27 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension = 4,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
@@ -76,6 +101,8 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(256 << 10);
   dim3 index;
   bool done = true;
+  bool waited = true;          // for the kernels before, if this one overlaps them
+  int64_t cluster_generation;  // of the cluster's barrier, when it arrived there
   std::deque<std::vector<struct Copy>> copies;  // groups under way, and the one that is not committed
 };
 
@@ -98,17 +125,22 @@ struct Copy {
 };
 
 constexpr size_t kSharedBytes = 227 << 10;
-alignas(1024) inline unsigned char shared[kSharedBytes];
+constexpr int kMostBlocks = 8;  // of a cluster
+alignas(1024) inline unsigned char memories[kMostBlocks][kSharedBytes + 1024];
+inline unsigned char* shared = memories[0];  // of the block whose thread runs
 inline size_t shared_in_use = 0;
 
 struct Machine {
-  std::vector<Fiber> fibers;
+  std::vector<Fiber> fibers;  // of a cluster's blocks, block after block
   std::vector<Warp> warps;
-  Barrier block;
+  Barrier blocks[kMostBlocks], cluster;
   ucontext_t scheduler;
   std::function<void()> body;
+  int threads = 0, fibers_in_use = 0;  // of a block, of a cluster
   int current = 0;
   int64_t progress = 0;
+
+  int block() const { return current / threads; }
 };
 inline Machine machine;
 
@@ -136,15 +168,29 @@ inline void enter() {
   ++machine.progress;
 }
 
-inline void run_block(int threads) {
-  machine.warps.assign(threads / 32, Warp{});
-  machine.block = Barrier{};
-  std::memset(shared, 0xff, sizeof shared);  // NaN in every format
-  for (int i = 0; i < threads; ++i) {
+inline dim3 at_of(unsigned i, const dim3& size) {
+  return dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
+}
+
+// The blocks from the first on, in the order in which a grid counts them.
+inline void run_cluster(unsigned first, int blocks, int threads, bool overlaps) {
+  machine.threads = threads;
+  machine.fibers_in_use = blocks * threads;
+  if (static_cast<int>(machine.fibers.size()) < machine.fibers_in_use) machine.fibers.resize(machine.fibers_in_use);
+  machine.warps.assign(machine.fibers_in_use / 32, Warp{});
+  machine.cluster = Barrier{};
+  for (int block = 0; block < blocks; ++block) {
+    machine.blocks[block] = Barrier{};
+    std::memset(memories[block], 0xff, kSharedBytes);  // NaN in every format
+  }
+  int left[kMostBlocks];
+  std::fill_n(left, blocks, threads);
+  for (int i = 0; i < machine.fibers_in_use; ++i) {
     Fiber& fiber = machine.fibers[i];
     fiber.done = false;
+    fiber.waited = !overlaps;
     fiber.copies.assign(1, {});
-    fiber.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    fiber.index = at_of(i % threads, blockDim);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -154,13 +200,17 @@ inline void run_block(int threads) {
   for (bool any = true; any;) {
     any = false;
     const int64_t before = machine.progress;
-    for (int i = 0; i < threads; ++i) {
-      machine.current = reversed ? threads - 1 - i : i;
+    for (int i = 0; i < machine.fibers_in_use; ++i) {
+      machine.current = reversed ? machine.fibers_in_use - 1 - i : i;
       Fiber& fiber = machine.fibers[machine.current];
       if (fiber.done) continue;
       any = true;
       threadIdx = fiber.index;
+      blockIdx = at_of(first + machine.block(), gridDim);
+      shared = memories[machine.block()];
       swapcontext(&machine.scheduler, &fiber.context);
+      // What a block had is gone with it: who still reads it sees NaN.
+      if (fiber.done && --left[machine.block()] == 0) std::memset(shared, 0xff, kSharedBytes);
     }
     if (any && machine.progress == before) fail("a barrier or shuffle that not every thread reaches");
   }
@@ -180,13 +230,23 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return bytes <= static_cast<int>(emulation::kSharedBytes) ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion = 0;
+};
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __fdividef(float a, float b) { return a / b; }
 
 inline void __syncwarp() { emulation::wait(emulation::machine.warps[emulation::machine.current / 32].barrier, 32); }
 
 inline void __syncthreads() {
-  emulation::wait(emulation::machine.block, static_cast<int>(blockDim.x * blockDim.y * blockDim.z));
+  emulation::wait(emulation::machine.blocks[emulation::machine.block()], emulation::machine.threads);
 }
 
 inline float __shfl_down_sync(unsigned mask, float value, unsigned offset) {
@@ -226,14 +286,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::shared_in_use = config->dynamicSmemBytes;
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
   emulation::machine.body = [&] { std::apply(kernel, values); };
-  if (emulation::machine.fibers.size() < threads) emulation::machine.fibers.resize(threads);
   gridDim = grid;
   blockDim = block;
-  const unsigned blocks = grid.x * grid.y * grid.z;
-  for (unsigned i = 0; i < blocks; ++i) {
-    const unsigned b = emulation::reversed ? blocks - 1 - i : i;
-    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-    emulation::run_block(static_cast<int>(threads));
+  unsigned cluster = 1;
+  bool overlaps = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      overlaps = attribute.val.programmaticStreamSerializationAllowed;
+    else
+      cluster = attribute.val.clusterDim.x;
   }
+  if (cluster < 1 || cluster > emulation::kMostBlocks || grid.x % cluster) return cudaErrorInvalidConfiguration;
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  for (unsigned i = 0; i < blocks; i += cluster)
+    emulation::run_cluster(emulation::reversed ? blocks - cluster - i : i, cluster, threads, overlaps);
   return cudaSuccess;
 }

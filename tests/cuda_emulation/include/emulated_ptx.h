@@ -115,6 +115,10 @@ inline void store_16_bytes(void* to, const uint4& value) {
 
 inline void opaque(uint32_t&) {}
 
+inline void launch_dependents() {}
+
+inline void wait_for_kernels() { emulation::machine.fibers[emulation::machine.current].waited = true; }
+
 inline float at_least(float value, float floor) { return value < floor ? floor : value; }
 
 }  // namespace fused_resnet::ptx

@@ -57,7 +57,8 @@ inline Mbarrier& mbarrier(uint32_t at) {
   return *reinterpret_cast<Mbarrier*>(emulation::shared + at);
 }
 
-inline std::vector<std::pair<uint32_t, std::function<void()>>> loads;  // under way: their barrier, what they do
+// Under way: their block and its barrier, what they do.
+inline std::vector<std::pair<std::pair<int, uint32_t>, std::function<void()>>> loads;
 
 inline void init_barrier(uint32_t at, int arrivals) {
   mbarrier(at) = {0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0, 1};
@@ -89,7 +90,7 @@ inline void arrive(uint32_t at) { arrive_and_expect(at, 0); }
 
 inline void run_loads(uint32_t at) {
   for (size_t i = 0; i < loads.size();) {
-    if (loads[i].first != at) {
+    if (loads[i].first != std::pair(emulation::machine.block(), at)) {
       ++i;
       continue;
     }
@@ -125,12 +126,14 @@ inline void later(uint32_t to, uint32_t barrier, std::function<void()> rows) {
   if (emulation::reversed)
     load();
   else
-    loads.emplace_back(barrier, load);
+    loads.emplace_back(std::pair(emulation::machine.block(), barrier), load);
 }
 
 inline void load_im2col(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int w, int h, int n, int s,
                         int r) {
   if (!map->im2col) emulation::fail("a tiled map in im2col mode");
+  if (!emulation::machine.fibers[emulation::machine.current].waited)
+    emulation::fail("a map is read before the kernel that writes it has ended");
   const auto& m = map->windows;
   later(to, barrier, [=, &m] {
     const int size[4] = {int(m.size[0]), int(m.size[1]), int(m.size[2]), int(m.size[3])};
@@ -173,9 +176,56 @@ inline void prefetch_tiled(const CUtensorMap* map, int, int, int) {
   if (map->im2col) emulation::fail("an im2col map in tiled mode");
 }
 
-inline std::array<emulation::Barrier, 16> named;
+inline std::array<std::array<emulation::Barrier, 16>, emulation::kMostBlocks> named;  // of each block
 
-inline void barrier_of(int id, int threads) { emulation::wait(named[id], threads); }
+inline void barrier_of(int id, int threads) { emulation::wait(named[emulation::machine.block()][id], threads); }
+
+inline void prefetch_map(const CUtensorMap*) {}
+
+inline void arrive_at_cluster() {
+  using emulation::machine;
+  machine.fibers[machine.current].cluster_generation = machine.cluster.generation;
+  if (++machine.cluster.arrived < machine.fibers_in_use) return;
+  machine.cluster.arrived = 0;
+  ++machine.cluster.generation;
+  ++machine.progress;
+}
+
+inline void wait_for_cluster() {
+  using emulation::machine;
+  const int current = machine.current;
+  while (machine.cluster.generation == machine.fibers[current].cluster_generation)
+    swapcontext(&machine.fibers[current].context, &machine.scheduler);
+}
+
+// As the hardware has it: the block in the address.
+inline uint32_t address_in_block(uint32_t address, int block) {
+  if (block < 0 || block >= emulation::machine.fibers_in_use / emulation::machine.threads)
+    emulation::fail("a block that is not in the cluster");
+  return address | static_cast<uint32_t>(block) << 24;
+}
+
+inline void push(uint32_t to, float a, float b, uint32_t barrier) {
+  const uint32_t within = to & 0xffffff, at = barrier & 0xffffff;
+  const int block = to >> 24;
+  if (within % 8 || within + 8 > emulation::shared_in_use) emulation::fail("a push outside of shared memory");
+  if (block != static_cast<int>(barrier >> 24)) emulation::fail("a push to one block and the barrier of another");
+  const auto arrives = [=] {
+    unsigned char* const memory = emulation::memories[block];
+    const float values[2] = {a, b};
+    std::memcpy(memory + within, values, 8);
+    Mbarrier& of_block = *reinterpret_cast<Mbarrier*>(memory + at);
+    if (of_block.used != 1) emulation::fail("a push to a barrier that is not there, yet or any more");
+    of_block.bytes -= 8;
+    settle(of_block);
+  };
+  if (emulation::reversed)
+    arrives();
+  else
+    loads.emplace_back(std::pair(block, at), arrives);
+}
+
+inline void wait_for_pushes(uint32_t at, uint32_t parity) { wait(at, parity); }
 
 inline uint64_t operand(uint32_t tile, int part) {
   constexpr uint64_t swizzle_128 = uint64_t{1} << 62, stride = uint64_t{1024 >> 4} << 32, unused = uint64_t{1} << 16;
@@ -223,7 +273,7 @@ void pin(R&) {}
 template <class A>
 void product(float (&d)[32], uint64_t b, bool add, A of_a, float (*of_b)(uint64_t, int, int)) {
   auto run = [=, &d] {
-    const int warp = emulation::machine.current / 32 % 4, lane = emulation::machine.current % 32;
+    const int warp = threadIdx.x / 32 % 4, lane = emulation::machine.current % 32;
     for (int i = 0; i < 32; ++i) {
       const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       float sum = add ? d[i] : 0.0f;

@@ -1,0 +1,11 @@
+// One instance; setup.py compiles this file once for each, with the macros of its table.
+
+#include "split_sm90.cuh"
+
+namespace fused_resnet::conv {
+
+extern const Instance FUSED_RESNET_SYMBOL;
+const Instance FUSED_RESNET_SYMBOL =
+    SplitSm90<FUSED_RESNET_ELEMENT, FUSED_RESNET_SPLITS>::instance(FUSED_RESNET_NAME);
+
+}  // namespace fused_resnet::conv
