@@ -54,6 +54,10 @@ OPS = {
     "chain-segment-stride2": (chain_cases.ChainArgs, _CHAIN | dict(stride=2, segment=(32, 7, 9, 2), following=64)),
     "conv-3x3-stride2": (cases.ConvArgs, _CONV | dict(stride=(2, 2))),
     "stem-nhwc": (cases.StemArgs, dict(n=2, h=19, w=37, k=64, channels_last=True)),
+    "conv-3x3-deep": (cases.ConvArgs, _CONV | dict(n=1, c=136, k=72)),
+    "conv-1x1-segment-deep": (cases.ConvArgs, _POINT | dict(n=1, c=264, k=72, segment=(264, 13, 17, 2))),
+    "linear": (cases.LinearArgs, _POINT | dict(n=3, c=520, h=1, w=1, k=72, relu=False)),
+    "avg_pool": (cases.PoolArgs, dict(n=3, c=66, h=7, w=9)),
     "stem-nchw-even": (cases.StemArgs, dict(n=2, h=19, w=38, k=64, channels_last=False)),
     "stem-nhwc-even": (cases.StemArgs, dict(n=2, h=19, w=38, k=64, channels_last=True)),
 }
@@ -67,8 +71,10 @@ def op_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
         for name, (args, facts) in OPS.items():
             if args is chain_cases.ChainArgs and dtype == "float32":
                 continue
+            if args is cases.PoolArgs and device.type != "cuda":
+                continue  # compiled only
             more = dict(device=device.type, dtype=dtype)
-            if args is not chain_cases.ChainArgs:
+            if args not in (chain_cases.ChainArgs, cases.PoolArgs):
                 more["tf32"] = False
             if args is cases.StemArgs:
                 more["input_dtype"] = dtype

@@ -19,7 +19,7 @@ from aot import DTYPES, SMS, meta
 
 
 def layers(host, n: int) -> dict:
-    """The convolutions of the two networks behind the stem, as the ladder of fusion runs them."""
+    """The convolutions of the two networks behind the stem, as the ladder of fusion has them; their classifiers."""
     conv, found = host.Conv, {}
     for c, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
         same = {"padding": (1, 1)}
@@ -41,7 +41,7 @@ def layers(host, n: int) -> dict:
             f"projection_{c}": conv(n, half, twice, twice, c, 1, 1, (2, 2)),
             f"expand_{c}_segment": conv(n, c, size, size, wide, 1, 1, segment=(2 * c, twice, twice, 2)),
         }
-    return found
+    return found | {f"classifier_{c}": conv(n, c, 1, 1, 1000, 1, 1) for c in (512, 2048)}
 
 
 def launch(host, config: dict, shape, dtype: torch.dtype) -> None:

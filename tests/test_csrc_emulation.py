@@ -298,7 +298,7 @@ def test_avg_pool_lets_nan_and_infinity_through():
     "x, y, sentence",
     [
         (torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 1, 1), "x must have an even number of channels, got 3"),
-        (torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 1, 2), r"y must be \[1, 4, 1, 1\]"),
+        (torch.zeros(1, 4, 2, 2), torch.zeros(2, 4, 1, 1), r"y must be \[1, 4, 1, 1\]"),
         (torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 1, 1).half(), "y must have the dtype of x"),
         (torch.zeros(1, 4, 2, 2).double(), torch.zeros(1, 4, 1, 1).double(), "needs float32, float16 or bfloat16"),
         (torch.zeros(17)[1:].view(1, 4, 2, 2), torch.zeros(1, 4, 1, 1), "x must begin at a multiple of 8 bytes"),

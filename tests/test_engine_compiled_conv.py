@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from fused_resnet.backends import cuda, cuda_conv, library
-from fused_resnet.engine import cases, chain_cases, compiled_chain, compiled_conv, gpu, reference
+from fused_resnet.engine import cases, chain_cases, compiled_chain, compiled_conv, compiled_pool, gpu, reference
 from fused_resnet.engine.guard import Verifier
 from fused_resnet.engine.problem import Candidate
 
@@ -128,21 +129,14 @@ def test_workspace_of_stream_k():
         assert cases.conv_workspace(Candidate("cuda", name, {"instance": name}), ARGS.shape, torch.float16, 132) > 0
 
 
-def test_a_program_launches_them(monkeypatch):
-    """A network whose convolutions are all compiled: weights packed, places in the arena, workspace given."""
-    from torch import nn
-
+def program_of(model, x, instance, monkeypatch):
+    """(program whose convolutions and classifiers are all this instance's, what is launched: names, workspaces)"""
     from fused_resnet.engine.eager import EagerExecutor
     from fused_resnet.engine.graph import capture, propagate
     from fused_resnet.engine.pieces import Pieces
     from fused_resnet.engine.steps import match
     from fused_resnet.engine.tune import Result, Results
 
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(16, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 32, 1), nn.ReLU()
-    ).eval().half()  # fmt: skip
-    x = torch.randn(2, 16, 9, 11).half()
     launched = []
 
     def run(instance, x, weight, bias, residual, segment, out, workspace, **options):
@@ -156,15 +150,100 @@ def test_a_program_launches_them(monkeypatch):
     network = match(graph)
     executor = EagerExecutor(model, torch.float16)
     pieces = [p for p in Pieces(network, torch.float16, x.device, False, {}).all() if len(p.steps) == 1]
-    chosen = Candidate("cuda", "sm80 64x64x32", {"instance": "sm80 64x64x32"})
-    results = Results({p.key: Result(p.key, chosen, "measured", True) for p in pieces})
-    program = gpu.Program(network, pieces, results, gpu.Packed(executor.eager), executor.eager, x.device)
+    chosen = Candidate("cuda", instance, {"instance": instance})
+    results = Results({p.key: Result(p.key, chosen, "measured", True) for p in pieces if p.args is not None})
+    return gpu.Program(network, pieces, results, gpu.Packed(executor.eager), executor.eager, x.device), launched
+
+
+def close(y, model, x):
+    expected = model.float()(x.float())
+    return y.shape == expected.shape and ((y.float() - expected).norm() / expected.norm()).item() < 2e-3
+
+
+def test_a_program_launches_them(monkeypatch):
+    """A network whose convolutions are all compiled: weights packed, places in the arena, workspace given."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(16, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 32, 1), nn.ReLU()
+    ).eval().half()  # fmt: skip
+    x = torch.randn(2, 16, 9, 11).half()
+    program, launched = program_of(model, x, "sm80 64x64x32", monkeypatch)
     assert program.is_ours and {g.backend for g in program.groups()} == {"cuda"}
     assert {g.config for g in program.groups()} == {"sm80 64x64x32"}
+    assert not program.begins_alone  # a convolution takes x in one layout only
     y = program.run((x,))
-    assert launched == [("sm80 64x64x32", 128)] * 2
-    expected = model.float()(x.float())
-    assert ((y.float() - expected).norm() / expected.norm()).item() < 2e-3
+    assert launched == [("sm80 64x64x32", 128)] * 2 and close(y, model, x)
+
+
+def test_pools_and_classifiers_are_kernels_like_others(monkeypatch):
+    """Values of two dimensions, in the arena and as the network's result."""
+
+    class Ops:
+        @staticmethod
+        def avg_pool_out(x, y):
+            y.copy_(x.float().mean((2, 3), keepdim=True))
+
+    monkeypatch.setattr(torch.ops, "fused_resnet_cuda", Ops, raising=False)
+    torch.manual_seed(0)
+    pool = [nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*pool, nn.Linear(24, 40), nn.Sigmoid(), nn.Linear(40, 16), nn.Linear(16, 8)).eval().half()
+    x = torch.randn(3, 16, 5, 4).half()
+    program, launched = program_of(model, x, "sm80 64x64x32", monkeypatch)
+    assert [g.backend for g in program.groups()] == ["cuda"] * 3 + ["traced"] + ["cuda"] * 2
+    y = program.run((x,))
+    assert len(launched) == 4 and close(y, model, x)
+    program.run((torch.randn_like(x),))
+    assert program.run((x,)).tolist() == y.tolist()
+
+
+def test_a_linear_layer_reads_maps_as_pytorch_flattens_them(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.Flatten(), nn.Linear(24 * 6, 8)).eval().half()
+    x = torch.randn(3, 16, 2, 3).half()
+    program, launched = program_of(model, x, "sm80 64x64x32", monkeypatch)
+    assert close(program.run((x,)), model, x) and len(launched) == 2
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_verifier_judges_classifiers_and_pools(right, monkeypatch):
+    def run(instance, x, weight, bias, residual, segment, out, workspace, **options):
+        launch(instance, x, weight, bias, residual, segment, out, workspace, **options)
+        if not right:
+            out.mul_(1.01)
+
+    class Ops:
+        @staticmethod
+        def avg_pool_out(x, y):
+            y.copy_(x.float().mean((2, 3), keepdim=True).mul(1.0 if right else 1.01))
+
+    monkeypatch.setattr(cuda_conv, "conv_bias_act_out", run)
+    monkeypatch.setattr(cases.compiled_conv, "workspace", lambda config, shape, dtype, sms: 0)
+    monkeypatch.setattr(torch.ops, "fused_resnet_cuda", Ops, raising=False)
+    facts = dict(n=3, c=64, h=1, w=1, k=40, kernel=(1, 1), padding=(0, 0), relu=False)
+    linear = cases.LinearArgs(**ARGS.__dict__ | facts).problem()
+    pool = cases.PoolArgs(n=3, c=66, h=7, w=9, device="cpu", dtype="float16").problem()
+    for problem, candidate in (
+        (linear, Candidate("cuda", "x", {"instance": "sm80 64x64x32"})),
+        (pool, Candidate("cuda", "avg_pool")),
+    ):
+        case = problem.build()
+        for judged in (candidate, cases.CUDNN):
+            objection = Verifier(case, torch.device("cpu"), 0).objection(judged)
+            assert (objection is None) == (right or judged is cases.CUDNN), (problem.key, objection)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(), None),
+        (dict(shape=(1, 2047, 7, 7)), "needs an even number of channels, got 2047"),
+        (dict(shape=(65536, 8, 7, 7)), "needs 1 to 65535 images"),
+        (dict(dtype=torch.float64), "needs float32, float16 or bfloat16, got torch.float64"),
+        (dict(arch=75), "was not compiled for sm_75"),
+    ],
+)
+def test_what_the_pool_declines(changes, sentence):
+    reason = compiled_pool.declines(**dict(shape=(1, 2048, 7, 7), dtype=torch.float16, arch=90) | changes)
+    assert reason is None if sentence is None else sentence in reason
 
 
 # The block path

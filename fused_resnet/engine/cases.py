@@ -226,7 +226,7 @@ class ConvCase(EngineCase):
 
 @dataclass(frozen=True)
 class LinearArgs(ConvArgs):
-    """The classifier at one shape: a 1x1 convolution of maps of one position, for which PyTorch has a matrix product."""
+    """A classifier at one shape: a 1x1 convolution of maps of one position, which PyTorch has as a matrix product."""
 
     def problem(self) -> Problem:
         key = f"linear {self.n}x{self.c} -> {self.k} {self.dtype}{' tf32' if self.tf32 else ''}"
