@@ -22,7 +22,8 @@ Tensor conv_instances();
 Tensor conv_plan(int64_t instance, std::vector<int64_t> shape, int64_t multiprocessors);
 
 // out = act((conv(x, weight) + conv1x1(x2, weight2, stride2)) * scale + bias + residual). constant_weights: a promise
-// that what ran just before on the stream did not write weights, scale or bias; they may be read while it still runs.
+// that weights, scale and bias were written before the last kernel of the stream that did not overlap another, if not
+// earlier; they may be read while the kernels before still run.
 void conv_bias_act_out(int64_t instance, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& scale, const std::optional<Tensor>& residual,
                        const std::optional<Tensor>& x2, const std::optional<Tensor>& weight2, int64_t stride2,

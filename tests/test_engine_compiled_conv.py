@@ -170,7 +170,7 @@ def test_a_program_launches_them(monkeypatch):
     program, launched = program_of(model, x, "sm80 64x64x32", monkeypatch)
     assert program.is_ours and {g.backend for g in program.groups()} == {"cuda"}
     assert {g.config for g in program.groups()} == {"sm80 64x64x32"}
-    assert not program.begins_alone  # a convolution takes x in one layout only
+    assert not program.begins_alone((x,))  # a convolution takes x in one layout only
     y = program.run((x,))
     assert launched == [("sm80 64x64x32", 128)] * 2 and close(y, model, x)
 

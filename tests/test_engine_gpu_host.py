@@ -14,14 +14,26 @@ import torch
 import torchvision
 
 import fused_resnet
-from fused_resnet.engine import captured, cases, chain_cases, child, gpu, reference, runner, triton_conv, triton_stem
+from fused_resnet.engine import (
+    captured,
+    cases,
+    chain_cases,
+    child,
+    compiled_conv,
+    compiled_stem,
+    gpu,
+    reference,
+    runner,
+    triton_conv,
+    triton_stem,
+)  # fmt: skip
 from fused_resnet.engine.captured import Captured, Ordered, Turns, race
 from fused_resnet.engine.eager import EagerExecutor
 from fused_resnet.engine.graph import capture, propagate
 from fused_resnet.engine.pieces import Pieces
 from fused_resnet.engine.problem import Candidate, Problem
 from fused_resnet.engine.steps import match
-from fused_resnet.engine.tune import Result, Results
+from fused_resnet.engine.tune import Result, Results, Trial
 
 GPU0 = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -366,7 +378,6 @@ def test_a_plan_serves_its_graph(planned, recorder):
     run, groups, note = served.plan(network, inputs, "cached", fine)
     assert isinstance(run, Captured) and note is None
     assert {g.backend for g in groups} == {"triton", "cudnn"}
-    assert run.first is not None  # the stem's kernel reads the input where it comes
     assert sum("capture" in line for line in recorder.log) == 1  # PyTorch's is on trial in mode 'full' only
     want = served.eager.run(network, inputs)
     assert torch.allclose(run(inputs), want, atol=1e-5)
@@ -377,7 +388,7 @@ def test_a_plan_serves_its_graph(planned, recorder):
 def test_the_faster_network_end_to_end_serves(faster, planned, recorder, monkeypatch):
     served, network, inputs = planned
     times = {"planned": 2e-3, "cudnn": 2e-3} | {faster: 1e-3}
-    monkeypatch.setattr(gpu, "race", lambda runs: times)
+    monkeypatch.setattr(gpu, "race", lambda runs: {name: times[name] for name in runs})
     run, groups, note = served.plan(network, inputs, "full", fine)
     captures = [line.split()[-1] for line in recorder.log if "capture" in line]
     # The planned one, PyTorch's on trial in memory of its own, and again where it serves.
@@ -385,6 +396,53 @@ def test_the_faster_network_end_to_end_serves(faster, planned, recorder, monkeyp
     assert {g.backend for g in groups} >= ({"triton"} if faster == "planned" else {"pytorch"})
     assert ("PyTorch's kernels serve" in note) == (faster == "cudnn") and "end to end" in note
     assert torch.allclose(run(inputs), served.eager.run(network, inputs), atol=1e-5)
+
+
+@pytest.fixture
+def overlapping(planned, monkeypatch):
+    """The same, where convolutions of 512 channels were fastest by kernels that overlap: (what planned has, names of
+    the backends of the way without them)."""
+    served, network, inputs = planned
+    tune, launch = gpu.tune, triton_conv.launch
+
+    def with_overlap(problems, mode, device=None):
+        results = tune(problems, mode, device)
+        for key, result in results.items():
+            if key.startswith("conv") and "x512x" in key:
+                slow, fast = Candidate("triton", "slow", result.chosen.config), Candidate("cuda", "fast")
+                trials = [Trial(slow, (2e-6,) * 3), Trial(cases.CUDNN, (3e-6,) * 3), Trial(fast, (1e-6,) * 3)]
+                results[key] = replace(result, chosen=fast, trials=trials)
+        return results
+
+    monkeypatch.setattr(gpu, "tune", with_overlap)
+    monkeypatch.setattr(compiled_conv, "overlaps", lambda candidate: candidate.label == "fast")
+    monkeypatch.setattr(compiled_conv, "workspace", lambda *args: 0)
+    monkeypatch.setattr(compiled_conv, "launch", lambda *args, **options: launch(*args, **options))
+    return planned
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("faster", ["planned", "apart", "cudnn"])
+def test_kernels_that_overlap_have_to_pay_end_to_end(faster, overlapping, recorder, monkeypatch):
+    served, network, inputs = overlapping
+    times = dict.fromkeys(("planned", "apart", "cudnn"), 2e-3) | {faster: 1e-3}
+    monkeypatch.setattr(gpu, "race", lambda runs: {name: times[name] for name in runs})
+    run, groups, note = served.plan(network, inputs, "full", fine)
+    configs = {g.config for g in groups}
+    assert ("fast" in configs) == (faster == "planned") and ("slow" in configs) == (faster == "apart")
+    assert "the planned network" in note and "the network without kernels that overlap" in note
+    assert torch.allclose(run(inputs), served.eager.run(network, inputs), atol=1e-5)
+
+
+@torch.no_grad()
+def test_where_those_that_overlap_are_wrong_the_others_serve(overlapping):
+    served, network, inputs = overlapping
+    verdicts = iter(["result 0 differs", None])
+    run, groups, note = served.plan(network, inputs, "cached", lambda result: next(verdicts))
+    assert note == "the planned network is not used: result 0 differs"
+    assert {g.config for g in groups} >= {"slow"} and torch.allclose(
+        run(inputs), served.eager.run(network, inputs), atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -628,3 +686,70 @@ def test_without_triton_the_package_is_there():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
     assert "cannot import triton" in answer.stdout
+
+
+# --- the stem in front of the graph -----------------------------------------------------------------------------------
+
+
+def begins(model, x, monkeypatch):
+    """A program whose stem is compiled, and whether it begins alone."""
+    monkeypatch.setattr(gpu, "DEAR_COPY", 1)
+    graph = capture(model)
+    propagate(graph, (x,))
+    network, eager = match(graph), EagerExecutor(graph.module, torch.float16)
+    pieces = [p for p in Pieces(network, torch.float16, CPU, False, {"x": x}).all() if len(p.steps) == 1]
+    stem, other = Candidate("cuda", "stem", {"rows": 1}), cases.CUDNN
+    results = Results(
+        {
+            p.key: Result(p.key, stem if isinstance(p.args, cases.StemArgs) else other, "measured", True)
+            for p in pieces
+            if p.args is not None
+        }
+    )
+    program = gpu.Program(network, pieces, results, gpu.Packed(eager.eager), eager.eager, CPU)
+    return program, program.begins_alone((x,))
+
+
+class Stem(torch.nn.Module):
+    def __init__(self, more=lambda x, y: y):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 64, 7, 2, 3)
+        self.last = torch.nn.Conv2d(64, 8, 1)
+        self.more = more
+
+    def forward(self, x):
+        y = torch.nn.functional.max_pool2d(self.conv(x).relu(), 3, 2, 1)
+        return self.more(x, self.last(y))
+
+
+@torch.no_grad()
+def test_a_compiled_stem_begins_alone_and_the_rest_follows(monkeypatch):
+    model, x = Stem().eval().half(), torch.randn(2, 3, 16, 18).half()
+
+    def launch(config, x, weight, bias, out):
+        out.copy_(reference.stem_pool(x, model.conv.weight, bias))
+
+    monkeypatch.setattr(compiled_stem, "launch", launch)
+    program, alone = begins(model, x, monkeypatch)
+    assert alone
+    want = program.run((x,)).clone()
+    program.run((torch.zeros_like(x),))
+    program.begin((x,))
+    assert torch.equal(program.rest(()), want) and (want - model(x)).norm() < 2e-3 * want.norm()
+    monkeypatch.setattr(gpu, "DEAR_COPY", x.nbytes + 1)
+    assert not program.begins_alone((x,))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [lambda x, y: (x, y), lambda x, y: y + x.mean(), lambda x, y: y * x.shape[0] + x[0, 0, 0, 0]],
+    ids=["returned", "read", "indexed"],
+)
+def test_a_stem_whose_input_is_used_again_does_not_begin_alone(more, monkeypatch):
+    assert not begins(Stem(more).eval().half(), torch.randn(2, 3, 16, 18).half(), monkeypatch)[1]
+
+
+def test_a_copy_that_is_raced_is_one_of_what_the_caller_gives(recorder):
+    run = Captured(twice, (torch.ones(2),), Turns(GPU0))
+    run.again((torch.full((2,), 4.0),))
+    assert run.static[0].tolist() == [4, 4]

@@ -20,7 +20,7 @@ struct Problem {
   const float *scale, *bias;
   void* y;
   bool relu;
-  bool constant_weights;  // nobody writes weights, scale and bias meanwhile, nor did the kernel before
+  bool constant_weights;  // they may be read before the kernels before have ended: see conv_bias_act_out()
 };
 
 struct Instance {

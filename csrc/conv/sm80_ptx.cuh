@@ -121,6 +121,7 @@ __device__ inline void wait_for_kernels() {
 
 // A value of which the compiler knows nothing from here on.
 __device__ inline void opaque(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void opaque(int& value) { asm volatile("" : "+r"(value)); }
 
 // PyTorch's ReLU, or nothing: a NaN stays one.
 __device__ inline float at_least(float value, float floor) {

@@ -62,6 +62,10 @@ __global__ void __launch_bounds__(SplitLayout::kThreads, 2) conv_split_kernel(co
   if (warp == 4 && lane == 0) {
     ptx::prefetch_map(&p.weight);
     ptx::prefetch_map(&p.x);
+    if (p.reduction.c2) {
+      ptx::prefetch_map(&p.weight2);
+      ptx::prefetch_map(&p.x2);
+    }
     for (int i = 0; i < kStages; ++i) {
       ptx::init_barrier(full(i), 1);
       ptx::init_barrier(empty(i), 4);
@@ -78,27 +82,44 @@ __global__ void __launch_bounds__(SplitLayout::kThreads, 2) conv_split_kernel(co
   const auto sums_at = [&](int row, int column) {
     return shared + Layout::kSums + (row * Layout::kPitch + column) * 4;
   };
+  // What a thread finishes: four channels of some of the block's rows.
+  constexpr int kPass = 8, kPasses = kRows / kPass;
+  static_assert(kRows % kPass == 0);
+  const int column = thread % 16 * 4, row0 = thread / 16;
+  const bool takes = tile_n + column < p.k;
+  const auto place = [&](int i) { return (tile_m + split * kRows + row0 + i * kPass) * p.k + tile_n + column; };
+  const auto exists = [&](int i) { return takes && tile_m + split * kRows + row0 + i * kPass < p.m; };
+  float4 scale = {1.0f, 1.0f, 1.0f, 1.0f}, bias = {0.0f, 0.0f, 0.0f, 0.0f};
+  uint2 more[kPasses];
   float sum[32];
   if (warp == 4) {
     if (lane == 0) {
+      const auto tap_of = [&](const Part& at) { return at.r * p.reduction.columns + at.s; };
       const auto load_weight = [&](const Part& at, int stage) {
-        const int tap = at.r * p.reduction.columns + at.s;
-        ptx::load_tiled(at.second ? &p.weight2 : &p.weight, weight_at(stage), full(stage), at.c, tap, tile_n);
+        ptx::load_tiled(at.second ? &p.weight2 : &p.weight, weight_at(stage), full(stage), at.c, tap_of(at), tile_n);
       };
-      const Pixel from = p.window.at(tile_m), second_from = p.second_window.at(tile_m);
+      Pixel from = p.window.at(tile_m), second_from = p.second_window.at(tile_m);
       const auto load_x = [&](const Part& at, int stage) {
         const Pixel& pixel = at.second ? second_from : from;
         ptx::load_im2col(at.second ? &p.x2 : &p.x, x_at(stage), full(stage), at.c, pixel.w, pixel.h, pixel.n,
                          at.s * p.dilation_w, at.r * p.dilation_h);
       };
       const int ahead = count < kStages ? count : kStages;
-      Part at = p.reduction.at(first);
+      Part start = p.reduction.at(first), at = start;
       for (int i = 0; i < ahead; ++i, p.reduction.advance(at)) {
         ptx::arrive_and_expect(full(i), 2 * ptx::kTileBytes);
         if (p.early) load_weight(at, i);
       }
+      if (p.early)  // the others at least into L2
+        for (int i = ahead; i < count; ++i, p.reduction.advance(at))
+          ptx::prefetch_tiled(at.second ? &p.weight2 : &p.weight, at.c, tap_of(at), tile_n);
+      // What takes divisions is ready before the kernel before has ended, and not reckoned again.
+      int second = start.second;
+      for (int* known : {&from.n, &from.h, &from.w, &second_from.n, &second_from.h, &second_from.w, &start.c, &start.r,
+                         &start.s, &second})
+        ptx::opaque(*known);
       ptx::wait_for_kernels();
-      at = p.reduction.at(first);
+      at = {start.c, start.r, start.s, second != 0};
       for (int i = 0; i < ahead; ++i, p.reduction.advance(at)) {
         if (!p.early) load_weight(at, i);
         load_x(at, i);
@@ -115,7 +136,18 @@ __global__ void __launch_bounds__(SplitLayout::kThreads, 2) conv_split_kernel(co
     }
     __syncwarp();
   } else {
+    const auto load_vectors = [&] {
+      if (takes && p.scale != nullptr) scale = *reinterpret_cast<const float4*>(p.scale + tile_n + column);
+      if (takes && p.bias != nullptr) bias = *reinterpret_cast<const float4*>(p.bias + tile_n + column);
+    };
+    if (p.early) load_vectors();
     ptx::wait_for_kernels();
+    if (!p.early) load_vectors();
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i)
+      more[i] = p.residual != nullptr && exists(i)
+                    ? *reinterpret_cast<const uint2*>(static_cast<const T*>(p.residual) + place(i))
+                    : uint2{0, 0};
     int stage = 0, before = 0;
     uint32_t phase = 0;
     for (int i = 0; i < count; ++i) {
@@ -159,22 +191,6 @@ __global__ void __launch_bounds__(SplitLayout::kThreads, 2) conv_split_kernel(co
     return;
   }
 
-  // The block's rows of the tile, four channels a thread.
-  constexpr int kPass = 8, kPasses = kRows / kPass;
-  static_assert(kRows % kPass == 0);
-  const int column = thread % 16 * 4, row0 = thread / 16;
-  const bool takes = tile_n + column < p.k;
-  const auto place = [&](int i) { return (tile_m + split * kRows + row0 + i * kPass) * p.k + tile_n + column; };
-  const auto exists = [&](int i) { return takes && tile_m + split * kRows + row0 + i * kPass < p.m; };
-  float4 scale = {1.0f, 1.0f, 1.0f, 1.0f}, bias = {0.0f, 0.0f, 0.0f, 0.0f};
-  uint2 more[kPasses];
-  if (takes && p.scale != nullptr) scale = *reinterpret_cast<const float4*>(p.scale + tile_n + column);
-  if (takes && p.bias != nullptr) bias = *reinterpret_cast<const float4*>(p.bias + tile_n + column);
-#pragma unroll
-  for (int i = 0; i < kPasses; ++i)
-    more[i] = p.residual != nullptr && exists(i)
-                  ? *reinterpret_cast<const uint2*>(static_cast<const T*>(p.residual) + place(i))
-                  : uint2{0, 0};
   if constexpr (Splits > 1)
     ptx::wait_for_pushes(pushed, 0);
   else

@@ -125,8 +125,8 @@ def plan(index: int, shape: Shape, sms: int) -> int | str:
 
 def candidates(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> list[Instance]:
     """The instances that can run a shape, the most promising first."""
-    found = [i for i in runs_on(arch) if i.dtype is dtype and not _too_small(i, shape, sms)]
-    able = [i for i in found if isinstance(plan(i.index, shape, sms), int)]
+    able = [i for i in runs_on(arch) if i.dtype is dtype and isinstance(plan(i.index, shape, sms), int)]
+    able = [i for i in able if not _too_small(i, shape, sms)] or able
     return sorted(able, key=lambda i: _cost(i, shape, sms))
 
 
@@ -148,8 +148,9 @@ def _tiles(instance: Instance, shape: Shape) -> int:
 
 
 def _too_small(instance: Instance, shape: Shape, sms: int) -> bool:
-    """Whether an instance for few positions has too many: more blocks than the two that find room on an SM."""
-    return instance.parts * _tiles(instance, shape) > 2 * sms
+    """Whether an instance for few positions has too many: more clusters of blocks than find room at once, two blocks
+    an SM."""
+    return instance.parts > 0 and _tiles(instance, shape) > 2 * (sms // instance.parts)
 
 
 def _cost(instance: Instance, shape: Shape, sms: int) -> float:
@@ -193,8 +194,8 @@ def conv_bias_act_out(
     """out = act(conv(x, weight) + bias + residual + conv1x1(x2, weight2)) on the current stream of x's device. Maps and
     filters are dense channels_last, in the instance's dtype. Allocates nothing if it gets the workspace it needs.
 
-    constant_weights: a promise that the kernel before on the stream does not write weights or bias: they may be read
-    while it still runs.
+    constant_weights: a promise that weights and bias were written before the last kernel of the stream that did not
+    overlap another, if not earlier: they may be read while the kernels before still run.
     """
     x2, weight2, stride2 = segment or (None, None, 1)
     torch.ops.fused_resnet_cuda.conv_bias_act_out(

@@ -111,10 +111,7 @@ class Captured(Ordered):
             return self._in_a_graph(inputs)
         stream = self.turns.begin()
         try:
-            if self.first is not None:
-                self.first(inputs)
-            for static, x in zip(self.static, inputs, strict=self.first is None):
-                static.copy_(x)
+            self._take(inputs)
             for x in inputs:
                 x.record_stream(stream)
             self.graph.replay()
@@ -125,10 +122,15 @@ class Captured(Ordered):
             self.turns.end(stream)
 
     def again(self, inputs: tuple) -> None:
-        """The work of a call without the copies of what the caller gives and gets."""
+        """The work of a call without the copy of what the caller gets."""
+        self._take(inputs)
+        self.graph.replay()
+
+    def _take(self, inputs: tuple) -> None:
         if self.first is not None:
             self.first(inputs)
-        self.graph.replay()
+        for static, x in zip(self.static, inputs, strict=self.first is None):
+            static.copy_(x)
 
 
 def _capture(run: Callable, turns: Turns, pool):

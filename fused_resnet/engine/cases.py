@@ -246,8 +246,8 @@ class LinearCase(ConvCase):
 
 
 def settle(device: torch.device) -> None:
-    """What was written so far on the current stream is there for a kernel that reads its weights while the one before
-    it runs: that one is now this one's, which writes nothing of anybody's."""
+    """What was written so far on the current stream is there for kernels that read their weights before those before
+    them have ended: this is a launch like any other, which begins after all that came before, and overlaps nothing."""
     if device.type == "cuda":
         torch.empty(1, device=device).zero_()
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda_conv
+from .problem import Candidate
 from .triton_conv import Conv, Pair
 
 
@@ -21,6 +22,12 @@ def configs(shape: Conv, dtype: torch.dtype, arch: int, sms: int) -> list[dict]:
     if shape.residual and shape.segment:
         return []
     return [{"instance": i.name} for i in cuda_conv.candidates(sizes(shape), dtype, arch, sms)]
+
+
+def overlaps(candidate: Candidate) -> bool:
+    """Whether it is one of those for few positions, which begin while the kernel before runs."""
+    names = {i.name for i in cuda_conv.instances() if i.parts}
+    return candidate.backend == "cuda" and candidate.config.get("instance") in names
 
 
 def _instance(config: dict, dtype: torch.dtype) -> cuda_conv.Instance:

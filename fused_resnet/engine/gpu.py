@@ -3,9 +3,11 @@ either captured in a CUDA graph."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from ..backends import cuda_conv
 from ..backends.triton import unavailable as triton_unavailable
 from ..backends.verify import tf32_allowed
-from . import compiled_pool, path, triton_chain, triton_conv
+from . import compiled_conv, compiled_pool, path, triton_chain, triton_conv
 from .arena import Life, assign
 from .captured import Captured, Ordered, Turns, race
 from .cases import (
@@ -42,6 +44,7 @@ from .tune import Results, tune
 logger = logging.getLogger("fused_resnet")
 
 ALIGN = 256  # bytes
+DEAR_COPY = 2**22  # bytes: a few microseconds of an H100
 
 
 class Gpu:
@@ -60,46 +63,71 @@ class Gpu:
         inputs = tuple(dense(x) for x in inputs)
         notes: list[str] = []
         groups = self.eager.groups(network)
-        program, ours = None, None
         if why := self._unsupported():
             notes.append(f"no kernels of ours: {why}")
             mode = "off"
-        try:
-            pieces, results = self.pieces(network, inputs, mode, notes)
-
-            def build() -> Program:
-                return Program(network, pieces, results, self.weights, self.eager.eager, self.device)
-
-            program = build()
-            if program.is_ours:
-                parts = (program.begin, program.rest) if program.begins_alone else None
-                ours = self._captured(program.run, inputs, notes, self.turns.pool, lambda x: build().run(x), parts)
-                if why := objection(ours(inputs)):
-                    ours = None
-                    notes.append(f"the planned network is not used: {why}")
-        except Exception as error:  # whatever a kernel does wrong, there is a network without it
-            ours = None
-            logger.warning("the planned network failed", exc_info=True)
-            notes.append(f"the planned network is not used: {describe(error)}")
-        if ours is not None and mode != "full":
-            return ours, program.groups(), _joined(notes)
-        # Beside the planned network it is on trial, in memory that goes when it goes.
-        cudnn = self._pytorch(network, inputs, notes, self.turns.pool if ours is None else None)
+        ours: dict[str, tuple[Program, Ordered]] = {}
+        for name, build in self._programs(network, inputs, mode, notes):
+            # One at a time, but where they race; those behind the first are on trial, in memory that goes with them.
+            if ours and mode != "full":
+                break
+            try:
+                found = self._graph(build, inputs, notes, None if ours else self.turns.pool)
+                why = None if found is None else objection(found[1](inputs))
+            except Exception as error:  # whatever a kernel does wrong, there is a network without it
+                logger.warning("%s failed", _CALLED[name], exc_info=True)
+                found, why = None, describe(error)
+            if why:
+                notes.append(f"{_CALLED[name]} is not used: {why}")
+            elif found is not None:
+                ours[name] = found
+        if ours and mode != "full":
+            ((program, run),) = ours.values()
+            return run, program.groups(), _joined(notes)
+        cudnn = self._pytorch(network, inputs, notes, None if ours else self.turns.pool)
         if why := objection(cudnn(inputs)):
             notes.append(f"PyTorch's kernels in a graph are not used: {why}")
             cudnn = None
-        if ours is None:
+        if not ours:
             return (cudnn, groups if cudnn is not None else [], _joined(notes))
-        if isinstance(cudnn, Captured) and not (
-            isinstance(ours, Captured) and self._faster(ours, cudnn, inputs, notes)
-        ):
+        racing = {name: run for name, (_, run) in ours.items()} | ({"cudnn": cudnn} if cudnn is not None else {})
+        winner = self._fastest({k: v for k, v in racing.items() if isinstance(v, Captured)}, inputs, notes)
+        winner = winner or next(iter(ours))
+        if winner == "cudnn":
             notes.append("PyTorch's kernels serve")
-            ours = cudnn = program = None
-            ours = self._pytorch(network, inputs, notes, self.turns.pool)
+            racing = ours = cudnn = found = run = program = None
+            run = self._pytorch(network, inputs, notes, self.turns.pool)
         else:
-            cudnn, groups = None, program.groups()
-        torch.cuda.empty_cache()  # the trial's memory
-        return ours, groups, _joined(notes)
+            program, run = ours[winner]
+            groups = program.groups()
+            racing = ours = cudnn = found = None
+        torch.cuda.empty_cache()  # the trials' memory
+        return run, groups, _joined(notes)
+
+    def _programs(
+        self, network: Network, inputs: tuple, mode: str, notes: list[str]
+    ) -> list[tuple[str, Callable[[], Program]]]:
+        """(name, what makes the program) of the ways through the network that are worth a graph, the best first."""
+        try:
+            pieces, results = self.pieces(network, inputs, mode, notes)
+            found = [("planned", results), ("apart", _without_overlap(results))]
+            ways = [(name, cheapest(network, pieces, kept), kept) for name, kept in found if kept is not None]
+        except Exception as error:
+            logger.warning("planning failed", exc_info=True)
+            notes.append(f"{_CALLED['planned']} is not used: {describe(error)}")
+            return []
+        common = (self.weights, self.eager.eager, self.device)
+        return [(name, functools.partial(Program, network, way, kept, *common)) for name, way, kept in ways]
+
+    def _graph(
+        self, build: Callable[[], Program], inputs: tuple, notes: list[str], pool
+    ) -> tuple[Program, Ordered] | None:
+        """A program, and it as a graph; None if nothing in it is ours."""
+        program = build()
+        if not program.is_ours:
+            return None
+        parts = (program.begin, program.rest) if program.begins_alone(inputs) else None
+        return program, self._captured(program.run, inputs, notes, pool, lambda x: build().run(x), parts)
 
     def _unsupported(self) -> str | None:
         """Why there is nothing to choose between."""
@@ -110,15 +138,17 @@ class Gpu:
         arch = chip(self.device)[0]
         return f"needs compute capability 8.0 or newer, got {arch / 10}" if arch < 80 else None
 
-    def _faster(self, ours: Captured, cudnn: Captured, inputs: tuple, notes: list[str]) -> bool:
-        """Whether the planned network is the faster one, end to end."""
-        times = race({"planned": lambda: ours.again(inputs), "cudnn": lambda: cudnn.again(inputs)})
-        planned, pytorch = (f"{1e3 * times[name]:.3f} ms" for name in ("planned", "cudnn"))
-        notes.append(f"end to end {planned}, all of it by PyTorch's kernels {pytorch}")
-        return times["planned"] <= times["cudnn"]
+    def _fastest(self, runs: dict[str, Captured], inputs: tuple, notes: list[str]) -> str | None:
+        """Which network is the fastest one, end to end."""
+        if len(runs) < 2:
+            return next(iter(runs), None)
+        inputs = tuple(x.clone() for x in inputs)
+        times = race({name: functools.partial(run.again, inputs) for name, run in runs.items()})
+        notes.append("end to end " + ", ".join(f"{_CALLED[name]} {1e3 * times[name]:.3f} ms" for name in runs))
+        return min(runs, key=times.get)
 
-    def pieces(self, network: Network, inputs: tuple, mode: str, notes: list[str]) -> tuple[list[Piece], Results]:
-        """The cheapest pieces by what was measured (before or now), and the results of all problems."""
+    def pieces(self, network: Network, inputs: tuple, mode: str, notes: list[str]) -> tuple[Pieces, Results]:
+        """All pieces that can be run, and the results of their problems, measured before or now."""
         tf32 = self.device.type == "cuda" and tf32_allowed()
         given = {k: v for k, v in named(network, inputs).items() if isinstance(v, Tensor)}
         all_pieces = Pieces(network, self.dtype, self.device, tf32, given)
@@ -128,15 +158,7 @@ class Gpu:
                 problems.setdefault(piece.key, piece.args.problem())
         results = _tuned(problems, mode, self.device, notes)
         all_pieces.keep(results)
-
-        def cost(piece: Piece) -> float:
-            if piece.args is None:
-                return 0.0  # the same on every way
-            seconds = results[piece.key].seconds
-            # What was not measured is not chosen before the steps one by one.
-            return seconds[0] if seconds else float(len(piece.steps) > 1)
-
-        return list(path.cheapest(len(network.steps), all_pieces.moves(cost))[1]), results
+        return all_pieces, results
 
     def ordered(self, run: Callable) -> Ordered:
         """A function on the device, in turn with all the others: for what is not planned."""
@@ -171,9 +193,42 @@ class Gpu:
         stream = self.turns.begin()
         try:
             self.weights.refresh()
-            settle(self.device)
+            self.weights.settle(self.device)
         finally:
             self.turns.end(stream)
+
+
+_CALLED = {
+    "planned": "the planned network",
+    "apart": "the network without kernels that overlap",
+    "cudnn": "all of it by PyTorch's kernels",
+}
+
+
+def cheapest(network: Network, pieces: Pieces, results: Results) -> list[Piece]:
+    """The pieces of the least time by what was measured."""
+
+    def cost(piece: Piece) -> float:
+        if piece.args is None:
+            return 0.0  # the same on every way
+        seconds = results[piece.key].seconds
+        # What was not measured is not chosen before the steps one by one.
+        return seconds[0] if seconds else float(len(piece.steps) > 1)
+
+    return list(path.cheapest(len(network.steps), pieces.moves(cost))[1])
+
+
+def _without_overlap(results: Results) -> Results | None:
+    """The results with what is fastest of the kernels that begin when the one before has ended; None where those were
+    chosen anyway. Timed one after the other of a kind, kernels that overlap gain what beside others they may not."""
+    changed = {}
+    for key, result in results.items():
+        if not compiled_conv.overlaps(result.chosen):
+            continue
+        timed = [t for t in result.trials if t.seconds and not compiled_conv.overlaps(t.candidate)]
+        if timed:
+            changed[key] = replace(result, chosen=min(timed, key=lambda t: t.seconds[1]).candidate)
+    return Results({**results, **changed}) if changed else None
 
 
 def _joined(notes: list[str]) -> str | None:
@@ -212,6 +267,7 @@ class Packed:
     def __init__(self, eager: Eager):
         self.eager = eager
         self._kept: dict[tuple, tuple] = {}
+        self._written = False  # since they were settled
 
     def get(self, step, pack: Callable[[Tensor], Tensor], form: str) -> tuple[list[Tensor], Tensor]:
         """([weight, projection's weight], bias float32) of a step; form: names what pack does."""
@@ -219,6 +275,7 @@ class Packed:
         if key not in self._kept:
             weights = [pack(w) for w in self.eager.folded(step)[0]]
             self._kept[key] = step, pack, weights, fold(step, self.eager.module)[1].float()
+            self._written = True
         return self._kept[key][2:]
 
     def refresh(self) -> None:
@@ -228,6 +285,13 @@ class Packed:
                 if old.data_ptr() != folded.data_ptr():
                     old.copy_(pack(folded))
             bias.copy_(fold(step, self.eager.module)[1])
+        self._written = True
+
+    def settle(self, device: torch.device) -> None:
+        """Kernels may read them early from now on."""
+        if self._written:
+            settle(device)
+        self._written = False
 
 
 class Program:
@@ -252,7 +316,7 @@ class Program:
         self.values, self.arena = self._places()
         self.workspace: Tensor | None = None
         self.launches = [self._launch(p) for p in pieces]
-        settle(device)
+        weights.settle(device)
         sizes = [size for _, size in self.launches]
         if max(sizes, default=0):
             self.workspace = torch.empty(max(sizes), dtype=torch.uint8, device=device)
@@ -310,11 +374,13 @@ class Program:
         """y in as many dimensions as the network's value has."""
         return y if len(self.shapes[name]) == 4 else y.flatten(1)
 
-    @property
-    def begins_alone(self) -> bool:
-        """Whether the first piece is a kernel of ours that reads the inputs as they come, and no other reads them."""
+    def begins_alone(self, inputs: tuple) -> bool:
+        """Whether the first piece is a compiled kernel that reads the inputs as they come, no other reads them, and a
+        copy of them would cost more than a launch that the next one does not overlap."""
         first, *others = self.pieces
-        if not isinstance(first.args, StemArgs) or self.chosen(first).backend not in OWN:
+        if not isinstance(first.args, StemArgs) or self.chosen(first).backend != "cuda":
+            return False
+        if sum(x.nbytes for x in inputs) < DEAR_COPY:
             return False
         source, given = self.network.source, {n.name for n in self.network.placeholders}
         read = {source(name) for piece in others for step in piece.steps for name in step.reads}

@@ -317,7 +317,7 @@ def _executor(graph: Graph, eager: EagerExecutor, device: torch.device):
 
 def _served(run: Callable, given: Callable, device: torch.device) -> Callable:
     """run(given(inputs)), whatever contexts it is called in."""
-    if isinstance(run, Captured):  # only copies and a replay, which no context changes
+    if isinstance(run, Captured):  # copies, a replay and a kernel of ours, which no context changes
         return run
 
     def serve(inputs: tuple[Tensor, ...]):

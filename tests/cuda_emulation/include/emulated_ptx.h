@@ -114,6 +114,7 @@ inline void store_16_bytes(void* to, const uint4& value) {
 }
 
 inline void opaque(uint32_t&) {}
+inline void opaque(int&) {}
 
 inline void launch_dependents() {}
 
