@@ -182,7 +182,17 @@ def _turn(launch, w: Tensor, slope: Tensor, folded: Tensor, a_mean: Tensor, sum_
     k, c = w.shape
     turn, shift = w.new_empty(c, c), _floats(w, c)
     blocks = tiles.ceil_div(c, _TILE)
-    launch(_pointwise._pointwise_bwd_turn_kernel, (blocks, blocks), w, slope, turn, k, c, BLOCK_K=_TILE, BLOCK_C=_TILE)
+    launch(
+        _pointwise._pointwise_bwd_turn_kernel,
+        (blocks, blocks),
+        w,
+        slope,
+        turn,
+        k,
+        c,
+        BLOCK_K=_TILE // 2,  # with all of _TILE two operands in two parts take all registers there are, and spill
+        BLOCK_C=_TILE,
+    )
     launch(
         _pointwise._pointwise_bwd_shift_kernel,
         (tiles.ceil_div(c, 16),),
