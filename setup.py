@@ -143,7 +143,11 @@ def convolutions(archs, cutlass):
             name = f"sm90 {m}x{n}x64 {schedule.replace('_', '-')}"
             macros = dict(TILE_M=m, TILE_N=n, CLUSTER=cluster, SCHEDULE=schedule, ELEMENT=element, NAME=name)
             symbol = f"kSm90_{m}x{n}_{schedule}_{dtype}"
-            found.append((symbol, "sm90_instance.cu", cuda_arch_flags(["90a"])[0], macros, f"-isystem {cutlass[0]}"))
+            more = f"-isystem {cutlass[0]}"
+            if schedule != "stream_k":  # whose scheduler does not compile with it, in CUTLASS 4.2
+                # They wait for the kernel before them by themselves, and let the next one begin.
+                more += " -DCUTLASS_ENABLE_GDC_FOR_SM90"
+            found.append((symbol, "sm90_instance.cu", cuda_arch_flags(["90a"])[0], macros, more))
     for splits, (dtype, (_, element)) in itertools.product(SPLIT if "90a" in archs else (), DTYPES.items()):
         macros = dict(SPLITS=splits, ELEMENT=element, NAME=f"sm90 64x64x64 split {splits}")
         symbol = f"kSm90_split{splits}_{dtype}"

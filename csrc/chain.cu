@@ -44,7 +44,8 @@ Tensor chain_instances() {
 void chain_out(int64_t instance, const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                const Tensor& bias2, const std::optional<Tensor>& residual, const std::optional<Tensor>& x2,
                const std::optional<Tensor>& projection, int64_t stride2, const std::optional<Tensor>& weight3,
-               const std::optional<Tensor>& bias3, bool relu, bool quarter, Tensor& y, std::optional<Tensor> z) {
+               const std::optional<Tensor>& bias3, bool relu, bool quarter, Tensor& y, std::optional<Tensor> z,
+               bool constant_weights) {
   const char* op = "chain";
   const ChainInstance& found = instance_of(op, chains(), instance);
   check_dtype_of(op, found, x);
@@ -127,6 +128,7 @@ void chain_out(int64_t instance, const Tensor& x, const Tensor& weight1, const T
   chain.z = z.has_value() ? z->mutable_data_ptr() : nullptr;
   chain.relu = relu;
   chain.quarter = quarter;
+  chain.constant_weights = constant_weights;
   const Device device(x);
   check_arch(op, found.name, 90, device);
   check_launch(op, found.name, found.run(chain, device.multiprocessors, device.stream));

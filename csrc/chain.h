@@ -18,6 +18,7 @@ Tensor chain_instances();
 void chain_out(int64_t instance, const Tensor& x, const Tensor& weight1, const Tensor& bias1, const Tensor& weight2,
                const Tensor& bias2, const std::optional<Tensor>& residual, const std::optional<Tensor>& x2,
                const std::optional<Tensor>& projection, int64_t stride2, const std::optional<Tensor>& weight3,
-               const std::optional<Tensor>& bias3, bool relu, bool quarter, Tensor& y, std::optional<Tensor> z);
+               const std::optional<Tensor>& bias3, bool relu, bool quarter, Tensor& y, std::optional<Tensor> z,
+               bool constant_weights);
 
 }  // namespace fused_resnet

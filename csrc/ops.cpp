@@ -66,7 +66,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def(
       "chain_out(int instance, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? residual, "
       "Tensor? x2, Tensor? projection, int stride2, Tensor? weight3, Tensor? bias3, bool relu, bool quarter, "
-      "Tensor(a!) y, Tensor(b!)? z) -> ()");
+      "Tensor(a!) y, Tensor(b!)? z, bool constant_weights=False) -> ()");
   m.def("conv_instances() -> Tensor");
   m.def("conv_plan(int instance, int[] shape, int multiprocessors) -> Tensor");
   m.def(

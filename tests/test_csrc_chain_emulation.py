@@ -122,6 +122,17 @@ def test_y_may_be_the_residuals_own_memory():
     assert torch.equal(given["y"], y) and torch.equal(given["z"], z)
 
 
+@pytest.mark.parametrize("backwards", [False, True], ids=["late", "early-backwards"])
+@pytest.mark.parametrize("instance", [NEXT_128, SEGMENT])
+def test_weights_may_come_before_the_kernel_before_has_ended(machine, instance, backwards):
+    """And nothing else: the emulation fails if x is read."""
+    machine(2, backwards)
+    call = Call(instance, 3, 7, 9, residual=instance != SEGMENT, segment=(7, 9, 1) if instance == SEGMENT else None)
+    given = call.arguments()
+    ops.chain_out(*given.values(), constant_weights=True)
+    assert torch.equal(given["y"], call.run()[0]) and torch.equal(given["z"], call.run()[1])
+
+
 def test_outputs_leave_what_lies_around_them_alone():
     call = Call(NEXT_128, 1, 7, 9, residual=True, quarter=True)
     given = call.arguments()

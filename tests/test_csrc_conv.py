@@ -103,6 +103,8 @@ def test_machine_code_of_convolutions(instance):
             assert count(r"UTMASTG", code) > 0, "y leaves through the tensor memory accelerator"
             assert count(r"USETMAXREG", code) == 2, "registers go from the producer to the consumers"
             assert count(r"\b(LDGSTS|STG)\b", code) == 0 or instance["splits"]
+            for instruction in ("PREEXIT", "ACQBULK"):
+                assert (count(rf"\b{instruction}\b", code) > 0) != instance["splits"], "kernels overlap"
         else:
             warps = instance["threads"] // 32
             instructions = m * n * k // (16 * 8 * 16) // warps  # of a warp and a step; the compiler may unroll steps
@@ -149,6 +151,7 @@ def test_machine_code_of_chains(chain):
     assert count(r"USETMAXREG", code) == 2
     assert count(r"STG\.E\.128", code) == count(r"\bSTG", code) > 0
     assert count(r"\bLDGSTS\b", code) == 0
+    assert count(r"\bPREEXIT\b", code) == 1 and count(r"\bACQBULK\b", code) == 2, "kernels overlap"
 
 
 # The stem

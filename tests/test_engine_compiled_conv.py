@@ -376,7 +376,10 @@ def test_a_chain_case_runs_it(monkeypatch):
 
     class Ops:
         @staticmethod
-        def chain_out(index, x, w1, b1, w2, b2, residual, x2, projection, stride2, w3, b3, relu, quarter, y, z):
+        def chain_out(
+            index, x, w1, b1, w2, b2, residual, x2, projection, stride2, w3, b3, relu, quarter, y, z, constant
+        ):
+            assert constant
             launched.append(index)
             segment = None if x2 is None else (x2, projection, stride2)
             options = dict(residual=residual, segment=segment, relu=relu, next=(w3, b3), quarter=quarter)

@@ -15,6 +15,7 @@ struct Chain {
   const float *bias1, *bias2, *bias3;
   void *y, *z;
   bool relu, quarter;
+  bool constant_weights;  // they may be read before the kernels before have ended
 };
 
 struct ChainInstance {

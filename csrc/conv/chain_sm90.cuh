@@ -43,6 +43,7 @@ struct ChainSm90 {
     p.floor = chain.relu ? 0.0f : -std::numeric_limits<float>::infinity();
     p.has_residual = chain.residual != nullptr;
     p.quarter = chain.quarter;
+    p.early = chain.constant_weights;
     p.bias1 = chain.bias1, p.bias2 = chain.bias2, p.bias3 = chain.bias3;
     p.y = chain.y, p.z = chain.z;
 
@@ -54,6 +55,11 @@ struct ChainSm90 {
     config.blockDim = dim3(Layout::kThreads);
     config.dynamicSmemBytes = Layout::kShared;
     config.stream = stream;
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, kernel, p);
   }
 

@@ -24,6 +24,7 @@ struct ChainParams {
   int p, q;
   float floor;  // of y: 0 after a ReLU, else -inf
   bool has_residual, quarter;
+  bool early;  // weights may be read while the kernel before runs
   const float *bias1, *bias2, *bias3;
   void *y, *z;
 };
@@ -62,6 +63,7 @@ template <class T, int Following, bool Segment>
 __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constant__ ChainParams p) {
   using Layout = ChainLayout<Following, Segment>;
   constexpr int kX = Layout::kX, kY = Layout::kY;
+  ptx::launch_dependents();
   unsigned char* const memory = ptx::shared_memory();
   const uint32_t shared = ptx::shared_address(memory);
   const auto tile_at = [&](int i) { return shared + i * ptx::kTileBytes; };
@@ -90,6 +92,7 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
   if (warp < 4) {
     ptx::keep_registers<40>();
     if (lane != 0) return;
+    if (!p.early) ptx::wait_for_kernels();
     if (warp == 0) {
       ptx::arrive_and_expect(barriers, Layout::kTaps * ptx::kTileBytes);
       for (int i = 0; i < Layout::kTaps; ++i) ptx::load_tiled(&p.weight1, tile_at(i), barriers, 0, i, 0);
@@ -103,6 +106,7 @@ __global__ void __launch_bounds__(384, 1) chain_sm90_kernel(const __grid_constan
           ptx::load_tiled(&p.weight3, tile_at(Layout::kWeight3 + f * Layout::kOut + i), others, 64 * i, 0, 64 * f);
       }
     }
+    if (p.early) ptx::wait_for_kernels();  // those that multiply wait for what is fetched from here on
     if (warp < 2) {
       Ring<kX> ring;
       const auto next = [&](const CUtensorMap* map, const Pixel& from, int r, int s) {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.triton import unavailable as triton_unavailable
 from . import compiled_chain, reference, triton_chain
-from .cases import CUDNN, OWN, EngineCase, Random, chip, empty, jsonable, tuples
+from .cases import CUDNN, OWN, EngineCase, Random, chip, empty, jsonable, settle, tuples
 from .problem import Candidate, Problem
 
 
@@ -153,6 +153,7 @@ class ChainCase(EngineCase):
         args, options = self.args.call(inputs)
         size = 0 if candidate.backend == "cuda" else triton_chain.workspace(candidate.config, *args, **options)
         workspace = torch.empty(size, dtype=torch.uint8, device=inputs["x"].device) if size else None
+        settle(self.device)
         return inputs | {"workspace": workspace}
 
     def run(self, candidate, inputs, outputs):

@@ -89,7 +89,7 @@ def launch(
     z: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> None:
-    """As triton_chain.launch."""
+    """As triton_chain.launch. Weights and biases are not what the kernel before writes: see `cases.settle`."""
     weight3, bias3 = next or (None, None)
     x2, projection, stride2 = segment or (None, None, 1)
     instance = _instance(x.dtype, 0 if weight3 is None else weight3.shape[0], segment is not None)
@@ -97,5 +97,5 @@ def launch(
         raise RuntimeError(f"this build has no chain {config['instance']!r} for {x.dtype}")
     torch.ops.fused_resnet_cuda.chain_out(
         instance.index, x, weight1, bias1, weight2, bias2, residual, x2, projection, stride2, weight3, bias3, relu,
-        quarter, y, z,
+        quarter, y, z, True,
     )  # fmt: skip
