@@ -80,6 +80,23 @@ def test_a_bottleneck_network_is_a_kernel_a_block(name, counts):
             assert stride == 1 and (h, w) == piece.args.size()
 
 
+def test_a_classifier_is_in_tf32_only_where_matrix_products_are():
+    """PyTorch lets convolutions use it unless told otherwise, and products if told so."""
+    graph, x = capture(torchvision.models.resnet18(num_classes=8).eval()), torch.zeros(1, 3, 64, 64)
+    propagate(graph, (x,))
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, wanted in (("ieee", False), ("tf32", True)):
+            matmul.fp32_precision = precision
+            pieces = Pieces(match(graph), torch.float32, torch.device("cpu"), True, {"x": x}).all()
+            args = [p.args for p in pieces if p.args is not None]
+            assert [a.tf32 for a in args if isinstance(a, cases.LinearArgs)] == [wanted]
+            assert all(a.tf32 for a in args if type(a) is cases.ConvArgs)
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_step_by_step_projections_are_second_segments():
     for name, convolutions in (("resnet18", 20), ("resnet50", 53)):
         pieces = pieces_of(meta(name))

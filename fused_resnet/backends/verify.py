@@ -217,6 +217,12 @@ def tf32_allowed() -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
+def product_tf32_allowed() -> bool:
+    """The same of a matrix product, which PyTorch computes in full float32 unless asked."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
 def signature(candidate, op: str, args: tuple) -> tuple:
     variant = getattr(candidate, "variant", None)
     key = [candidate.NAME, op, _uses_tf32(op, args), variant and variant(op, *args)]

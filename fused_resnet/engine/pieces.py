@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from ..backends.verify import product_tf32_allowed
 from .cases import ConvArgs, LinearArgs, PoolArgs, StemArgs
 from .chain_cases import ChainArgs
 from .path import Move
@@ -137,7 +138,7 @@ class Pieces:
         one = (1, 1)
         return LinearArgs(
             n, step.conv.in_channels, 1, 1, step.conv.out_channels, one, one, (0, 0), one, False, False, None,
-            **self.common, tf32=self.tf32,
+            **self.common, tf32=self.tf32 and product_tf32_allowed(),
         )  # fmt: skip
 
     def _segment(self, step: Step, quartered: bool) -> tuple[int, int, int, int] | None:
