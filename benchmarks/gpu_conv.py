@@ -75,17 +75,22 @@ def odd_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
 
 @torch.no_grad()
 def _overlap(dtype: str, device: torch.device) -> dict:
-    """Kernels that begin while those before them run give the bits that they give one at a time: each reads what the
-    last two wrote, in memory that is written over and over, and weights change in between."""
-    arch, _ = cases.chip(device)
+    """Kernels that begin while those before them run give the bits that they give one at a time, each kind by itself
+    and all mixed: a convolution reads what the last two wrote, in memory that is written over and over, some have a
+    batch norm whose vectors the kernel before reckons, and weights change in between."""
+    arch, sms = cases.chip(device)
     found = [i for i in cuda_conv.runs_on(arch) if i.arch == 90 and i.dtype is getattr(torch, dtype)]
     if not found:
         raise Declined(f"no convolution for sm_{arch} overlaps another")
-    random = cases.Random(device, getattr(torch, dtype), 0)
+    random, one = cases.Random(device, getattr(torch, dtype), 0), (1, 1)
     x, filters = random.map(1, 128, 14, 14), [random.filter(128, 128, 3, 3) for _ in range(6)]
-    bias, one = random.bias(128), (1, 1)
+    bias, gamma, mean = (random.bias(128) for _ in range(3))
+    var = random.bias(128).abs() + 0.5
+    shape = cuda_conv.shape_of(x.shape, filters[0].shape, one, one, one)
+    sizes = [cuda_conv.plan(i.index, shape, sms) for i in found]
+    space = torch.empty(max(sizes), dtype=torch.uint8, device=device) if max(sizes) else None
 
-    def run(instance, space: torch.Tensor | None, constant: bool, wait) -> torch.Tensor:
+    def run(instances, constant: bool, wait) -> torch.Tensor:
         maps, weights = [x.clone(), torch.zeros_like(x), torch.zeros_like(x)], [f.clone() for f in filters[:3]]
         for turn in range(60):
             if turn % 5 == 0:
@@ -95,31 +100,32 @@ def _overlap(dtype: str, device: torch.device) -> dict:
                     t.div_(t.float().norm().clamp(min=1.0) / 150)
                 cases.settle(device)
             for i in range(3):
-                source, residual, out = maps[i - 3], maps[i - 1], maps[i - 2]
-                cuda_conv.conv_bias_act_out(
-                    instance, source, weights[i], bias, residual, None, out, space, stride=one, padding=one,
-                    dilation=one, relu=True, constant_weights=constant,
-                )  # fmt: skip
+                instance = instances[(3 * turn + i) % len(instances)]
+                source, residual, weight = maps[i - 3], maps[i - 1], weights[i]
+                if (3 * turn + i) % 7 == 6:
+                    bn = (gamma, bias, mean, var, 1e-5)
+                    call = (instance.index, source, weight, *bn, residual, [1, 1], [1, 1], [1, 1], True)
+                    maps[i - 2] = torch.ops.fused_resnet_cuda.conv_bn_act(*call)
+                else:
+                    cuda_conv.conv_bias_act_out(
+                        instance, source, weight, bias, residual, None, maps[i - 2], space, stride=one, padding=one,
+                        dilation=one, relu=True, constant_weights=constant,
+                    )  # fmt: skip
                 wait()
         return maps[0]
 
-    sms = cases.chip(device)[1]
-    shape = cuda_conv.shape_of(x.shape, filters[0].shape, one, one, one)
-    for instance in found:
-        size = cuda_conv.plan(instance.index, shape, sms)
-        space = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-        alone = run(instance, space, False, torch.cuda.synchronize)
-        assert alone.isfinite().all() and alone.float().norm() > 1
+    for instances in (*([i] for i in found), found, found[::-1]):
+        name = instances[0].name if len(instances) == 1 else "all, mixed"
+        alone = run(instances, False, torch.cuda.synchronize)
+        assert alone.isfinite().all() and alone.float().norm() > 1, name
         for constant in (False, True):
-            assert torch.equal(run(instance, space, constant, lambda: None), alone), (
-                f"{instance.name}, eager, {constant}"
-            )
+            assert torch.equal(run(instances, constant, lambda: None), alone), f"{name}, eager, {constant}"
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                y = run(instance, space, constant, lambda: None)
+                y = run(instances, constant, lambda: None)
             for _ in range(3):
                 graph.replay()
-                assert torch.equal(y, alone), f"{instance.name}, in a graph, {constant}"
+                assert torch.equal(y, alone), f"{name}, in a graph, {constant}"
     return {"instances": [i.name for i in found]}
 
 

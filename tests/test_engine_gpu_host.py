@@ -399,13 +399,12 @@ def test_the_faster_network_end_to_end_serves(faster, planned, recorder, monkeyp
 
 
 @pytest.fixture
-def overlapping(planned, monkeypatch):
-    """The same, where convolutions of 512 channels were fastest by kernels that overlap: (what planned has, names of
-    the backends of the way without them)."""
+def splitting(planned, monkeypatch):
+    """The same, where convolutions of 512 channels were fastest by kernels for small batches."""
     served, network, inputs = planned
     tune, launch = gpu.tune, triton_conv.launch
 
-    def with_overlap(problems, mode, device=None):
+    def with_splits(problems, mode, device=None):
         results = tune(problems, mode, device)
         for key, result in results.items():
             if key.startswith("conv") and "x512x" in key:
@@ -414,29 +413,29 @@ def overlapping(planned, monkeypatch):
                 results[key] = replace(result, chosen=fast, trials=trials)
         return results
 
-    monkeypatch.setattr(gpu, "tune", with_overlap)
-    monkeypatch.setattr(compiled_conv, "overlaps", lambda candidate: candidate.label == "fast")
+    monkeypatch.setattr(gpu, "tune", with_splits)
+    monkeypatch.setattr(compiled_conv, "splits", lambda candidate: candidate.label == "fast")
     monkeypatch.setattr(compiled_conv, "workspace", lambda *args: 0)
     monkeypatch.setattr(compiled_conv, "launch", lambda *args, **options: launch(*args, **options))
     return planned
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("faster", ["planned", "apart", "cudnn"])
-def test_kernels_that_overlap_have_to_pay_end_to_end(faster, overlapping, recorder, monkeypatch):
-    served, network, inputs = overlapping
-    times = dict.fromkeys(("planned", "apart", "cudnn"), 2e-3) | {faster: 1e-3}
+@pytest.mark.parametrize("faster", ["planned", "plain", "cudnn"])
+def test_kernels_for_small_batches_have_to_pay_end_to_end(faster, splitting, recorder, monkeypatch):
+    served, network, inputs = splitting
+    times = dict.fromkeys(("planned", "plain", "cudnn"), 2e-3) | {faster: 1e-3}
     monkeypatch.setattr(gpu, "race", lambda runs: {name: times[name] for name in runs})
     run, groups, note = served.plan(network, inputs, "full", fine)
     configs = {g.config for g in groups}
-    assert ("fast" in configs) == (faster == "planned") and ("slow" in configs) == (faster == "apart")
-    assert "the planned network" in note and "the network without kernels that overlap" in note
+    assert ("fast" in configs) == (faster == "planned") and ("slow" in configs) == (faster == "plain")
+    assert "the planned network" in note and "the network without kernels for small batches" in note
     assert torch.allclose(run(inputs), served.eager.run(network, inputs), atol=1e-5)
 
 
 @torch.no_grad()
-def test_where_those_that_overlap_are_wrong_the_others_serve(overlapping):
-    served, network, inputs = overlapping
+def test_where_those_for_small_batches_are_wrong_the_others_serve(splitting):
+    served, network, inputs = splitting
     verdicts = iter(["result 0 differs", None])
     run, groups, note = served.plan(network, inputs, "cached", lambda result: next(verdicts))
     assert note == "the planned network is not used: result 0 differs"

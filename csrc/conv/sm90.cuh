@@ -81,6 +81,11 @@ struct Sm90 {
   };
   using Arguments = typename Kernel::Arguments;
   static_assert(Kernel::SharedStorageSize <= 227 << 10 && kStages >= 3);
+#ifdef CUTLASS_ENABLE_GDC_FOR_SM90  // setup.py defines it for all but stream-K
+  static constexpr bool kOverlaps = true;
+#else
+  static constexpr bool kOverlaps = false;  // the kernel does not wait for the one before by itself
+#endif
 
   static const char* refuses(const Shape& s) { return tma_refuses(s); }
 
@@ -151,7 +156,7 @@ struct Sm90 {
     config.dynamicSmemBytes = Kernel::SharedStorageSize;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = kStreamK ? 1 : 2;  // stream-K does not wait for the kernel before by itself
+    config.numAttrs = kOverlaps ? 2 : 1;
     return cudaLaunchKernelEx(&config, kernel, params);
   }
 

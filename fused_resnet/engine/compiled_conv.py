@@ -24,8 +24,8 @@ def configs(shape: Conv, dtype: torch.dtype, arch: int, sms: int) -> list[dict]:
     return [{"instance": i.name} for i in cuda_conv.candidates(sizes(shape), dtype, arch, sms)]
 
 
-def overlaps(candidate: Candidate) -> bool:
-    """Whether it is one of those for few positions, which begin while the kernel before runs."""
+def splits(candidate: Candidate) -> bool:
+    """Whether it is one of those for few positions, whose blocks share a reduction."""
     names = {i.name for i in cuda_conv.instances() if i.parts}
     return candidate.backend == "cuda" and candidate.config.get("instance") in names
 

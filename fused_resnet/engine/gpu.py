@@ -68,11 +68,12 @@ class Gpu:
             mode = "off"
         ours: dict[str, tuple[Program, Ordered]] = {}
         for name, build in self._programs(network, inputs, mode, notes):
-            # One at a time, but where they race; those behind the first are on trial, in memory that goes with them.
+            # One at a time, but where they race: then those behind the first are on trial, in memory of their own.
             if ours and mode != "full":
                 break
+            pool, told = (None, []) if ours else (self.turns.pool, notes)
             try:
-                found = self._graph(build, inputs, notes, None if ours else self.turns.pool)
+                found = self._graph(build, inputs, told, pool)
                 why = None if found is None else objection(found[1](inputs))
             except Exception as error:  # whatever a kernel does wrong, there is a network without it
                 logger.warning("%s failed", _CALLED[name], exc_info=True)
@@ -81,28 +82,42 @@ class Gpu:
                 notes.append(f"{_CALLED[name]} is not used: {why}")
             elif found is not None:
                 ours[name] = found
+            found = None
         if ours and mode != "full":
             ((program, run),) = ours.values()
             return run, program.groups(), _joined(notes)
-        cudnn = self._pytorch(network, inputs, notes, None if ours else self.turns.pool)
-        if why := objection(cudnn(inputs)):
-            notes.append(f"PyTorch's kernels in a graph are not used: {why}")
-            cudnn = None
         if not ours:
-            return (cudnn, groups if cudnn is not None else [], _joined(notes))
-        racing = {name: run for name, (_, run) in ours.items()} | ({"cudnn": cudnn} if cudnn is not None else {})
-        winner = self._fastest({k: v for k, v in racing.items() if isinstance(v, Captured)}, inputs, notes)
-        winner = winner or next(iter(ours))
+            cudnn = self._pytorch(network, inputs, notes, self.turns.pool)
+            if why := objection(cudnn(inputs)):
+                notes.append(f"{_CALLED['cudnn']} are not used: {why}")
+                return None, [], _joined(notes)
+            return cudnn, groups, _joined(notes)
+        winner = self._winner(ours, network, inputs, objection, notes)
         if winner == "cudnn":
             notes.append("PyTorch's kernels serve")
-            racing = ours = cudnn = found = run = program = None
+            ours = None
             run = self._pytorch(network, inputs, notes, self.turns.pool)
         else:
             program, run = ours[winner]
-            groups = program.groups()
-            racing = ours = cudnn = found = None
+            groups, ours = program.groups(), None
         torch.cuda.empty_cache()  # the trials' memory
         return run, groups, _joined(notes)
+
+    def _winner(self, ours: dict, network: Network, inputs: tuple, objection: Callable, notes: list[str]) -> str:
+        """Which network serves: the fastest end to end of those that are graphs, PyTorch's kernels among them."""
+        runs = {name: run for name, (_, run) in ours.items()}
+        try:
+            cudnn = self._pytorch(network, inputs, [], None)
+            if why := objection(cudnn(inputs)):
+                notes.append(f"{_CALLED['cudnn']} are not used: {why}")
+            else:
+                runs["cudnn"] = cudnn
+            graphs = {name: run for name, run in runs.items() if isinstance(run, Captured)}
+            return self._fastest(graphs, inputs, notes) or next(iter(ours))
+        except Exception as error:  # no memory for trials, say
+            logger.warning("networks could not be raced", exc_info=True)
+            notes.append(f"networks were not compared end to end: {describe(error)}")
+            return next(iter(ours))
 
     def _programs(
         self, network: Network, inputs: tuple, mode: str, notes: list[str]
@@ -110,8 +125,12 @@ class Gpu:
         """(name, what makes the program) of the ways through the network that are worth a graph, the best first."""
         try:
             pieces, results = self.pieces(network, inputs, mode, notes)
-            found = [("planned", results), ("apart", _without_overlap(results))]
-            ways = [(name, cheapest(network, pieces, kept), kept) for name, kept in found if kept is not None]
+            ways = [("planned", cheapest(network, pieces, results), results)]
+            if (others := _without_splits(results)) is not None:
+                ways.append(("plain", cheapest(network, pieces, others), others))
+                chosen = [[(p.key, p.args and kept[p.key].chosen.id) for p in way] for _, way, kept in ways]
+                if chosen[0] == chosen[1]:  # what changed is on neither way
+                    ways.pop()
         except Exception as error:
             logger.warning("planning failed", exc_info=True)
             notes.append(f"{_CALLED['planned']} is not used: {describe(error)}")
@@ -200,8 +219,8 @@ class Gpu:
 
 _CALLED = {
     "planned": "the planned network",
-    "apart": "the network without kernels that overlap",
-    "cudnn": "all of it by PyTorch's kernels",
+    "plain": "the network without kernels for small batches",
+    "cudnn": "PyTorch's kernels in a graph",
 }
 
 
@@ -218,16 +237,16 @@ def cheapest(network: Network, pieces: Pieces, results: Results) -> list[Piece]:
     return list(path.cheapest(len(network.steps), pieces.moves(cost))[1])
 
 
-def _without_overlap(results: Results) -> Results | None:
-    """The results with what is fastest of the kernels that begin when the one before has ended; None where those were
-    chosen anyway. Timed one after the other of a kind, kernels that overlap gain what beside others they may not."""
+def _without_splits(results: Results) -> Results | None:
+    """The results with what is fastest beside the kernels for small batches; None where those were not chosen. Timed
+    one after the other of a kind they overlap one another, and gain what beside other kernels they may not."""
     changed = {}
     for key, result in results.items():
-        if not compiled_conv.overlaps(result.chosen):
+        if not compiled_conv.splits(result.chosen):
             continue
-        timed = [t for t in result.trials if t.seconds and not compiled_conv.overlaps(t.candidate)]
+        timed = [t for t in result.trials if t.seconds and not compiled_conv.splits(t.candidate)]
         if timed:
-            changed[key] = replace(result, chosen=min(timed, key=lambda t: t.seconds[1]).candidate)
+            changed[key] = replace(result, chosen=min(timed, key=lambda t: t.seconds[0]).candidate)
     return Results({**results, **changed}) if changed else None
 
 
