@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
+from pathlib import Path
 
 import torch
 import triton
 from aot import CL, backend
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import gpu_training  # noqa: E402
 
 
 class Driver:
@@ -93,6 +98,11 @@ def norm(op: str, n=3, c=48, size=5, dtype=torch.float16, layout=CL, batch_stats
     }[op]
 
 
+def training(op: str, spec: str, dtype=torch.float16, layout=CL) -> tuple:
+    """Arguments of an op between batch norms of the batch's own statistics, at one of gpu-check's shapes."""
+    return gpu_training.arguments(op, gpu_training.specs(op, False)[spec], torch.device("cpu"), dtype, layout)
+
+
 CASES = {
     "3x3": ("conv_bn_act", case, {}),
     "1x1": ("conv_bn_act", case, {"kernel": 1, "k": 96}),
@@ -129,6 +139,13 @@ CASES = {
     "norm-backward": ("bn_act_bwd", norm, {}),
     "norm-backward-frozen": ("bn_act_bwd", norm, {"batch_stats": False, "mask": (True, True, False, False)}),
     "norm-backward-of-several": ("bn_act_bwd_input", norm, {}),
+    "train-3x3": ("bn_act_conv", training, {"spec": "3x3"}),
+    "train-raw": ("bn_act_conv", training, {"spec": "raw-1x1", "layout": torch.contiguous_format}),
+    "train-backward": ("bn_act_conv_bwd", training, {"spec": "3x3-stride2"}),
+    "train-expand": ("pointwise_bn_act", training, {"spec": "expand"}),
+    "train-expand-backward": ("pointwise_bn_act_bwd", training, {"spec": "expand"}),
+    "train-pool": ("bn_act_pool", training, {"spec": "pool"}),
+    "train-pool-backward": ("bn_act_pool_bwd", training, {"spec": "pool"}),
 }
 
 
@@ -163,9 +180,10 @@ def main() -> None:
     host = backend()
     host._chip = lambda x: (90, 132)
     for name, (op, build, options) in CASES.items():
-        args, others = (build(op, **options) if build is norm else build(**options) for _ in range(2))
+        args, others = (build(**options) if build in (case, backward) else build(op, **options) for _ in range(2))
         inputs = [a for a in others if isinstance(a, torch.Tensor)]
-        function, prepared = getattr(host, op), host.prepare(op, *args)
+        module = host._training(op) if op in host.TRAINING else host
+        function, prepared = getattr(module, op), host.prepare(op, *args)
         prepared(*args)
         fake.launches.clear()
         function(*others)

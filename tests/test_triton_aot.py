@@ -99,6 +99,8 @@ def test_tf32_operands_are_rounded(lines, version, arch):
 def test_a_prepared_launch_is_the_one_that_triton_would_make(lines, version):
     """Argument by argument, for a second set of tensors; what skips Triton's dispatch must not skip anything else."""
     ops = {"conv_bn_act", "conv_bn_act_bwd", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input"}
+    ops |= {"bn_act_conv", "bn_act_conv_bwd", "pointwise_bn_act", "pointwise_bn_act_bwd"}
+    ops |= {"bn_act_pool", "bn_act_pool_bwd"}
     assert {line["op"] for line in lines} == ops
     for line in lines:
         assert line["launches"] > 0 and line["skips_the_dispatch"], line["case"]
