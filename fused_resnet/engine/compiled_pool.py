@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import library
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from .triton_conv import DTYPES
 
 
 def declines(shape, dtype: torch.dtype, arch: int) -> str | None:

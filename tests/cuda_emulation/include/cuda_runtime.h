@@ -1,6 +1,6 @@
 // A stand-in for the CUDA runtime that runs kernels on the CPU: what csrc/*.cu needs, no more. The threads of a block
-// are fibers on one thread; a barrier or a shuffle switches to the next. Clusters of blocks run one after another, the blocks
-// of one together, each with a shared memory of its own.
+// are fibers on one thread; a barrier or a shuffle switches to the next. Clusters of blocks run one after another, the
+// blocks of one together, each with a shared memory of its own.
 //
 // What it proves: indices, geometry, arithmetic, that every thread reaches every barrier and shuffle. Run in both
 // orders, it tells a result that depends on the order of threads or blocks: a missing barrier, a race. What it cannot:
