@@ -152,6 +152,9 @@ def convolutions(archs, cutlass):
         macros = dict(SPLITS=splits, ELEMENT=element, NAME=f"sm90 64x64x64 split {splits}")
         symbol = f"kSm90_split{splits}_{dtype}"
         found.append((symbol, "split_instance.cu", cuda_arch_flags(["90a"])[0], macros, ""))
+    for dtype, (_, element) in DTYPES.items() if "90a" in archs else ():
+        macros = dict(ELEMENT=element, NAME="sm90 lines 64 -> 64")
+        found.append((f"kSm90_lines_{dtype}", "lines_instance.cu", cuda_arch_flags(["90a"])[0], macros, ""))
     others = [arch for arch in archs if int(re.match(r"\d+", arch).group()) >= 80 and arch != "90a"]
     if not others:
         missing.append("no convolutions for sm_80: FUSED_RESNET_CUDA_ARCHS names no such architecture")
@@ -166,13 +169,21 @@ def convolutions(archs, cutlass):
 
 def chains(archs):
     """The chained bottlenecks, as convolutions() has them."""
-    found = []
-    for (following, segment), (dtype, (_, element)) in itertools.product(CHAINS, DTYPES.items()):
-        name = f"sm90 chain 64 -> 256 -> {following}{' + projection' if segment else ''}"
-        macros = dict(FOLLOWING=following // 64, SEGMENT=str(segment).lower(), ELEMENT=element, NAME=name)
-        symbol = f"kChain_{following}{'_segment' if segment else ''}_{dtype}"
-        found.append((symbol, "chain_instance.cu", cuda_arch_flags(["90a"])[0], macros, ""))
-    return found if "90a" in archs else []
+    if "90a" not in archs:
+        return []
+    found, targets = [], cuda_arch_flags(["90a"])[0]
+    for kernel, (following, segment), (dtype, (_, element)) in itertools.product(
+        ("Chain", "ChainLines"), CHAINS, DTYPES.items()
+    ):
+        by = " by lines" if kernel == "ChainLines" else ""
+        name = f"sm90 chain{by} 64 -> 256 -> {following}{' + projection' if segment else ''}"
+        macros = dict(KERNEL=f"{kernel}Sm90", FOLLOWING=following // 64, SEGMENT=str(segment).lower())
+        symbol = f"k{kernel}_{following}{'_segment' if segment else ''}_{dtype}"
+        found.append((symbol, "chain_instance.cu", targets, macros | dict(ELEMENT=element, NAME=name), ""))
+    for dtype, (_, element) in DTYPES.items():
+        macros = dict(ELEMENT=element, NAME="sm90 chain by lines 128 -> 512 -> 128")
+        found.append((f"kChainStream_{dtype}", "chain_stream_instance.cu", targets, macros, ""))
+    return found
 
 
 def macro_flags(macros):

@@ -39,6 +39,8 @@ ODD = {
     "1x1-one-position": _POINT | dict(n=3, h=1, w=1, c=520),
     "5x3-uneven": _CONV | dict(kernel=(5, 3), padding=(2, 0), stride=(1, 2), dilation=(2, 1), h=23, w=19),
     "3x3-many-tiles": _CONV | dict(n=9, h=33, w=29, k=264),
+    "3x3-64": _CONV | dict(n=33, h=19, w=57, k=64, residual=True),
+    "3x3-64-a-line": _CONV | dict(n=5, h=1, w=115, k=64),
 }
 
 
@@ -69,24 +71,27 @@ def odd_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
         for name, facts in ODD.items():
             yield f"conv/{name}/{dtype}", functools.partial(_parity, facts, dtype, device)
         if device.type == "cuda":
-            yield f"conv-overlap/{dtype}", functools.partial(_overlap, dtype, device)
+            for channels in (64, 128):
+                yield f"conv-overlap/{channels}/{dtype}", functools.partial(_overlap, dtype, channels, device)
     yield from chains(device)
 
 
 @torch.no_grad()
-def _overlap(dtype: str, device: torch.device) -> dict:
+def _overlap(dtype: str, channels: int, device: torch.device) -> dict:
     """Kernels that begin while those before them run give the bits that they give one at a time, each kind by itself
     and all mixed: a convolution reads what the last two wrote, in memory that is written over and over, some have a
     batch norm whose vectors the kernel before reckons, and weights change in between."""
     arch, sms = cases.chip(device)
-    found = [i for i in cuda_conv.runs_on(arch) if i.arch == 90 and i.dtype is getattr(torch, dtype)]
+    random, one, size = cases.Random(device, getattr(torch, dtype), 0), (1, 1), 64 * 28 // channels
+    x = random.map(32 if channels == 64 else 1, channels, size, size)
+    filters = [random.filter(channels, channels, 3, 3) for _ in range(6)]
+    shape = cuda_conv.shape_of(x.shape, filters[0].shape, one, one, one)
+    found = [i for i in cuda_conv.runs_on(arch) if i.arch == 90 and i.dtype is x.dtype]
+    found = [i for i in found if isinstance(cuda_conv.plan(i.index, shape, sms), int)]
     if not found:
         raise Declined(f"no convolution for sm_{arch} overlaps another")
-    random, one = cases.Random(device, getattr(torch, dtype), 0), (1, 1)
-    x, filters = random.map(1, 128, 14, 14), [random.filter(128, 128, 3, 3) for _ in range(6)]
-    bias, gamma, mean = (random.bias(128) for _ in range(3))
-    var = random.bias(128).abs() + 0.5
-    shape = cuda_conv.shape_of(x.shape, filters[0].shape, one, one, one)
+    bias, gamma, mean = (random.bias(channels) for _ in range(3))
+    var = random.bias(channels).abs() + 0.5
     sizes = [cuda_conv.plan(i.index, shape, sms) for i in found]
     space = torch.empty(max(sizes), dtype=torch.uint8, device=device) if max(sizes) else None
 
@@ -131,6 +136,7 @@ def _overlap(dtype: str, device: torch.device) -> dict:
 
 _CHAIN = dict(n=3, c=64, h=13, w=11, middle=64, k=256, following=64, stride=1, relu=True, residual=True, segment=None)
 _CHAIN |= dict(quarter=False, pool=False)
+_CHAIN128 = _CHAIN | dict(c=128, middle=128, k=512, following=128)
 CHAINS = {
     "next-64": _CHAIN,
     "next-128-quarter": _CHAIN | dict(following=128, quarter=True),
@@ -139,9 +145,16 @@ CHAINS = {
     "no-shortcut": _CHAIN | dict(residual=False, relu=False),
     "one-image": _CHAIN | dict(n=1, h=3, w=5),
     "many-tiles": _CHAIN | dict(n=128, h=29, w=31),
+    "cut-lines": _CHAIN | dict(n=2, h=5, w=115),
+    "cut-lines-quarter": _CHAIN | dict(n=2, h=5, w=61, following=128, quarter=True),
+    "one-line": _CHAIN | dict(n=5, h=1, w=9),
     "layer1-first": _CHAIN | dict(n=32, h=56, w=56, residual=False, segment=(64, 56, 56, 1)),
     "layer1-middle": _CHAIN | dict(n=32, h=56, w=56),
     "layer1-last": _CHAIN | dict(n=32, h=56, w=56, following=128, quarter=True),
+    "128": _CHAIN128 | dict(n=3, h=13, w=11),
+    "128-cut-lines": _CHAIN128 | dict(n=2, h=6, w=61, relu=False),
+    "128-one-line": _CHAIN128 | dict(n=5, h=1, w=9, residual=False),
+    "layer2-middle": _CHAIN128 | dict(n=32, h=28, w=28),
 }
 
 
@@ -152,9 +165,12 @@ def _chain(facts: dict, dtype: str, device: torch.device) -> tuple[chain_cases.C
         return case, [cases.CUDNN]
     if case.arch != 90:
         raise Declined(f"the compiled chain needs sm_90, this is sm_{case.arch}")
-    kind = (case.dtype, facts["following"], facts["segment"] is not None)
-    found = [c for c in cuda_conv.chains() if (c.dtype, c.following, c.segment) == kind]
+    found = _compiled_chains(case.dtype, facts["middle"], facts["following"], facts["segment"] is not None)
     return case, [Candidate("cuda", c.name, {"instance": c.name}) for c in found]
+
+
+def _compiled_chains(*kind) -> list[cuda_conv.Chain]:
+    return [c for c in cuda_conv.chains() if (c.dtype, c.middle, c.following, c.segment) == kind]
 
 
 @torch.no_grad()
@@ -164,13 +180,71 @@ def _chain_parity(facts: dict, dtype: str, device: torch.device) -> dict:
     verifier = Verifier(case, device, 0)
     wrong = {str(c): reason for c in candidates if (reason := verifier.objection(c))}
     assert not wrong, wrong
+    if facts["residual"] and not facts["quarter"]:
+        for candidate in candidates:
+            _in_place(case, candidate, device)
     return {"instances": list(map(str, candidates))}
+
+
+def _in_place(case: chain_cases.ChainCase, candidate: Candidate, device: torch.device) -> None:
+    """y in the residual's memory is what it is elsewhere, to the bit."""
+    inputs, outputs = case.inputs(device, 0), case.outputs(device)
+    case.run(candidate, case.pack(candidate, inputs), outputs)
+    case.run(candidate, case.pack(candidate, inputs), outputs | {"y": inputs["residual"]})
+    assert torch.equal(inputs["residual"], outputs["y"]), f"{candidate}, in place"
+
+
+@torch.no_grad()
+def _chain_overlap(dtype: str, middle: int, following: int, device: torch.device) -> dict:
+    """As _overlap, of blocks in a row: each reads what the last one wrote, as residual and, where it has the channels
+    for it, as input."""
+    if cases.chip(device)[0] != 90:
+        raise Declined("the compiled chain needs sm_90")
+    found = _compiled_chains(getattr(torch, dtype), middle, following, False)
+    random, k, size = cases.Random(device, getattr(torch, dtype), 0), 4 * middle, 64 * 56 // middle
+    first = random.map(32, k, size, size), random.map(32, following, size, size)
+    fixed = None if following == middle else random.map(32, middle, size, size)
+    weights = random.filter(middle, middle, 3, 3), random.filter(k, middle, 1, 1), random.filter(following, k, 1, 1)
+    biases = random.bias(middle), random.bias(k), random.bias(following)
+
+    def run(chosen, constant: bool, wait) -> torch.Tensor:
+        ys, zs = ([t.clone(), torch.zeros_like(t)] for t in first)
+        for turn in range(20):
+            y, z, residual, x = ys[turn % 2 - 1], zs[turn % 2 - 1], ys[turn % 2], zs[turn % 2]
+            if turn % 5 == 0:
+                for t in (residual, x):
+                    t.div_(t.float().norm().clamp(min=1.0) / t.numel() ** 0.5)
+                cases.settle(device)
+            torch.ops.fused_resnet_cuda.chain_out(
+                chosen[turn % len(chosen)].index, x if fixed is None else fixed, weights[0], biases[0], weights[1],
+                biases[1], residual, None, None, 1, weights[2], biases[2], True, False, y, z, constant,
+            )  # fmt: skip
+            wait()
+        return torch.cat([y.flatten(), z.flatten()])
+
+    for chosen in (*([c] for c in found), found):
+        name = chosen[0].name if len(chosen) == 1 else "all, mixed"
+        alone = run(chosen, False, torch.cuda.synchronize)
+        assert alone.isfinite().all() and alone.float().norm() > 1, name
+        for constant in (False, True):
+            assert torch.equal(run(chosen, constant, lambda: None), alone), f"{name}, eager, {constant}"
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = run(chosen, constant, lambda: None)
+            for _ in range(3):
+                graph.replay()
+                assert torch.equal(y, alone), f"{name}, in a graph, {constant}"
+    return {"instances": [c.name for c in found]}
 
 
 def chains(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
     """The compiled bottleneck."""
     on_gpu = device.type == "cuda"
     for dtype in DTYPES if on_gpu else ("float32",):
+        if on_gpu:
+            for kind in ((64, 64), (64, 128), (128, 128)):
+                name = f"chain-overlap/{kind[0]}-{kind[1]}/{dtype}"
+                yield name, functools.partial(_chain_overlap, dtype, *kind, device)
         for name, facts in list(CHAINS.items())[: None if on_gpu else 3]:
             yield f"chain/{name}/{dtype}", functools.partial(_chain_parity, facts, dtype, device)
 
@@ -227,7 +301,7 @@ def bench_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]
             dtype = "float16" if on_gpu else "float32"
             yield f"conv/{name}/{dtype}", functools.partial(_speed, facts, dtype, device)
     for name, facts in CHAINS.items():
-        if name.startswith("layer1") and on_gpu:
+        if name.startswith("layer") and on_gpu:
             yield f"chain/{name}/float16", functools.partial(_chain_speed, facts | dict(n=128), "float16", device)
     if not on_gpu:
         yield "chain/one-image/float32", functools.partial(_chain_speed, CHAINS["one-image"], "float32", device)
@@ -237,8 +311,8 @@ def _chain_speed(facts: dict, dtype: str, device: torch.device) -> dict:
     """The whole chain by one compiled kernel, by Triton's, and by cuDNN's and PyTorch's kernels one after the other."""
     case, candidates = _chain(facts, dtype, device)
     p, q = case.args.size()
-    following, projected = facts["following"], 64 if facts["segment"] else 0
-    macs = facts["n"] * p * q * (9 * 64 * 64 + 64 * 256 + projected * 256 + 256 * following)
+    c, k, projected = facts["middle"], facts["k"], 64 if facts["segment"] else 0
+    macs = facts["n"] * p * q * (9 * c * c + k * (c + projected + facts["following"]))
     apart = {"cuDNN": lambda inputs, outputs: case.run(cases.CUDNN, inputs, outputs)}
     return _timed(case, apart, candidates, 2 * macs, device)
 

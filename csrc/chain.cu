@@ -32,8 +32,9 @@ Tensor chain_instances() {
   const char* separator = "";
   for (const ChainInstance* i : chains()) {
     json << separator << "{\"name\": \"" << i->name << "\", \"dtype\": \""
-         << name_of(i->dtype) << "\", \"following\": " << i->following
-         << ", \"segment\": " << (i->segment ? "true" : "false") << ", \"stages\": [" << i->stages_x << ", "
+         << name_of(i->dtype) << "\", \"middle\": " << i->middle << ", \"following\": " << i->following
+         << ", \"segment\": " << (i->segment ? "true" : "false")
+         << ", \"by_lines\": " << (i->by_lines ? "true" : "false") << ", \"stages\": [" << i->stages_x << ", "
          << i->stages_y << "], \"threads\": " << i->threads << ", \"shared_bytes\": " << i->shared_bytes << "}";
     separator = ", ";
   }
@@ -49,18 +50,19 @@ void chain_out(int64_t instance, const Tensor& x, const Tensor& weight1, const T
   const char* op = "chain";
   const ChainInstance& found = instance_of(op, chains(), instance);
   check_dtype_of(op, found, x);
-  check(x.dim() == 4 && x.size(1) == 64, op, ": x must be [N, 64, H, W]");
+  const int64_t c = found.middle, k = 4 * c;
+  check(x.dim() == 4 && x.size(1) == c, op, ": x must be [N, ", c, ", H, W]");
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
-  check_sized_map(op, "x", x, {n, 64, h, w}, x);
-  check_sized_map(op, "weight1", weight1, {64, 64, 3, 3}, x);
-  check_sized_map(op, "weight2", weight2, {256, 64, 1, 1}, x);
+  check_sized_map(op, "x", x, {n, c, h, w}, x);
+  check_sized_map(op, "weight1", weight1, {c, c, 3, 3}, x);
+  check_sized_map(op, "weight2", weight2, {k, c, 1, 1}, x);
   conv::Chain chain = {};
   conv::Shape& s = chain.shape;
   s = {size_of(op, "N", n, 1),
        size_of(op, "H", h, 1),
        size_of(op, "W", w, 1),
-       64,
-       64,
+       found.middle,
+       found.middle,
        3,
        3,
        1,
@@ -77,10 +79,11 @@ void chain_out(int64_t instance, const Tensor& x, const Tensor& weight1, const T
   check(x2.has_value() == found.segment && projection.has_value() == found.segment, op, ": ", found.name,
         found.segment ? " needs x2 and projection" : " takes no x2 or projection");
   check(!found.segment || !residual.has_value(), op, ": ", found.name, " takes no residual");
+  check(!quarter || found.middle == 64, op, ": ", found.name, " stores all of y");
   if (found.segment) {
     check(x2->dim() == 4, op, ": x2 must be [N, 64, H2, W2]");
     check_sized_map(op, "x2", *x2, {n, 64, x2->size(2), x2->size(3)}, x);
-    check_sized_map(op, "projection", *projection, {256, 64, 1, 1}, x);
+    check_sized_map(op, "projection", *projection, {k, 64, 1, 1}, x);
     s.c2 = 64;
     s.h2 = size_of(op, "H2", x2->size(2), 1);
     s.w2 = size_of(op, "W2", x2->size(3), 1);
@@ -88,16 +91,16 @@ void chain_out(int64_t instance, const Tensor& x, const Tensor& weight1, const T
     check(s.stride2 <= 8, op, ": stride2 must be at most 8, got ", s.stride2);
   }
   check_positions(op, s);
-  if (residual.has_value()) check_sized_map(op, "residual", *residual, {n, 256, h, w}, x);
+  if (residual.has_value()) check_sized_map(op, "residual", *residual, {n, k, h, w}, x);
 
   const bool following = found.following > 0;
   check(weight3.has_value() == following && bias3.has_value() == following && z.has_value() == following, op, ": ",
         found.name, following ? " needs weight3, bias3 and z" : " takes no weight3, bias3 or z");
   if (following) {
-    check_sized_map(op, "weight3", *weight3, {found.following, 256, 1, 1}, x);
+    check_sized_map(op, "weight3", *weight3, {found.following, k, 1, 1}, x);
     check_sized_map(op, "z", *z, {n, found.following, h, w}, x);
   }
-  check_sized_map(op, "y", y, {n, 256, quarter ? (h + 1) / 2 : h, quarter ? (w + 1) / 2 : w}, x);
+  check_sized_map(op, "y", y, {n, k, quarter ? (h + 1) / 2 : h, quarter ? (w + 1) / 2 : w}, x);
   check_vector(op, "bias1", bias1, x, true);
   check_vector(op, "bias2", bias2, y, true);
   if (following) check_vector(op, "bias3", bias3, *z, true);

@@ -42,10 +42,11 @@ def whole_code(arch):
     return dict(zip(names, functions[1::2], strict=False))
 
 
+_CONVOLUTION = re.compile(r"(conv_(sm80|split|lines)|chain_(sm90|lines|stream)|stem)_kernel|conv::Sm90<|4conv4Sm90I")
+
+
 def is_convolution(name):
-    return (
-        re.search(r"conv_(sm80|split)_kernel|chain_sm90_kernel|stem_kernel|conv::Sm90<|4conv4Sm90I", name) is not None
-    )
+    return _CONVOLUTION.search(name) is not None
 
 
 @functools.cache

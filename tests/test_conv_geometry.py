@@ -175,6 +175,9 @@ def test_what_every_resnet_asks_for_is_taken(arch):
 @needs_instances
 def test_workspace_is_for_stream_k_alone():
     for instance in cuda_conv.instances():
+        if not (instance.general or instance.parts):
+            assert cuda_conv.plan(instance.index, convolution(), 132) == 0
+            continue
         size = cuda_conv.plan(instance.index, convolution(x_size=(1, 512, 7, 7), weight_size=(512, 512, 3, 3)), 132)
         assert (size > 0) == instance.splits and size < 2**26, instance
 
@@ -228,6 +231,25 @@ def test_larger_problems_get_larger_tiles():
     assert tile(128, 128, 28, 80) in ((128, 128), (256, 128))
     of(90)
     assert tile(128, 64, 56, 90) == (128, 64) and tile(128, 128, 28, 90)[1] == 128
+
+
+@needs_instances
+def test_lines_are_for_maps_that_fill_them():
+    """By what they cost, until it is measured: a short line takes as long as a whole one, a few lines as three each."""
+    of(90)
+    lines = [i for i in cuda_conv.candidates(convolution(), torch.float16, 90, 132) if not (i.general or i.parts)]
+    assert [i.name for i in lines] == ["sm90 lines 64 -> 64"]
+
+    def cost(instance, n, size):
+        return cuda_conv._cost(instance, convolution(x_size=(n, 64, size, size)), 132)
+
+    tiles = next(i for i in cuda_conv.runs_on(90) if i.tile[:2] == (128, 64) and i.dtype is torch.float16)
+    assert cost(lines[0], 128, 56) < 1.5 * cost(tiles, 128, 56)
+    for n, size in ((100, 8), (2, 56), (128, 28)):
+        assert cost(lines[0], n, size) > cost(tiles, n, size)
+    for n, size in ((100, 8), (2, 56)):
+        found = cuda_conv.candidates(convolution(x_size=(n, 64, size, size)), torch.float16, 90, 132)
+        assert found[0].name != lines[0].name
 
 
 @needs_instances

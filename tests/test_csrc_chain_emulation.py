@@ -13,6 +13,8 @@ from fused_resnet.engine import reference
 from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error
 
 NEXT_64, NEXT_128, SEGMENT, BFLOAT = range(4)  # conv_instances.h
+BY_LINES = 4  # the same kinds again, whose tiles are lines
+STREAM, BFLOAT_STREAM = 8, 9  # of 128 channels
 ops = torch.ops.fused_resnet_cuda
 
 
@@ -32,8 +34,9 @@ class Call:
     """A chain's tensors, between NaNs, and what has to come out, in float64."""
 
     def __init__(self, instance, n, h, w, *, residual=False, segment=None, relu=True, quarter=False):
-        dtype = torch.bfloat16 if instance == BFLOAT else torch.float16
-        following = 128 if instance == NEXT_128 else 64
+        c, kind = 128 if instance >= STREAM else 64, instance % BY_LINES
+        dtype = torch.bfloat16 if instance in (BFLOAT, BY_LINES + BFLOAT, BFLOAT_STREAM) else torch.float16
+        following = 128 if instance >= STREAM or kind == NEXT_128 else 64
 
         def map(*size):
             return between_nans(torch.randn(size).to(dtype))
@@ -41,9 +44,9 @@ class Call:
         def filter(*size):
             return between_nans((torch.randn(size) / (size[1] * size[2] * size[3]) ** 0.5).to(dtype))
 
-        self.x, self.weight1, self.weight2 = map(n, 64, h, w), filter(64, 64, 3, 3), filter(256, 64, 1, 1)
-        self.bias1, self.bias2, self.bias3 = torch.randn(64), torch.randn(256), torch.randn(following)
-        self.weight3, self.residual = filter(following, 256, 1, 1), map(n, 256, h, w) if residual else None
+        self.x, self.weight1, self.weight2 = map(n, c, h, w), filter(c, c, 3, 3), filter(4 * c, c, 1, 1)
+        self.bias1, self.bias2, self.bias3 = torch.randn(c), torch.randn(4 * c), torch.randn(following)
+        self.weight3, self.residual = filter(following, 4 * c, 1, 1), map(n, 4 * c, h, w) if residual else None
         self.x2 = self.projection = None
         self.instance, self.stride2, self.relu, self.quarter = instance, 1, relu, quarter
         if segment:
@@ -94,16 +97,73 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3])
-@pytest.mark.parametrize("backwards", [False, True], ids=["late", "early-backwards"])
+# Lines of more than 56 outputs are cut; some have a column or a line without a second beside it.
+LINES = {
+    "cut": (NEXT_64, 1, 3, 57, dict(residual=True)),
+    "cut-in-three": (NEXT_64, 1, 4, 115, dict(relu=False)),
+    "widest": (NEXT_64, 2, 5, 56, dict(residual=True)),
+    "cut-stage-end": (NEXT_128, 1, 5, 61, dict(residual=True, quarter=True)),
+    "cut-segment": (SEGMENT, 1, 2, 58, dict(segment=(2, 58, 1))),
+    "a-line": (NEXT_64, 3, 1, 9, dict(residual=True)),
+    "a-column": (NEXT_128, 2, 9, 1, dict(residual=True, quarter=True)),
+    "a-pixel": (BFLOAT, 5, 1, 1, dict(residual=True)),
+}
+machines = pytest.mark.parametrize(
+    "multiprocessors, backwards",
+    [
+        pytest.param(1, False, id="1-late"),
+        pytest.param(3, True, id="3-early-backwards"),
+        pytest.param(1, True, id="1-early-backwards", marks=pytest.mark.slow),
+        pytest.param(3, False, id="3-late", marks=pytest.mark.slow),
+    ],
+)
+
+
+@machines
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_chain(machine, case, backwards, multiprocessors):
+def test_chain(machine, case, multiprocessors, backwards):
     machine(multiprocessors, backwards)
     instance, n, h, w, options = case
     Call(instance, n, h, w, **options).check()
 
 
-@pytest.mark.parametrize("instance, options", [(NEXT_128, dict(residual=True)), (SEGMENT, dict(segment=(13, 11, 1)))])
+@machines
+@pytest.mark.parametrize("case", (CASES | LINES).values(), ids=CASES | LINES)
+def test_chain_by_lines(machine, case, multiprocessors, backwards):
+    machine(multiprocessors, backwards)
+    instance, n, h, w, options = case
+    Call(BY_LINES + instance, n, h, w, **options).check()
+
+
+# Two lines a group, four a step; none wider than 28.
+STREAMS = {
+    "less-than-a-tile": (STREAM, 1, 3, 5, dict(residual=True)),
+    "whole-steps": (STREAM, 2, 8, 28, dict(residual=True)),
+    "a-line-too-many": (STREAM, 2, 9, 7, dict(relu=False)),
+    "three-lines-too-many": (BFLOAT_STREAM, 1, 7, 11, dict(residual=True)),
+    "cut": (STREAM, 1, 6, 29, dict(residual=True)),
+    "a-pixel": (BFLOAT_STREAM, 5, 1, 1, dict(residual=True)),
+}
+
+
+@machines
+@pytest.mark.parametrize("case", STREAMS.values(), ids=STREAMS)
+def test_chain_of_128(machine, case, multiprocessors, backwards):
+    machine(multiprocessors, backwards)
+    instance, n, h, w, options = case
+    Call(instance, n, h, w, **options).check()
+
+
+@pytest.mark.parametrize(
+    "instance, options",
+    [
+        (NEXT_128, dict(residual=True)),
+        (BY_LINES + NEXT_128, dict(residual=True)),
+        (SEGMENT, dict(segment=(13, 11, 1))),
+        (BY_LINES + SEGMENT, dict(segment=(13, 11, 1))),
+        (STREAM, dict(residual=True)),
+    ],
+)
 def test_the_order_of_threads_and_loads_changes_no_bit(machine, instance, options):
     """No barrier and no wait is missing: what is asynchronous happens at the last moment, then at once."""
     call, results = Call(instance, 2, 13, 11, **options), []
@@ -113,8 +173,9 @@ def test_the_order_of_threads_and_loads_changes_no_bit(machine, instance, option
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_y_may_be_the_residuals_own_memory():
-    call = Call(NEXT_64, 3, 7, 9, residual=True)
+@pytest.mark.parametrize("instance", [NEXT_64, BY_LINES + NEXT_64, BY_LINES + NEXT_128, STREAM])
+def test_y_may_be_the_residuals_own_memory(instance):
+    call = Call(instance, 3, 7, 9, residual=True)
     y, z = call.run()
     given = call.arguments()
     given["y"] = given["residual"]
@@ -123,18 +184,20 @@ def test_y_may_be_the_residuals_own_memory():
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["late", "early-backwards"])
-@pytest.mark.parametrize("instance", [NEXT_128, SEGMENT])
+@pytest.mark.parametrize("instance", [NEXT_128, SEGMENT, BY_LINES + NEXT_128, BY_LINES + SEGMENT, STREAM])
 def test_weights_may_come_before_the_kernel_before_has_ended(machine, instance, backwards):
     """And nothing else: the emulation fails if x is read."""
     machine(2, backwards)
-    call = Call(instance, 3, 7, 9, residual=instance != SEGMENT, segment=(7, 9, 1) if instance == SEGMENT else None)
+    of_shortcut = dict(segment=(7, 9, 1)) if instance % BY_LINES == SEGMENT else dict(residual=True)
+    call = Call(instance, 3, 7, 9, **of_shortcut)
     given = call.arguments()
     ops.chain_out(*given.values(), constant_weights=True)
     assert torch.equal(given["y"], call.run()[0]) and torch.equal(given["z"], call.run()[1])
 
 
-def test_outputs_leave_what_lies_around_them_alone():
-    call = Call(NEXT_128, 1, 7, 9, residual=True, quarter=True)
+@pytest.mark.parametrize("instance", [NEXT_128, BY_LINES + NEXT_128, STREAM])
+def test_outputs_leave_what_lies_around_them_alone(instance):
+    call = Call(instance, 1, 7, 9, residual=True, quarter=instance != STREAM)
     given = call.arguments()
     shelves = {}
     for name in ("y", "z"):
@@ -147,18 +210,19 @@ def test_outputs_leave_what_lies_around_them_alone():
         assert (shelves[name][:1024] == 7).all() and (shelves[name][-1024:] == 7).all()
 
 
-def test_nan_goes_through():
-    call = Call(NEXT_64, 1, 7, 9, residual=True)
+@pytest.mark.parametrize("instance", [NEXT_64, BY_LINES + NEXT_64, STREAM])
+def test_nan_goes_through(instance):
+    call = Call(instance, 1, 7, 9, residual=True)
     call.residual[0, 5, 3, 3] = float("nan")
     y, z = call.run()
     assert y.isnan().sum() == 1 and y[0, 5, 3, 3].isnan()
-    assert z[0, :, 3, 3].isnan().all() and z.isnan().sum() == 64
+    assert z[0, :, 3, 3].isnan().all() and z.isnan().sum() == z.shape[1]
 
 
 @pytest.mark.parametrize(
     "instance, changes, sentence",
     [
-        (NEXT_64, dict(instance=99), "instance must be below 4, got 99"),
+        (NEXT_64, dict(instance=99), "instance must be below 10, got 99"),
         (NEXT_64, dict(instance=BFLOAT), "kBfloatChain64 needs x in BFloat16, got Half"),
         (NEXT_64, dict(x=torch.zeros(1, 32, 5, 3).half()), r"x must be \[N, 64, H, W\]"),
         (NEXT_64, dict(weight1=torch.zeros(64, 64, 1, 1).half()), r"weight1 must be \[64, 64, 3, 3\]"),
@@ -169,6 +233,8 @@ def test_nan_goes_through():
         (NEXT_64, dict(residual=torch.zeros(1, 256, 4, 3).half()), "residual must be"),
         (NEXT_64, dict(x2=torch.zeros(1, 64, 5, 3).half()), "kHalfChain64 takes no x2 or projection"),
         (NEXT_64, dict(quarter=True), r"y must be \[1, 256, 3, 2\]"),
+        (STREAM, dict(x=torch.zeros(1, 64, 5, 3).half()), r"x must be \[N, 128, H, W\]"),
+        (STREAM, dict(quarter=True), "kHalfStream stores all of y"),
         (SEGMENT, dict(x2=None), "kHalfChainSegment needs x2 and projection"),
         (SEGMENT, dict(stride2=2), "x2 must have 5x3 positions, got 3x2"),
     ],

@@ -22,6 +22,8 @@ def convolution_code(instance):
     cutlass, cuda_type = element[instance["dtype"]]
     if instance["parts"]:
         tile = rf"conv_split_kernel<{cuda_type}, (?:\(int\))?{instance['parts']}>"
+    elif by_lines(instance):
+        tile = rf"conv_lines_kernel<{cuda_type}>"
     elif instance["arch"] == 90:
         schedule = ["pingpong", "cooperative", "stream-k"].index(instance["name"].split()[-1])
         tile = rf"conv::Sm90<{cutlass}, {m}, {n}, {instance['cluster']}, \(fused_resnet::conv::Schedule\){schedule}>"
@@ -31,6 +33,10 @@ def convolution_code(instance):
     for arch in instance["registers"]:
         (found[arch],) = (code for name, code in whole_code(arch).items() if re.search(tile, name))
     return found
+
+
+def by_lines(instance):
+    return instance["name"] == "sm90 lines 64 -> 64"
 
 
 def count(pattern, code):
@@ -92,6 +98,14 @@ def test_machine_code_of_convolutions(instance):
             assert count(r"UCGABAR_ARV", code) == (1 if shared else 0)
             assert count(r"\bPREEXIT\b", code) == 1 and count(r"\bACQBULK\b", code) == 2, "kernels overlap"
             assert count(r"STG\.E\.64", code) == count(r"\bSTG", code) == 8 // instance["parts"]
+        elif by_lines(instance):
+            # Three lines in turns, each multiplied by nine taps from registers, where wide loads put it for three.
+            assert count(rf"HGMMA\.64x64x16\.{kind} R\d+, R\d+, gdesc", code) == count(r"\bHGMMA", code) == 3 * 4 * 9
+            assert count(r"LDSM\.16\.M88\.4", code) == count(r"\bLDSM", code) == 3 * 4 * 3
+            assert count(r"LDG\.E\.NA\.128", code) == count(r"STG\.E\.128", code) == count(r"\bSTG", code) == 3 * 4
+            assert count(r"UTMALDG\.3D", code) > 0 and count(r"UTMALDG\.4D(?!\.IM2COL)", code) > 0
+            assert count(r"USETMAXREG", code) == 2 and count(r"\bLDGSTS\b", code) == 0
+            assert count(r"\bPREEXIT\b", code) == 1 and count(r"\bACQBULK\b", code) == 3, "kernels overlap"
         elif instance["arch"] == 90:
             groups = 1 if "pingpong" in instance["name"] else 2
             # The first step and the loop's, four sixteenths each; a warp group has M / groups rows, 64 at a time.
@@ -129,8 +143,8 @@ each_chain = pytest.mark.parametrize(
 
 @needs_kernels
 def test_chains_are_there_for_hopper():
-    kinds = {(c["dtype"], c["following"], c["segment"]) for c in CHAINS}
-    assert len(kinds) == len(CHAINS) == (6 if "sm_90a" in sass_archs() else 0)
+    kinds = {(c["dtype"], c["middle"], c["following"], c["segment"], c["by_lines"]) for c in CHAINS}
+    assert len(kinds) == len(CHAINS) == (14 if "sm_90a" in sass_archs() else 0)
 
 
 @each_chain
@@ -139,19 +153,38 @@ def test_machine_code_of_chains(chain):
     assert chain["threads"] == 3 * 128 and chain["shared_bytes"] <= 227 << 10
     element = {"float16": "__half", "bfloat16": "__nv_bfloat16"}[chain["dtype"]]
     following, segment = chain["following"] // 64, chain["segment"]
-    kind = (
-        rf"chain_sm90_kernel<{element}, (?:\(int\))?{following}, (?:\(bool\))?(?:{'1|true' if segment else '0|false'})>"
-    )
+    streams = chain["middle"] == 128
+    kernel, flag = "lines" if chain["by_lines"] else "sm90", "1|true" if segment else "0|false"
+    kind = rf"chain_{kernel}_kernel<{element}, (?:\(int\))?{following}, (?:\(bool\))?(?:{flag})>"
+    kind = rf"chain_stream_kernel<{element}>" if streams else kind
     (code,) = (code for name, code in whole_code("sm_90a").items() if re.search(kind, name))
     assert not re.search(r"\b(LDL|STL)\b", code)
-    # Four sixteenths each: the 3x3's first tap and its others, the expand, the projection, the next reduce.
     assert count(r"\bHGMMA\.64x64x16\.F32", code) == count(r"\bHGMMA", code)
-    assert count(r"\bHGMMA", code) % 4 == 0 and count(r"\bHGMMA", code) >= 4 * (2 + segment + following)
-    assert count(r"UTMALDG\.4D\.IM2COL", code) > 0 and count(r"UTMALDG\.3D", code) > 0
     assert count(r"USETMAXREG", code) == 2
     assert count(r"STG\.E\.128", code) == count(r"\bSTG", code) > 0
     assert count(r"\bLDGSTS\b", code) == 0
-    assert count(r"\bPREEXIT\b", code) == 1 and count(r"\bACQBULK\b", code) == 2, "kernels overlap"
+    assert count(r"\bPREEXIT\b", code) == 1, "kernels overlap"
+    if not chain["by_lines"]:
+        # Four sixteenths each: the 3x3's first tap and its others, the expand, the projection, the next reduce.
+        assert count(r"\bHGMMA", code) % 4 == 0 and count(r"\bHGMMA", code) >= 4 * (2 + segment + following)
+        assert count(r"UTMALDG\.4D\.IM2COL", code) > 0 and count(r"UTMALDG\.3D", code) > 0
+        assert count(r"\bACQBULK\b", code) == 2
+        return
+    assert count(r"UTMALDG\.4D(?!\.IM2COL)", code) > 0 and count(r"UTMALDG\.3D", code) > 0
+    assert count(r"LDSM\.16\.M88\.4", code) == count(r"\bLDSM", code)
+    if streams:
+        # Of the 3x3 a row of taps, two blocks of channels before and behind; then the first expand, the loop's and the
+        # last reduce. The operand of a tap is loaded while the one before is multiplied.
+        assert count(r"\bHGMMA", code) == 4 * (3 * 2 * 2 + 2 + 4 + 2)
+        assert count(r"\bLDSM", code) == 4 * (3 * 2 + 1)
+        assert count(r"\bACQBULK\b", code) == 3
+        return
+    # The same, all taps and all four tiles of y unrolled; left operands from registers, of lines by wide loads.
+    assert count(r"\bHGMMA", code) == 4 * (9 + 4 * (1 + segment + following))
+    assert count(r"\bLDSM", code) == 4 * 9
+    # What is added or multiplied again: 16 bytes of half a tile's row.
+    assert count(r"LDG\.E\.128\S*\.NA|LDG\.E\.NA\.128", code) == (4 if segment else 16)
+    assert count(r"\bACQBULK\b", code) == 3
 
 
 # The stem

@@ -1,6 +1,6 @@
-"""The convolution of csrc/conv for sm_80 and that of few positions for sm_90, kernels and launchers, executed on the
-CPU: tests/cuda_emulation has their instructions (cp.async, ldmatrix, mma.sync; barriers, the tensor memory accelerator,
-wgmma, clusters of blocks) by the letter of the manual. Against PyTorch's convolution in float64.
+"""The convolution of csrc/conv for sm_80 and those of few positions and by lines for sm_90, kernels and launchers,
+executed on the CPU: tests/cuda_emulation has their instructions (cp.async, ldmatrix, mma.sync; barriers, the tensor
+memory accelerator, wgmma, clusters of blocks) by the letter of the manual. Against PyTorch's convolution in float64.
 
 Shared memory and everything that torch allocates is filled with NaN first; every input lies between NaNs.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fused_resnet.backends import reference
 from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error, nan_filled
 
-HALF, BFLOAT, HALF_128x64, HALF_128x128, HALF_256x128, *SPLIT = range(11)  # conv_instances.h
+HALF, BFLOAT, HALF_128x64, HALF_128x128, HALF_256x128, *SPLIT, LINES, BFLOAT_LINES = range(13)  # conv_instances.h
 SPLITS = dict(zip(SPLIT, (1, 2, 4, 8, 1, 4), strict=True))  # blocks that share a reduction
 HALF_8 = SPLIT[3]
 ONE, TWO, ZERO = (1, 1), (2, 2), (0, 0)
@@ -38,7 +38,7 @@ def fresh(machine):
 
 
 def dtype_of(instance):
-    return torch.bfloat16 if instance in (BFLOAT, *SPLIT[4:]) else torch.float16
+    return torch.bfloat16 if instance in (BFLOAT, *SPLIT[4:], BFLOAT_LINES) else torch.float16
 
 
 class Call:
@@ -189,12 +189,49 @@ def test_a_reduction_too_short_to_be_shared_is_refused():
         call.run()
 
 
-@pytest.mark.parametrize("instance", [HALF, HALF_128x128, *SPLIT])
+# By lines of at most 56 outputs, walked down a strip by each of two groups.
+LINES_MAPS = {
+    "a-few": (2, 7, 9),
+    "widest": (1, 3, 56),
+    "cut": (1, 4, 57),
+    "cut-in-three": (2, 3, 115),
+    "a-line": (3, 1, 9),
+    "a-column": (2, 11, 1),
+    "a-pixel": (5, 1, 1),
+}
+
+
+@pytest.mark.parametrize("multiprocessors, backwards", [(1, False), (3, True)], ids=["1-late", "3-early-backwards"])
+@pytest.mark.parametrize("size", LINES_MAPS)
+def test_lines(machine, size, multiprocessors, backwards):
+    machine(multiprocessors, backwards)
+    n, h, w = LINES_MAPS[size]
+    for instance, epilogue in ((LINES, "scale-residual-relu"), (BFLOAT_LINES, "bias")):
+        Call(instance, n, 64, h, w, 64, (3, 3), ONE, ONE, ONE, None, **EPILOGUES[epilogue]).check()
+
+
+def test_lines_of_another_convolution_are_refused():
+    for k, kernel, padding, reason in ((72, (3, 3), ONE, "channels that are not"), (64, (1, 1), ZERO, "a filter that")):
+        call = Call(LINES, 1, 64, 5, 6, k, kernel, ONE, padding, ONE, None, residual=False, scale=False, relu=True)
+        with pytest.raises(RuntimeError, match=f"kHalfLines cannot run {reason}"):
+            call.run()
+
+
+def test_weights_of_lines_may_come_early(machine):
+    call = Call(LINES, 2, 64, 7, 9, 64, (3, 3), ONE, ONE, ONE, None, residual=True, scale=True, relu=True)
+    for backwards in (False, True):
+        machine(2, backwards)
+        out = torch.full_like(call.run(), float("nan"))
+        ops.conv_bias_act_out(*call.arguments, None, out, constant_weights=True)
+        assert torch.equal(out, call.run())
+
+
+@pytest.mark.parametrize("instance", [HALF, HALF_128x128, *SPLIT, LINES])
 def test_the_order_of_threads_and_copies_changes_no_bit(machine, instance):
     """No barrier and no wait is missing: copies happen at the last moment, then at once, threads in both orders."""
-    call = Call(
-        instance, 2, 72, 9, 11, 72, (3, 3), ONE, ONE, ONE, (40, 9, 11, 1), residual=False, scale=True, relu=True
-    )
+    channels, segment = (64, None) if instance == LINES else (72, (40, 9, 11, 1))
+    shape = (2, channels, 9, 11, channels, (3, 3), ONE, ONE, ONE, segment)
+    call = Call(instance, *shape, residual=False, scale=True, relu=True)
     results = []
     for backwards in (False, True):
         machine(4, backwards)
@@ -202,8 +239,9 @@ def test_the_order_of_threads_and_copies_changes_no_bit(machine, instance):
     assert torch.equal(*results)
 
 
-def test_out_leaves_what_lies_around_it_alone():
-    call = Call(HALF, 2, 16, 5, 7, 24, (3, 3), ONE, ONE, ONE, None, residual=True, scale=False, relu=True)
+@pytest.mark.parametrize("instance, c, k", [(HALF, 16, 24), (LINES, 64, 64)])
+def test_out_leaves_what_lies_around_it_alone(instance, c, k):
+    call = Call(instance, 2, c, 5, 7, k, (3, 3), ONE, ONE, ONE, None, residual=True, scale=False, relu=True)
     shelf = torch.full((call.expected.numel() + 64,), 7.0, dtype=torch.float16)
     n, k, p, q = call.expected.shape
     out = shelf[32:-32].view(n, p, q, k).permute(0, 3, 1, 2).fill_(float("nan"))
@@ -211,8 +249,9 @@ def test_out_leaves_what_lies_around_it_alone():
     assert torch.equal(out, call.run()) and (shelf[:32] == 7).all() and (shelf[-32:] == 7).all()
 
 
-def test_the_residual_may_be_overwritten_by_the_output():
-    call = Call(HALF, 2, 16, 5, 7, 24, (3, 3), ONE, ONE, ONE, None, residual=True, scale=False, relu=True)
+@pytest.mark.parametrize("instance, c, k", [(HALF, 16, 24), (LINES, 64, 64)])
+def test_the_residual_may_be_overwritten_by_the_output(instance, c, k):
+    call = Call(instance, 2, c, 5, 7, k, (3, 3), ONE, ONE, ONE, None, residual=True, scale=False, relu=True)
     expected = call.run()
     ops.conv_bias_act_out(*call.arguments, None, call.residual)
     assert torch.equal(call.residual, expected)
@@ -234,6 +273,19 @@ def test_conv_bn_act(instance, bn, affine, add):
     residual = None if call.residual is None else call.residual.double()
     expected = reference.conv_bn_act(*wide, 1e-3, residual, *conv, 1, True)
     assert error(y, expected) < torch.finfo(y.dtype).eps / 2
+
+
+def test_nan_and_infinity_by_lines():
+    shape = (1, 64, 4, 4, 64, (3, 3), ONE, ONE, ONE, None)
+    call = Call(LINES, *shape, residual=True, scale=False, relu=True, bias=False)
+    call.weight.zero_()[range(64), range(64), 1, 1] = 1.0
+    call.residual.zero_()
+    call.x[0, 0, 0, 0], call.residual[0, 1, 3, 3] = float("nan"), float("nan")
+    call.residual[0, 2, 3, 0], call.residual[0, 3, 3, 1] = float("inf"), -float("inf")
+    y = ops.conv_bias_act(*call.arguments)
+    expected = F.conv2d(call.x.float(), call.weight.float(), padding=1).add(call.residual).relu()
+    assert torch.equal(y.isnan(), expected.isnan()) and y.isnan().sum() == 64 * 4 + 1 and y.isinf().sum() == 1
+    assert torch.equal(y.nan_to_num(9.0), expected.half().nan_to_num(9.0))
 
 
 @pytest.mark.parametrize("instance", [HALF, SPLIT[0]])
@@ -258,7 +310,7 @@ def replaced(name, change):
 @pytest.mark.parametrize(
     "name, change, sentence",
     [
-        ("instance", lambda _: 99, "instance must be below 11, got 99"),
+        ("instance", lambda _: 99, "instance must be below 13, got 99"),
         ("instance", lambda _: BFLOAT, "kBfloat64x64 needs x in BFloat16, got Half"),
         ("x", lambda t: t.contiguous(), "x must be dense and channels_last"),
         ("x", lambda t: t[:0], "x must not be empty"),

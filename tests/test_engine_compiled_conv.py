@@ -106,7 +106,7 @@ def test_few_positions_are_for_blocks_that_share_a_reduction():
 
 @needs_splits
 def test_without_cutlass_a_hopper_has_those_of_ampere_for_many_positions(monkeypatch):
-    listed = tuple(i for i in cuda_conv.instances() if i.parts or i.arch == 80)
+    listed = tuple(i for i in cuda_conv.instances() if not i.general or i.arch == 80)
     monkeypatch.setattr(cuda_conv, "instances", lambda: listed)
     monkeypatch.setattr(cuda_conv.library, "build_facts", lambda: {"archs": ["sm_80", "compute_80", "sm_90a"]})
     cuda_conv.runs_on.cache_clear()
@@ -337,14 +337,22 @@ def chain_configs(arch=90, **changes):
 needs_chains = pytest.mark.skipif(not cuda_conv.chains(), reason="built without chains for sm_90a")
 STAGE_END = dict(following=128, quarter=True)
 PROJECTED = dict(residual=False, segment=(64, 56, 56, 1))
+LAYER2 = dict(c=128, h=28, w=28, middle=128, k=512, following=128)
 
 
 @needs_chains
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, STAGE_END, PROJECTED], ids=["middle", "stage-end", "first"])
 def test_layer1_of_every_bottleneck_resnet_has_a_chain(changes, dtype):
-    (config,), reason = chain_configs(**changes, dtype=dtype)
-    assert reason is None and config["instance"].startswith("sm90 chain 64 -> 256")
+    configs, reason = chain_configs(**changes, dtype=dtype)
+    kernels = [config["instance"].split(" -> ")[0] for config in configs]
+    assert reason is None and kernels == ["sm90 chain 64", "sm90 chain by lines 64"]
+
+
+@needs_chains
+def test_layer2_has_one_for_blocks_inside_a_stage():
+    (config,), reason = chain_configs(**LAYER2)
+    assert reason is None and config["instance"] == "sm90 chain by lines 128 -> 512 -> 128"
 
 
 @needs_chains
@@ -353,16 +361,21 @@ def test_layer1_of_every_bottleneck_resnet_has_a_chain(changes, dtype):
     [
         (dict(arch=80), "needs sm_90, got sm_80"),
         (dict(dtype="float32"), "needs float16 or bfloat16"),
-        (dict(middle=128), "needs 64 -> 64 -> 256 channels"),
-        (dict(c=128), "needs 64 -> 64 -> 256 channels"),
+        (dict(middle=128), "needs a 3x3 of 64 or of 128 channels on either side, got a weight [128, 64, 3, 3]"),
+        (dict(c=128), "needs a 3x3 of 64 or of 128 channels on either side"),
+        (dict(c=128, middle=128), "needs 128 -> 128 -> 512 channels, got a weight [256, 128, 1, 1]"),
+        (dict(LAYER2, following=256), "has next convolutions of 128 channels for 128 in the middle, got 256"),
+        (dict(LAYER2, quarter=True), "stores all of y for 128 channels in the middle"),
+        (dict(LAYER2, **PROJECTED), "got 128 beside a projection"),
         (dict(stride=2), "has neither a stride nor a pool, got stride 2"),
-        (dict(following=0), "has next convolutions of 128, 64, 64 beside a projection channels, got 0"),
+        (dict(following=0), "has next convolutions of 128, 64, 64 beside a projection channels for 64 in the middle"),
         (dict(following=0, pool=True), "pool True"),
         (dict(PROJECTED, segment=(256, 56, 56, 1)), "needs a projection of 64 channels"),
         (dict(PROJECTED, following=128), "got 128"),
         (dict(n=8), "needs at least 33792 positions to be worth it, got 25088"),
     ],
-    ids=["sm80", "float32", "middle", "input", "stride", "no-next", "pool", "wide", "end", "few"],
+    ids=["sm80", "float32", "middle", "input", "output", "layer2-end", "layer2-quarter", "layer2-first", "stride"]
+    + ["no-next", "pool", "wide", "end", "few"],
 )
 def test_other_chains_are_declined(changes, sentence):
     configs, reason = chain_configs(**changes)
@@ -388,12 +401,15 @@ def test_a_chain_case_runs_it(monkeypatch):
 
     instances = cuda_conv.chains()
     monkeypatch.setattr(torch.ops, "fused_resnet_cuda", Ops, raising=False)
-    for changes in ({}, STAGE_END, PROJECTED | dict(segment=(64, 15, 13, 2))):
-        case = chain_cases.ChainCase(chain_cases.ChainArgs(**CHAIN | dict(n=2, h=8, w=7) | changes))
+    for changes in ({}, STAGE_END, PROJECTED | dict(segment=(64, 15, 13, 2)), LAYER2 | dict(h=9)):
+        case = chain_cases.ChainCase(chain_cases.ChainArgs(**CHAIN | dict(n=2, h=8, w=7) | changes | dict(w=7)))
         following, segment = case.args.following, case.args.segment is not None
-        wanted = next(c for c in instances if (c.dtype, c.following, c.segment) == (torch.float16, following, segment))
-        candidate = Candidate("cuda", wanted.name, {"instance": wanted.name})
-        assert Verifier(case, torch.device("cpu"), 0).objection(candidate) is None
-        assert set(launched) == {wanted.index} and launched.clear() is None
+        kind = (torch.float16, case.args.middle, following, segment)
+        wanted = [c for c in instances if (c.dtype, c.middle, c.following, c.segment) == kind]
+        assert [c.by_lines for c in wanted] == ([False, True] if case.args.middle == 64 else [True])
+        for chain in wanted:
+            candidate = Candidate("cuda", chain.name, {"instance": chain.name})
+            assert Verifier(case, torch.device("cpu"), 0).objection(candidate) is None
+            assert set(launched) == {chain.index} and launched.clear() is None
         with pytest.raises(RuntimeError, match="this build has no chain 'another' for torch.float16"):
             Verifier(case, torch.device("cpu"), 0).objection(Candidate("cuda", "x", {"instance": "another"}))

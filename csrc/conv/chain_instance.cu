@@ -1,11 +1,12 @@
 // One instance; setup.py compiles this file once for each, with the macros of its table.
 
+#include "chain_lines_sm90.cuh"
 #include "chain_sm90.cuh"
 
 namespace fused_resnet::conv {
 
 extern const ChainInstance FUSED_RESNET_SYMBOL;
 const ChainInstance FUSED_RESNET_SYMBOL =
-    ChainSm90<FUSED_RESNET_ELEMENT, FUSED_RESNET_FOLLOWING, FUSED_RESNET_SEGMENT>::instance(FUSED_RESNET_NAME);
+    FUSED_RESNET_KERNEL<FUSED_RESNET_ELEMENT, FUSED_RESNET_FOLLOWING, FUSED_RESNET_SEGMENT>::instance(FUSED_RESNET_NAME);
 
 }  // namespace fused_resnet::conv

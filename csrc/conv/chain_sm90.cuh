@@ -66,8 +66,10 @@ struct ChainSm90 {
   static constexpr ChainInstance instance(const char* name) {
     return {name,
             ptx::is_half<T> ? Dtype::half : Dtype::bfloat16,
+            64,
             64 * Following,
             Segment,
+            false,
             Layout::kX,
             Layout::kY,
             Layout::kThreads,

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "geometry.h"
+#include "ring.h"
 #include "sm90_ptx.cuh"
 
 namespace fused_resnet::conv {
@@ -46,17 +47,6 @@ struct ChainLayout {
   static constexpr int kShared = kTiles * ptx::kTileBytes + kBarriers * 8;
   static constexpr int kThreads = 384;
   static_assert(kX >= 2 && kShared <= 227 * 1024);
-};
-
-// A ring's next place and the parity of its phase.
-template <int Size>
-struct Ring {
-  int at = 0;
-  uint32_t phase = 0;
-
-  __device__ void advance() {
-    if (++at == Size) at = 0, phase ^= 1;
-  }
 };
 
 template <class T, int Following, bool Segment>

@@ -133,6 +133,52 @@ constexpr Tiled tiled_of(int k, int taps, int c, int channels, int rows, int ite
   return {{uint64_t(c), uint64_t(taps), uint64_t(k)}, {tap, tap * taps}, {uint32_t(channels), 1, uint32_t(rows)}};
 }
 
+// What cuTensorMapEncodeTiled is told of a map [N, H, W, C] whose lines are read piece by piece: `pixels` of one line, of
+// `channels` channels. What lies outside of the map is zero, on either side.
+struct Lines {
+  uint64_t size[4];   // C, W, H, N
+  uint64_t bytes[3];  // between columns, rows, images
+  uint32_t box[4];
+};
+
+constexpr Lines lines_of(const Shape& s, int channels, int pixels, int itemsize) {
+  const uint64_t column = uint64_t(s.c) * itemsize, row = column * s.w;
+  return {{uint64_t(s.c), uint64_t(s.w), uint64_t(s.h), uint64_t(s.n)},
+          {column, row, row * s.h},
+          {uint32_t(channels), uint32_t(pixels), 1, 1}};
+}
+
+// The output lines of a 3x3 of stride 1, cut into strips no wider than `most`, all of one width but for the last of a
+// line; walked down a strip in pairs of lines, one strip after another.
+struct Strips {
+  int across, width, pairs;  // strips of a line, their width, pairs of lines in a strip
+
+  static constexpr Strips of(int p, int q, int most) {
+    const int across = ceil_div(q, most);
+    return {across, ceil_div(q, across), ceil_div(p, 2)};
+  }
+  constexpr int64_t all(int n) const { return int64_t{n} * across * pairs; }
+
+  struct At {
+    int n, column, line;  // of the first of the two lines
+  };
+
+  FUSED_RESNET_HD constexpr At at(int pair) const {
+    const int strip = pair / pairs, n = strip / across;
+    return {n, (strip - n * across) * width, 2 * (pair - strip * pairs)};
+  }
+
+  FUSED_RESNET_HD constexpr void advance(At& at) const {
+    at.line += 2;
+    if (at.line < 2 * pairs) return;
+    at.line = 0;
+    at.column += width;
+    if (at.column < across * width) return;
+    at.column = 0;
+    ++at.n;
+  }
+};
+
 // The limits of the tensor memory accelerator: why this shape is out of its reach, or null.
 constexpr const char* tma_refuses(const Shape& s) {
   const int r[2] = {(s.s - 1) * s.dilation_w, (s.r - 1) * s.dilation_h};

@@ -88,6 +88,25 @@ __device__ inline void store_16_bytes(void* to, const uint4& value) {
                : "memory");
 }
 
+// 16 bytes that are read once, or zeros where there is nothing to read.
+__device__ inline uint4 load_16_bytes(const void* from, bool exists) {
+  uint4 value;
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.b32 there, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@there ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
+      : "l"(from), "r"(static_cast<int>(exists))
+      : "memory");
+  return value;
+}
+
 // The larger of each two values, a NaN if one of them is.
 __device__ inline uint32_t larger(uint32_t a, uint32_t b, __half) {
   uint32_t y;

@@ -59,7 +59,7 @@ __device__ inline void load_im2col(const CUtensorMap* map, uint32_t to, uint32_t
       : "memory");
 }
 
-// 64 channels from c on of 64 rows.
+// 64 channels from c on of as many rows as the map's box has.
 __device__ inline void load_tiled(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int tap, int row) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
@@ -74,7 +74,21 @@ __device__ inline void prefetch_tiled(const CUtensorMap* map, int c, int tap, in
                : "memory");
 }
 
-// What this thread wrote to shared memory comes before what the accelerator will write there.
+// As many pixels of a line of an image as the map's box has, from column w on, 64 channels from c on.
+__device__ inline void load_line(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int w, int h, int n) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];\n" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n)
+      : "memory");
+}
+
+// Dense memory into L2, a multiple of 16 bytes at such a one.
+__device__ inline void prefetch_dense(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// What this thread wrote to shared memory comes before what the accelerator will write there, and wgmma will read.
 __device__ inline void fence_shared_writes() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
 // Soon to be used: a map takes as long to come as what it describes.
@@ -123,6 +137,14 @@ __device__ inline uint64_t operand(uint32_t tile, int part) {
   constexpr uint64_t swizzle_128 = uint64_t{1} << 62, stride = uint64_t{1024 >> 4} << 32, unused = uint64_t{1} << 16;
   return swizzle_128 | stride | unused | ((tile & 0x3ffff) >> 4) + 2 * part;
 }
+
+// Operands at a distance from one that is known: nothing is reckoned but the sum.
+__device__ inline uint64_t operand(uint64_t first, int tile, int part) {
+  return first + static_cast<uint64_t>(tile * (kTileBytes >> 4) + 2 * part);
+}
+
+// The same in all threads of a warp, and the compiler may know it.
+__device__ inline uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // Of each thread, for a whole warp group: registers go from those that fetch to those that compute.
 template <int Registers>

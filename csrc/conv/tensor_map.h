@@ -29,13 +29,16 @@ inline cudaError_t encode(CUtensorMap& map, const void* data, const Im2col& t, C
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline cudaError_t encode(CUtensorMap& map, const void* data, const Tiled& t, CUtensorMapDataType type) {
+// Like: Tiled or Lines.
+template <class Like>
+cudaError_t encode(CUtensorMap& map, const void* data, const Like& t, CUtensorMapDataType type) {
   static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (encode == nullptr) return cudaErrorCallRequiresNewerDriver;
-  const uint32_t ones[3] = {1, 1, 1};
-  const CUresult result =
-      encode(&map, type, 3, const_cast<void*>(data), t.size, t.bytes, t.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  constexpr int dimensions = sizeof(t.box) / sizeof(t.box[0]);
+  const uint32_t ones[4] = {1, 1, 1, 1};
+  const CUresult result = encode(&map, type, dimensions, const_cast<void*>(data), t.size, t.bytes, t.box, ones,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

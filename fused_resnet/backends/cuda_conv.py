@@ -24,13 +24,15 @@ DTYPES = (torch.float16, torch.bfloat16)
 # Share of the tensor cores' speed that a tile reaches, larger ones loading less for a multiplication. A guess until it
 # is measured; the tuner measures.
 _SHARES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.75, (64, 64): 0.55}
+_LINES_SHARE = 0.75  # as the tile that does the same convolution, until it is measured
 _SPLIT_SHARE = 0.85  # of a stream-K kernel, which adds up parts of tiles
 _EXCHANGE = 3  # steps of a reduction that blocks take to add up their parts of a tile. A guess, too
 
 
 class Instance(NamedTuple):
-    """A compiled convolution. index: its number in the library; arch: 90 runs on 9.0 only, 80 on what is newer; parts:
-    of those for few positions, how many blocks share the reduction of a tile; 0 for all others."""
+    """A compiled convolution. index: its number in the library; arch: 90 runs on 9.0 only, 80 on what is newer; tile:
+    positions (of one line for those by lines), channels, values of the reduction a step; parts: of those for few
+    positions, how many blocks share the reduction of a tile; 0 for all others."""
 
     index: int
     name: str
@@ -43,6 +45,11 @@ class Instance(NamedTuple):
     shared_bytes: int
     splits: bool
     parts: int
+
+    @property
+    def general(self) -> bool:
+        """Neither for few positions nor for the one convolution that is done by lines."""
+        return not self.parts and self.tile[0] % 64 == 0
 
 
 @functools.cache
@@ -62,21 +69,24 @@ def instances() -> tuple[Instance, ...]:
 def runs_on(arch: int) -> tuple[Instance, ...]:
     """The instances with code for sm_<arch>: on Hopper its own, and sm_80's only where CUTLASS was not at hand."""
     own = tuple(i for i in instances() if i.arch == 90 == arch)
-    if any(not i.parts for i in own):
+    if any(i.general for i in own):
         return own
     archs = [a for a in library.build_facts().get("archs", []) if a != "sm_90a"]
     return own + tuple(i for i in instances() if i.arch == 80 <= arch and library.covers(archs, divmod(arch, 10)))
 
 
 class Chain(NamedTuple):
-    """A compiled bottleneck, for sm_90 only. following: channels of the next convolution; segment: whether it has a
-    projection in the residual's place; stages: of the rings of x and of the residual."""
+    """A compiled bottleneck, for sm_90 only. middle: channels of its 3x3; following: of the next convolution; segment:
+    whether it has a projection in the residual's place; by_lines: whether its tiles are lines of an image, or else 64
+    positions; stages: of the rings of x (tiles or lines), and of the residual or of weights that do not stay."""
 
     index: int
     name: str
     dtype: torch.dtype
+    middle: int
     following: int
     segment: bool
+    by_lines: bool
     stages: tuple[int, int]
     threads: int
     shared_bytes: int
@@ -155,8 +165,11 @@ def _too_small(instance: Instance, shape: Shape, sms: int) -> bool:
 
 def _cost(instance: Instance, shape: Shape, sms: int) -> float:
     """Waves over the multiprocessors, in whole tiles, by what a tile costs; in parts of tiles where stream-K divides
-    them, which its need for a workspace tells."""
+    them, which its need for a workspace tells. By lines: the lines of a warp group, however short, and two beside."""
     tile_m, tile_n, tile_k = instance.tile
+    if not (instance.general or instance.parts):
+        n, p, q = map_of(shape)
+        return 2 * (ceil_div(n * p * ceil_div(q, tile_m), 2 * sms) + 2) * 64 * tile_n / _LINES_SHARE
     count = _tiles(instance, shape)
     area = tile_m * tile_n / _SHARES.get((tile_m, tile_n), 0.5)
     if instance.parts:
@@ -168,10 +181,15 @@ def _cost(instance: Instance, shape: Shape, sms: int) -> float:
     return ceil_div(count, sms) * area
 
 
+def map_of(shape: Shape) -> tuple[int, int, int]:
+    """Images, and rows and columns of the result."""
+    n, h, w, _, _, r, s, *conv = shape
+    return n, *conv_map_size((h, w), (r, s), conv[:2], conv[2:4], conv[4:6])
+
+
 def positions(shape: Shape) -> int:
     """Rows of the implicit GEMM."""
-    n, h, w, _, _, r, s, *conv = shape
-    p, q = conv_map_size((h, w), (r, s), conv[:2], conv[2:4], conv[4:6])
+    n, p, q = map_of(shape)
     return n * p * q
 
 

@@ -1,5 +1,6 @@
-"""The chained bottleneck by the compiled kernel for Hopper (csrc/conv/chain_sm90_kernel.cuh): the functions of
-triton_chain. It keeps all weights in shared memory, which has room for those of 64 middle channels and no more."""
+"""The chained bottleneck by the compiled kernels for Hopper (csrc/conv/chain*_sm90_kernel.cuh): the functions of
+triton_chain. Two keep all weights in shared memory, which has room for those of 64 middle channels: the tiles of one
+are 64 positions, those of the other lines of an image. The third, of 128, streams them past lines."""
 
 from __future__ import annotations
 
@@ -37,19 +38,26 @@ def declines(
         return "was not compiled"
     if x.dtype not in cuda_conv.DTYPES:
         return f"needs float16 or bfloat16, got {x.dtype}"
-    if tuple(weight1.shape) != (64, 64, 3, 3) or tuple(weight2.shape) != (256, 64, 1, 1):
-        return f"needs 64 -> 64 -> 256 channels, got weights {list(weight1.shape)} and {list(weight2.shape)}"
+    middle = weight1.shape[0]
+    if middle not in (64, 128) or tuple(weight1.shape) != (middle, middle, 3, 3):
+        return f"needs a 3x3 of 64 or of 128 channels on either side, got a weight {list(weight1.shape)}"
+    if tuple(weight2.shape) != (4 * middle, middle, 1, 1):
+        return f"needs {middle} -> {middle} -> {4 * middle} channels, got a weight {list(weight2.shape)}"
     if stride != 1 or pool:
         return f"has neither a stride nor a pool, got stride {stride}, pool {pool}"
+    if quarter and middle != 64:
+        return "stores all of y for 128 channels in the middle, got quarter True"
     if residual is not None and segment is not None:
         return "takes a residual or a projection segment, got both"
     if segment is not None and (segment[0].shape[1] != 64 or segment[2] > 8):
         return f"needs a projection of 64 channels by a stride of at most 8, got {segment[0].shape[1]} by {segment[2]}"
     following = 0 if next is None else next[0].shape[0]
-    if _instance(x.dtype, following, segment is not None) is None:
-        kinds = ", ".join(sorted({str(c.following) + " beside a projection" * c.segment for c in cuda_conv.chains()}))
-        return f"has next convolutions of {kinds} channels, got {following}"
-    rows = x.numel() // 64
+    if not _instances(x.dtype, middle, following, segment is not None):
+        of = [c for c in cuda_conv.chains() if c.middle == middle]
+        kinds = ", ".join(sorted({str(c.following) + " beside a projection" * c.segment for c in of}))
+        got = f"{following}{' beside a projection' if segment else ''}"
+        return f"has next convolutions of {kinds} channels for {middle} in the middle, got {got}"
+    rows = x.numel() // middle
     if rows > _MOST_ROWS:
         return f"needs at most {_MOST_ROWS} positions, got {rows}"
     if rows < _TILE * 2 * sms * _LEAST_TILES_PER_GROUP:
@@ -57,17 +65,18 @@ def declines(
     return None
 
 
-def _instance(dtype: torch.dtype, following: int, segment: bool) -> cuda_conv.Chain | None:
-    kind = (dtype, following, segment)
-    return next((c for c in cuda_conv.chains() if (c.dtype, c.following, c.segment) == kind), None)
+def _instances(dtype: torch.dtype, middle: int, following: int, segment: bool) -> list[cuda_conv.Chain]:
+    kind = (dtype, middle, following, segment)
+    return [c for c in cuda_conv.chains() if (c.dtype, c.middle, c.following, c.segment) == kind]
 
 
 def configs(arch: int, sms: int, *args, **options) -> list[dict]:
-    """The one way to run it; none where it declines."""
+    """The ways to run it; none where it declines."""
     if declines(arch, sms, *args, **options) is not None:
         return []
     following = 0 if options.get("next") is None else options["next"][0].shape[0]
-    return [{"instance": _instance(args[0].dtype, following, options.get("segment") is not None).name}]
+    found = _instances(args[0].dtype, args[1].shape[0], following, options.get("segment") is not None)
+    return [{"instance": c.name} for c in found]
 
 
 def launch(
@@ -92,10 +101,11 @@ def launch(
     """As triton_chain.launch. Weights and biases are not what the kernel before writes: see `cases.settle`."""
     weight3, bias3 = next or (None, None)
     x2, projection, stride2 = segment or (None, None, 1)
-    instance = _instance(x.dtype, 0 if weight3 is None else weight3.shape[0], segment is not None)
-    if instance is None or instance.name != config["instance"]:
+    found = _instances(x.dtype, weight1.shape[0], 0 if weight3 is None else weight3.shape[0], segment is not None)
+    instances = [c for c in found if c.name == config["instance"]]
+    if not instances:
         raise RuntimeError(f"this build has no chain {config['instance']!r} for {x.dtype}")
     torch.ops.fused_resnet_cuda.chain_out(
-        instance.index, x, weight1, bias1, weight2, bias2, residual, x2, projection, stride2, weight3, bias3, relu,
+        instances[0].index, x, weight1, bias1, weight2, bias2, residual, x2, projection, stride2, weight3, bias3, relu,
         quarter, y, z, True,
     )  # fmt: skip

@@ -6,18 +6,26 @@
 #include "emulated_sm90.h"
 //
 #include "chain.h"
+#include "conv/chain_lines_sm90.cuh"
 #include "conv/chain_sm90.cuh"
+#include "conv/chain_stream_sm90.cuh"
 
 namespace fused_resnet::conv {
 
 #define FUSED_RESNET_EMULATED_CHAIN(symbol, ...) \
   extern const ChainInstance symbol;             \
-  const ChainInstance symbol = ChainSm90<__VA_ARGS__>::instance(#symbol);
+  const ChainInstance symbol = __VA_ARGS__::instance(#symbol);
 
-FUSED_RESNET_EMULATED_CHAIN(kHalfChain64, __half, 1, false)
-FUSED_RESNET_EMULATED_CHAIN(kHalfChain128, __half, 2, false)
-FUSED_RESNET_EMULATED_CHAIN(kHalfChainSegment, __half, 1, true)
-FUSED_RESNET_EMULATED_CHAIN(kBfloatChain64, __nv_bfloat16, 1, false)
+FUSED_RESNET_EMULATED_CHAIN(kHalfChain64, ChainSm90<__half, 1, false>)
+FUSED_RESNET_EMULATED_CHAIN(kHalfChain128, ChainSm90<__half, 2, false>)
+FUSED_RESNET_EMULATED_CHAIN(kHalfChainSegment, ChainSm90<__half, 1, true>)
+FUSED_RESNET_EMULATED_CHAIN(kBfloatChain64, ChainSm90<__nv_bfloat16, 1, false>)
+FUSED_RESNET_EMULATED_CHAIN(kHalfLines64, ChainLinesSm90<__half, 1, false>)
+FUSED_RESNET_EMULATED_CHAIN(kHalfLines128, ChainLinesSm90<__half, 2, false>)
+FUSED_RESNET_EMULATED_CHAIN(kHalfLinesSegment, ChainLinesSm90<__half, 1, true>)
+FUSED_RESNET_EMULATED_CHAIN(kBfloatLines64, ChainLinesSm90<__nv_bfloat16, 1, false>)
+FUSED_RESNET_EMULATED_CHAIN(kHalfStream, ChainStreamSm90<__half>)
+FUSED_RESNET_EMULATED_CHAIN(kBfloatStream, ChainStreamSm90<__nv_bfloat16>)
 
 }  // namespace fused_resnet::conv
 

@@ -1,5 +1,5 @@
 // Registers the launchers of csrc/conv_bn_act.cu, compiled against the stand-in runtime beside this file, for CPU
-// tensors; with a few of setup.py's convolutions for sm_80, and those of few positions for sm_90.
+// tensors; with a few of setup.py's convolutions for sm_80, and those of few positions and by lines for sm_90.
 
 #include <torch/csrc/stable/library.h>
 
@@ -7,6 +7,7 @@
 //
 #include "emulated_sm90.h"
 //
+#include "conv/lines_sm90.cuh"
 #include "conv/sm80.cuh"
 #include "conv/split_sm90.cuh"
 #include "conv_bn_act.h"
@@ -33,6 +34,10 @@ FUSED_RESNET_EMULATED_SPLIT(kHalf4, __half, 4)
 FUSED_RESNET_EMULATED_SPLIT(kHalf8, __half, 8)
 FUSED_RESNET_EMULATED_SPLIT(kBfloat1, __nv_bfloat16, 1)
 FUSED_RESNET_EMULATED_SPLIT(kBfloat4, __nv_bfloat16, 4)
+
+extern const Instance kHalfLines, kBfloatLines;
+const Instance kHalfLines = LinesSm90<__half>::instance("kHalfLines");
+const Instance kBfloatLines = LinesSm90<__nv_bfloat16>::instance("kBfloatLines");
 
 }  // namespace fused_resnet::conv
 

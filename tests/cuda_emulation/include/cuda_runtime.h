@@ -29,6 +29,9 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 
+using std::max;
+using std::min;
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -137,6 +140,8 @@ struct Machine {
   ucontext_t scheduler;
   std::function<void()> body;
   int threads = 0, fibers_in_use = 0;  // of a block, of a cluster
+  int free_registers[kMostBlocks];     // of a block's threads that gave some back
+  bool waited[kMostBlocks];            // whether a thread of a block has, for the kernels before
   int current = 0;
   int64_t progress = 0;
 
@@ -181,6 +186,8 @@ inline void run_cluster(unsigned first, int blocks, int threads, bool overlaps) 
   machine.cluster = Barrier{};
   for (int block = 0; block < blocks; ++block) {
     machine.blocks[block] = Barrier{};
+    machine.free_registers[block] = 0;
+    machine.waited[block] = !overlaps;
     std::memset(memories[block], 0xff, kSharedBytes);  // NaN in every format
   }
   int left[kMostBlocks];
@@ -269,6 +276,17 @@ inline uint32_t __shfl_up_sync(unsigned mask, uint32_t value, unsigned offset) {
   slot[lane][0] = value;
   emulation::wait(warp.barrier, 32);
   return lane >= static_cast<int>(offset) ? slot[lane - offset][0] : value;
+}
+
+inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, unsigned distance) {
+  using emulation::machine;
+  if (mask != 0xffffffffu) emulation::fail("shuffles of whole warps only");
+  emulation::Warp& warp = machine.warps[machine.current / 32];
+  const int lane = machine.current % 32;
+  auto* slot = warp.words[warp.barrier.generation % 2];
+  slot[lane][0] = value;
+  emulation::wait(warp.barrier, 32);
+  return slot[lane ^ distance][0];
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -110,7 +110,20 @@ constexpr uint32_t lowest(__nv_bfloat16) { return 0xff80ff80u; }
 
 inline void store_16_bytes(void* to, const uint4& value) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("a store to a misaligned address");
+  // A thread may have waited for one that has: for what that one fetched.
+  if (!emulation::machine.waited[emulation::machine.block()])
+    emulation::fail("memory is written before the kernels that may read it have ended");
   std::memcpy(to, &value, 16);
+}
+
+inline uint4 load_16_bytes(const void* from, bool exists) {
+  if (!exists) return {};
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulation::fail("a load from a misaligned address");
+  if (!emulation::machine.fibers[emulation::machine.current].waited)
+    emulation::fail("memory is read before the kernel that writes it has ended");
+  uint4 value;
+  std::memcpy(&value, from, 16);
+  return value;
 }
 
 inline void opaque(uint32_t&) {}
@@ -118,7 +131,10 @@ inline void opaque(int&) {}
 
 inline void launch_dependents() {}
 
-inline void wait_for_kernels() { emulation::machine.fibers[emulation::machine.current].waited = true; }
+inline void wait_for_kernels() {
+  using emulation::machine;
+  machine.fibers[machine.current].waited = machine.waited[machine.block()] = true;
+}
 
 inline float at_least(float value, float floor) { return value < floor ? floor : value; }
 

@@ -17,9 +17,10 @@ enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_T
 
 struct CUtensorMap {
   const unsigned char* data = nullptr;
-  bool im2col = false;
+  enum { windows_, tiles_, lines_ } kind = windows_;
   fused_resnet::conv::Im2col windows;
   fused_resnet::conv::Tiled tiles;
+  fused_resnet::conv::Lines lines;
 };
 
 namespace fused_resnet::conv {
@@ -27,13 +28,20 @@ namespace fused_resnet::conv {
 inline cudaError_t encode(CUtensorMap& map, const void* data, const Im2col& like, CUtensorMapDataType) {
   const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && like.bytes[0] % 16 == 0 && like.channels <= 256 &&
                     like.pixels <= 1024;
-  map = {static_cast<const unsigned char*>(data), true, like, {}};
+  map = {static_cast<const unsigned char*>(data), CUtensorMap::windows_, like, {}, {}};
   return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 inline cudaError_t encode(CUtensorMap& map, const void* data, const Tiled& like, CUtensorMapDataType) {
   const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && like.bytes[0] % 16 == 0 && like.box[2] <= 256;
-  map = {static_cast<const unsigned char*>(data), false, {}, like};
+  map = {static_cast<const unsigned char*>(data), CUtensorMap::tiles_, {}, like, {}};
+  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+inline cudaError_t encode(CUtensorMap& map, const void* data, const Lines& like, CUtensorMapDataType) {
+  const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && like.bytes[0] % 16 == 0 && like.box[0] == 64 &&
+                    like.box[1] <= 256 && like.box[2] == 1 && like.box[3] == 1;
+  map = {static_cast<const unsigned char*>(data), CUtensorMap::lines_, {}, {}, like};
   return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
@@ -66,10 +74,25 @@ inline void init_barrier(uint32_t at, int arrivals) {
 
 inline void publish_barriers() {}
 inline void fence_shared_writes() {}
-template <int>
-void keep_registers() {}
-template <int>
-void take_registers() {}
+
+// Registers that a block was launched with and a thread has given back: who takes more waits for them.
+inline int launched_with() { return 65536 / emulation::machine.threads / 8 * 8; }
+
+template <int Registers>
+void keep_registers() {
+  emulation::machine.free_registers[emulation::machine.block()] += launched_with() - Registers;
+  ++emulation::machine.progress;
+}
+
+template <int Registers>
+void take_registers() {
+  using emulation::machine;
+  const int more = Registers - launched_with(), current = machine.current;
+  int& free = machine.free_registers[machine.block()];
+  while (free < more) swapcontext(&machine.fibers[current].context, &machine.scheduler);
+  free -= more;
+  ++machine.progress;
+}
 
 inline void settle(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
@@ -116,11 +139,11 @@ inline void put_row(uint32_t tile, int row, const unsigned char (&bytes)[128]) {
     std::memcpy(emulation::shared + tile + row * 128 + (chunk ^ (row & 7)) * 16, bytes + chunk * 16, 16);
 }
 
-inline void later(uint32_t to, uint32_t barrier, std::function<void()> rows) {
-  if (to % 1024 || to + kTileBytes > emulation::shared_in_use) emulation::fail("a tile outside of shared memory");
+inline void later(uint32_t to, uint32_t barrier, std::function<void()> rows, int bytes = kTileBytes) {
+  if (to % 1024 || to + bytes > emulation::shared_in_use) emulation::fail("a tile outside of shared memory");
   auto load = [=] {
     rows();
-    mbarrier(barrier).bytes -= kTileBytes;
+    mbarrier(barrier).bytes -= bytes;
     settle(mbarrier(barrier));
   };
   if (emulation::reversed)
@@ -131,7 +154,7 @@ inline void later(uint32_t to, uint32_t barrier, std::function<void()> rows) {
 
 inline void load_im2col(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int w, int h, int n, int s,
                         int r) {
-  if (!map->im2col) emulation::fail("a tiled map in im2col mode");
+  if (map->kind != CUtensorMap::windows_) emulation::fail("another map in im2col mode");
   if (!emulation::machine.fibers[emulation::machine.current].waited)
     emulation::fail("a map is read before the kernel that writes it has ended");
   const auto& m = map->windows;
@@ -158,9 +181,9 @@ inline void load_im2col(const CUtensorMap* map, uint32_t to, uint32_t barrier, i
 }
 
 inline void load_tiled(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int tap, int first) {
-  if (map->im2col) emulation::fail("an im2col map in tiled mode");
+  if (map->kind != CUtensorMap::tiles_) emulation::fail("another map in tiled mode");
   const auto& t = map->tiles;
-  later(to, barrier, [=, &t] {
+  const auto rows = [=, &t] {
     for (unsigned i = 0; i < t.box[2]; ++i) {
       unsigned char row[128] = {};
       const uint64_t k = first + i;
@@ -169,11 +192,38 @@ inline void load_tiled(const CUtensorMap* map, uint32_t to, uint32_t barrier, in
           std::memcpy(row + 2 * j, map->data + 2 * (c + j) + tap * t.bytes[0] + k * t.bytes[1], 2);
       put_row(to, i, row);
     }
-  });
+  };
+  later(to, barrier, rows, 128 * t.box[2]);
+}
+
+inline void load_line(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c, int w, int h, int n) {
+  if (map->kind != CUtensorMap::lines_) emulation::fail("another map as lines");
+  if (!emulation::machine.fibers[emulation::machine.current].waited)
+    emulation::fail("a map is read before the kernel that writes it has ended");
+  const auto& m = map->lines;
+  const auto rows = [=, &m] {
+    const bool exists = h >= 0 && uint64_t(h) < m.size[2] && uint64_t(n) < m.size[3];
+    for (int i = 0; i < int(m.box[1]); ++i) {
+      unsigned char row[128] = {};
+      if (exists && w + i >= 0 && uint64_t(w + i) < m.size[1])
+        std::memcpy(row, map->data + 2 * c + (w + i) * m.bytes[0] + h * m.bytes[1] + n * m.bytes[2], 128);
+      put_row(to, i, row);
+    }
+  };
+  later(to, barrier, rows, 128 * m.box[1]);
 }
 
 inline void prefetch_tiled(const CUtensorMap* map, int, int, int) {
-  if (map->im2col) emulation::fail("an im2col map in tiled mode");
+  if (map->kind != CUtensorMap::tiles_) emulation::fail("another map in tiled mode");
+}
+
+// Only what is there: on a GPU as well, it would be a fault of the kernel's.
+inline void prefetch_dense(const void* from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) emulation::fail("a prefetch that is not aligned");
+  if (!emulation::machine.fibers[emulation::machine.current].waited)
+    emulation::fail("memory is read before the kernel that writes it has ended");
+  volatile unsigned char sum = 0;
+  for (uint32_t i = 0; i < bytes; ++i) sum ^= static_cast<const unsigned char*>(from)[i];
 }
 
 inline std::array<std::array<emulation::Barrier, 16>, emulation::kMostBlocks> named;  // of each block
@@ -231,6 +281,12 @@ inline uint64_t operand(uint32_t tile, int part) {
   constexpr uint64_t swizzle_128 = uint64_t{1} << 62, stride = uint64_t{1024 >> 4} << 32, unused = uint64_t{1} << 16;
   return swizzle_128 | stride | unused | ((tile & 0x3ffff) >> 4) + 2 * part;
 }
+
+inline uint64_t operand(uint64_t first, int tile, int part) {
+  return first + static_cast<uint64_t>(tile * (kTileBytes >> 4) + 2 * part);
+}
+
+inline uint32_t uniform(uint32_t value) { return value; }
 
 // A value of an operand: its address is that of the row in its group of eight, then the bits 4 to 6 are flipped by the
 // bits 7 to 9.

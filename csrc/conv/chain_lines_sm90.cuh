@@ -1,0 +1,74 @@
+// Host side of the chained bottleneck by lines.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "chain_instance.h"
+#include "chain_lines_sm90_kernel.cuh"
+#include "tensor_map.h"
+
+namespace fused_resnet::conv {
+
+template <class T, int Following, bool Segment>
+struct ChainLinesSm90 {
+  using Layout = ChainLinesLayout<Following, Segment>;
+
+  static cudaError_t run(const Chain& chain, int multiprocessors, cudaStream_t stream) {
+    const Shape& s = chain.shape;
+    constexpr auto type = ptx::is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    ChainLinesParams p = {};
+    p.strips = Strips::of(s.p(), s.q(), kMostOfLine);
+    cudaError_t error = encode(p.x, chain.x, lines_of(s, 64, p.strips.width + 2, 2), type);
+    const auto then = [&](CUtensorMap& map, const void* data, const auto& like) {
+      if (error == cudaSuccess) error = encode(map, data, like, type);
+    };
+    then(p.weight1, chain.weight1, tiled_of(64, 9, 64, 64, 64, 2));
+    then(p.weight2, chain.weight2, tiled_of(256, 1, 64, 64, 64, 2));
+    then(p.weight3, chain.weight3, tiled_of(64 * Following, 1, 256, 64, 64, 2));
+    if (Segment) then(p.projection, chain.projection, tiled_of(256, 1, 64, 64, 64, 2));
+    if (error != cudaSuccess) return error;
+    p.pairs = p.strips.all(s.n);
+    p.p = s.p(), p.q = s.q(), p.h2 = s.h2, p.w2 = s.w2, p.stride2 = s.stride2;
+    p.floor = chain.relu ? 0.0f : -std::numeric_limits<float>::infinity();
+    p.quarter = chain.quarter;
+    p.early = chain.constant_weights;
+    p.bias1 = chain.bias1, p.bias2 = chain.bias2, p.bias3 = chain.bias3;
+    p.residual = chain.residual, p.x2 = chain.x2;
+    p.y = chain.y, p.z = chain.z;
+
+    const auto kernel = chain_lines_kernel<T, Following, Segment>;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared);
+    if (error != cudaSuccess) return error;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(multiprocessors, p.pairs)));
+    config.blockDim = dim3(Layout::kThreads);
+    config.dynamicSmemBytes = Layout::kShared;
+    config.stream = stream;
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, p);
+  }
+
+  static constexpr ChainInstance instance(const char* name) {
+    return {name,
+            ptx::is_half<T> ? Dtype::half : Dtype::bfloat16,
+            64,
+            64 * Following,
+            Segment,
+            true,
+            Layout::kLines,
+            0,
+            Layout::kThreads,
+            Layout::kShared,
+            &run};
+  }
+};
+
+}  // namespace fused_resnet::conv
