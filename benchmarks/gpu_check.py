@@ -49,7 +49,9 @@ SANITIZED = [
     for backend in ("cuda", "triton")
 ]
 SANITIZED[0:0] = [f"conv/{name}/float16" for name in ("3x3", "3x3-residual", "1x1-segment", "3x3-64")]
-SANITIZED[0:0] = [f"chain/{name}/float16" for name in ("next-64", "next-128-quarter", "segment-stride2", "128")]
+SANITIZED[0:0] = [
+    f"chain/{name}/float16" for name in ("next-64", "next-128-quarter", "segment-stride2", "128-many-images")
+]
 SANITIZED[12:12] = [
     f"engine-op/{op}/float16"
     for op in (

@@ -154,6 +154,11 @@ CHAINS = {
     "128": _CHAIN128 | dict(n=3, h=13, w=11),
     "128-cut-lines": _CHAIN128 | dict(n=2, h=6, w=61, relu=False),
     "128-one-line": _CHAIN128 | dict(n=5, h=1, w=9, residual=False),
+    # Several steps for a block, with lines left over and strips that are cut.
+    "128-many-steps": _CHAIN128 | dict(n=64, h=29, w=27),
+    "128-many-strips": _CHAIN128 | dict(n=64, h=13, w=31),
+    "128-many-images": _CHAIN128 | dict(n=300, h=5, w=9),
+    "many-cut-lines": _CHAIN | dict(n=64, h=5, w=61),
     "layer2-middle": _CHAIN128 | dict(n=32, h=28, w=28),
 }
 

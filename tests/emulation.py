@@ -19,7 +19,8 @@ HERE = ROOT / "tests" / "cuda_emulation"
 
 
 def emulated_machine(tmp_path_factory, *sources: Path):
-    """A function (multiprocessors, reversed) that sets up the machine on which these sources run from now on."""
+    """A function (multiprocessors, reversed, late_products=False) that sets up the machine on which these sources run
+    from now on. reversed: threads and blocks last to first, loads and products at once; late_products: loads alone."""
     if cuda.load() is not None:
         pytest.skip(cuda.load())
     if shutil.which("g++") is None or not (ROOT / "csrc").exists():
@@ -38,8 +39,8 @@ def emulated_machine(tmp_path_factory, *sources: Path):
     subprocess.run(["g++", *flags, "-include", "emulated_ptx.h", "-x", "c++", *sources, *link], check=True)
     torch.ops.load_library(library)
     emulate = ctypes.CDLL(str(library)).emulate
-    emulate.argtypes = [ctypes.c_int, ctypes.c_bool]
-    return emulate
+    emulate.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
+    return lambda multiprocessors, reversed, late_products=False: emulate(multiprocessors, reversed, late_products)
 
 
 @contextlib.contextmanager

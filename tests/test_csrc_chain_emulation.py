@@ -165,12 +165,13 @@ def test_chain_of_128(machine, case, multiprocessors, backwards):
     ],
 )
 def test_the_order_of_threads_and_loads_changes_no_bit(machine, instance, options):
-    """No barrier and no wait is missing: what is asynchronous happens at the last moment, then at once."""
+    """No barrier and no wait is missing: what is asynchronous happens at the last moment, then at once, then loads at
+    once and products late."""
     call, results = Call(instance, 2, 13, 11, **options), []
-    for backwards in (False, True):
-        machine(1, backwards)
+    for order in ((False,), (True,), (True, True)):
+        machine(1, *order)
         results.append(call.run())
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("instance", [NEXT_64, BY_LINES + NEXT_64, BY_LINES + NEXT_128, STREAM])

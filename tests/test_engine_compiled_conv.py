@@ -373,9 +373,10 @@ def test_layer2_has_one_for_blocks_inside_a_stage():
         (dict(PROJECTED, segment=(256, 56, 56, 1)), "needs a projection of 64 channels"),
         (dict(PROJECTED, following=128), "got 128"),
         (dict(n=8), "needs at least 33792 positions to be worth it, got 25088"),
+        (dict(LAYER2, n=16), "needs at least 14784 positions to be worth it, got 12544"),
     ],
     ids=["sm80", "float32", "middle", "input", "output", "layer2-end", "layer2-quarter", "layer2-first", "stride"]
-    + ["no-next", "pool", "wide", "end", "few"],
+    + ["no-next", "pool", "wide", "end", "few", "layer2-few"],
 )
 def test_other_chains_are_declined(changes, sentence):
     configs, reason = chain_configs(**changes)

@@ -125,10 +125,10 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
                          at.n);
       }
       // Not earlier than in the step before the one that reads it, or it might be gone from L2 again.
-      if (p.residual != nullptr && before > first) prefetch_residual(p.strips.at(before));
+      if (p.residual != nullptr && before >= first) prefetch_residual(p.strips.at(before));
       before = step;
     }
-    if (p.residual != nullptr && before > first) prefetch_residual(p.strips.at(before));
+    if (p.residual != nullptr && before >= first) prefetch_residual(p.strips.at(before));
     return;
   }
 
@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
     __syncwarp();
     if (lane == 0) ptx::arrive(barrier);
   };
+  const auto weight_at = [&](int stage) { return ptx::operand(ptx::uniform(stage_at(stage)), 0); };
   const auto before = [&] { return weights.at == 0 ? kStages - 1 : weights.at - 1; };
   ptx::wait_for_kernels();
   for (int step = first; goes_on(step); ++step) {
@@ -173,6 +174,13 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
       me.load(value, in(static_cast<const T*>(p.residual), kChannels).at, 0);
 
       float sums[kC][32];  // of h, then of z
+      float2 bias[kC][8];  // its, before the products are done
+      const auto load_bias = [&](const float* from) {
+#pragma unroll
+        for (int n = 0; n < kC; ++n)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) bias[n][j] = *reinterpret_cast<const float2*>(from + 64 * n + 8 * j + me.pair);
+      };
       {
         // The row of a line that the lane gives to ldmatrix: of the group's first line or of its second.
         const int given = min(me.warp * 16 + lane % 16, own * width - 1);
@@ -197,6 +205,7 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
         for (int r = 0; r < 3; ++r) {
 #pragma unroll
           for (int i = 0; i < 3 * kC; ++i) {
+            const uint64_t weight = weight_at(weights.at);
             ptx::wait(full(weights.at), weights.phase);
 #pragma unroll
             for (int n = 0; n < kC; ++n) ptx::pin(sums[n]);
@@ -206,9 +215,7 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
             for (int part = 0; part < 4; ++part)
 #pragma unroll
               for (int n = 0; n < kC; ++n)
-                ptx::multiply<T>(sums[n], a[i % 2][part],
-                                 ptx::operand(stage_at(weights.at) + n * ptx::kTileBytes, part),
-                                 r > 0 || i > 0 || part > 0);
+                ptx::multiply<T>(sums[n], a[i % 2][part], ptx::operand(weight, n, part), r > 0 || i > 0 || part > 0);
             ptx::commit_products();
             // Those before are over: their weights are free, and their operand's registers the next one's.
             if (r > 0 || i > 0) {
@@ -225,6 +232,7 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
             }
           }
         }
+        load_bias(p.bias1);
         ptx::wait_for_products<0>();
 #pragma unroll
         for (int n = 0; n < kC; ++n) ptx::pin(sums[n]);
@@ -236,9 +244,7 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
 #pragma unroll
       for (int n = 0; n < kC; ++n) {
         uint32_t h[4][4];
-        me.pack(h, sums[n], 0.0f, [&](const float2& of, int j, int) {
-          return of + *reinterpret_cast<const float2*>(p.bias1 + 64 * n + 8 * j + me.pair);
-        });
+        me.pack(h, sums[n], 0.0f, [&](const float2& of, int j, int) { return of + bias[n][j]; });
         unsigned char* const tile = memory + Layout::kH + (group * kC + n) * ptx::kTileBytes;
 #pragma unroll
         for (int j = 0; j < 8; ++j)
@@ -260,26 +266,30 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
 
       float sum[32];
       uint32_t of_y[4][4];
-      const auto expand = [&] {
+      const uint64_t h = ptx::operand(ptx::uniform(shared + Layout::kH + group * kC * ptx::kTileBytes), 0);
+      const auto expand = [&](uint64_t weight) {
 #pragma unroll
         for (int c = 0; c < kC; ++c)
 #pragma unroll
           for (int part = 0; part < 4; ++part)
-            ptx::multiply<T>(sum, ptx::operand(shared + Layout::kH + (group * kC + c) * ptx::kTileBytes, part),
-                             ptx::operand(stage_at(weights.at) + c * ptx::kTileBytes, part), c > 0 || part > 0);
+            ptx::multiply<T>(sum, ptx::operand(h, c, part), ptx::operand(weight, c, part), c > 0 || part > 0);
         weights.advance();
       };
-      const auto reduce = [&](int out) {
+      const auto reduce = [&](int out, uint64_t weight) {
 #pragma unroll
         for (int part = 0; part < 4; ++part)
 #pragma unroll
           for (int n = 0; n < kC; ++n)
-            ptx::multiply<T>(sums[n], of_y[part], ptx::operand(stage_at(weights.at) + n * ptx::kTileBytes, part),
-                             out > 0 || part > 0);
+            ptx::multiply<T>(sums[n], of_y[part], ptx::operand(weight, n, part), out > 0 || part > 0);
         weights.advance();
       };
       // 64 channels of y from their sums and the residual, when what was multiplied by the weights before is done.
       const auto make_y = [&](int out) {
+        float2 more[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          more[j] = *reinterpret_cast<const float2*>(p.bias2 + 64 * out + 8 * j + me.pair);
+        me.turn(value);
         ptx::wait_for_products<0>();
         ptx::pin(sum);
         ptx::pin(of_y);
@@ -287,10 +297,8 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
         for (int n = 0; n < kC; ++n) ptx::pin(sums[n]);
         release(empty(before()));  // of the expand
         if (out > 0) release(empty(weights.at > 1 ? weights.at - 2 : weights.at - 2 + kStages));  // of the reduce before
-        me.turn(value);
-        me.pack(of_y, sum, p.floor, [&](const float2& of, int j, int i) {
-          return of + (*reinterpret_cast<const float2*>(p.bias2 + 64 * out + 8 * j + me.pair) + me.unpack(value, j, i));
-        });
+        me.pack(of_y, sum, p.floor,
+                [&](const float2& of, int j, int i) { return of + (more[j] + me.unpack(value, j, i)); });
         ptx::wait(full(weights.at), weights.phase);
       };
       const auto store_y = [&](int out) {
@@ -302,32 +310,36 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
         me.turn(stored);
         me.store(in(static_cast<T*>(p.y), kChannels).at, 64 * out, stored);
       };
+      const uint64_t first_weight = weight_at(weights.at);
       ptx::wait(full(weights.at), weights.phase);
       ptx::pin(sum);
       ptx::begin_products();
-      expand();
+      expand(first_weight);
       ptx::commit_products();
 #pragma unroll 1
       for (int out = 0; out + 1 < kOut; ++out) {
         make_y(out);
+        me.load(value, in(static_cast<const T*>(p.residual), kChannels).at, 64 * (out + 1));
         Ring<kStages> next = weights;
         next.advance();
+        const uint64_t weight = weight_at(weights.at), next_weight = weight_at(next.at);
         ptx::wait(full(next.at), next.phase);
         ptx::pin(of_y);
         ptx::pin(sum);
         ptx::begin_products();
-        reduce(out);
-        expand();
+        reduce(out, weight);
+        expand(next_weight);
         ptx::commit_products();
         store_y(out);
-        me.load(value, in(static_cast<const T*>(p.residual), kChannels).at, 64 * (out + 1));  // while products run
       }
       make_y(kOut - 1);
+      const uint64_t last_weight = weight_at(weights.at);
       ptx::pin(of_y);
       ptx::begin_products();
-      reduce(kOut - 1);
+      reduce(kOut - 1, last_weight);
       ptx::commit_products();
       store_y(kOut - 1);
+      load_bias(p.bias3);
       ptx::wait_for_products<0>();
       ptx::pin(of_y);
       release(empty(before()));
@@ -335,22 +347,20 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
       for (int n = 0; n < kC; ++n) {
         ptx::pin(sums[n]);
         uint32_t packed[4][4];
-        me.pack(packed, sums[n], 0.0f, [&](const float2& of, int j, int) {
-          return of + *reinterpret_cast<const float2*>(p.bias3 + 64 * n + 8 * j + me.pair);
-        });
+        me.pack(packed, sums[n], 0.0f, [&](const float2& of, int j, int) { return of + bias[n][j]; });
         me.turn(packed);
         me.store(in(static_cast<T*>(p.z), kMiddle).at, 64 * n, packed);
       }
       continue;
     }
     // No line of this group's: what is fetched for both is given back.
-    for (int i = 0; i < 9 * kC + 2 * kOut; ++i, weights.advance()) {
-      ptx::wait(full(weights.at), weights.phase);
-      release(empty(weights.at));
-    }
     for (int i = ends ? read : 4; i > 0; --i, lines.advance()) {
       ptx::wait(full_line(lines.at), lines.phase);
       release(empty_line(lines.at));
+    }
+    for (int i = 0; i < 9 * kC + 2 * kOut; ++i, weights.advance()) {
+      ptx::wait(full(weights.at), weights.phase);
+      release(empty(weights.at));
     }
   }
 }

@@ -10,8 +10,10 @@ from torch import Tensor
 from ..backends import cuda_conv
 
 _MOST_ROWS = 2**31 - 513
-_LEAST_TILES_PER_GROUP = 2  # fewer do not pay for reading the weights
-_TILE = 64
+_LEAST_ROWS = {
+    64: 256,
+    128: 112,
+}  # of a multiprocessor: two tiles a warp group where weights stay, one where they do not
 
 
 def declines(
@@ -60,8 +62,8 @@ def declines(
     rows = x.numel() // middle
     if rows > _MOST_ROWS:
         return f"needs at most {_MOST_ROWS} positions, got {rows}"
-    if rows < _TILE * 2 * sms * _LEAST_TILES_PER_GROUP:
-        return f"needs at least {_TILE * 2 * sms * _LEAST_TILES_PER_GROUP} positions to be worth it, got {rows}"
+    if rows < _LEAST_ROWS[middle] * sms:
+        return f"needs at least {_LEAST_ROWS[middle] * sms} positions to be worth it, got {rows}"
     return None
 
 

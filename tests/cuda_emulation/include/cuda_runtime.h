@@ -95,6 +95,7 @@ namespace emulation {
 // Set from outside: how many multiprocessors the device has, and whether blocks and threads run last to first.
 inline int multiprocessors = 4;
 inline bool reversed = false;
+inline bool loads_at_once = false, products_at_once = false;  // or as late as may be
 inline int capability = 8;
 
 struct Copy;

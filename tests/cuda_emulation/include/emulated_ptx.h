@@ -29,7 +29,7 @@ inline auto& copies() { return emulation::machine.fibers[emulation::machine.curr
 
 inline void copy_async(uint32_t to, const void* from, bool exists) {
   const emulation::Copy copy{to, from, exists};
-  emulation::reversed ? run(copy) : copies().back().push_back(copy);
+  emulation::loads_at_once ? run(copy) : copies().back().push_back(copy);
 }
 
 inline void commit_copies() { copies().emplace_back(); }

@@ -18,8 +18,9 @@ AOTITorchError emulated_get_current_cuda_stream(int32_t, void** stream) {
   return 0;
 }
 
-__attribute__((visibility("default"))) void emulate(int multiprocessors, bool reversed) {
+__attribute__((visibility("default"))) void emulate(int multiprocessors, bool reversed, bool late_products) {
   emulation::multiprocessors = multiprocessors;
-  emulation::reversed = reversed;
+  emulation::reversed = emulation::loads_at_once = reversed;
+  emulation::products_at_once = reversed && !late_products;
 }
 }

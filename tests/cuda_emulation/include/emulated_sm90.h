@@ -2,7 +2,8 @@
 // phases, pending arrivals and pending bytes; the tensor memory accelerator in im2col and tiled mode, swizzling what it
 // writes; wgmma on descriptors of swizzled tiles, and with its left operand in registers.
 //
-// Loads and products happen late, when they are waited for, or, if the machine runs in reverse, at once.
+// Loads and products happen late, when they are waited for, or, if the machine runs in reverse, at once: loads, and
+// products as well unless they are to stay late, when they read what came too early.
 
 #pragma once
 
@@ -146,7 +147,7 @@ inline void later(uint32_t to, uint32_t barrier, std::function<void()> rows, int
     mbarrier(barrier).bytes -= bytes;
     settle(mbarrier(barrier));
   };
-  if (emulation::reversed)
+  if (emulation::loads_at_once)
     load();
   else
     loads.emplace_back(std::pair(emulation::machine.block(), barrier), load);
@@ -269,7 +270,7 @@ inline void push(uint32_t to, float a, float b, uint32_t barrier) {
     of_block.bytes -= 8;
     settle(of_block);
   };
-  if (emulation::reversed)
+  if (emulation::loads_at_once)
     arrives();
   else
     loads.emplace_back(std::pair(block, at), arrives);
@@ -337,7 +338,7 @@ void product(float (&d)[32], uint64_t b, bool add, A of_a, float (*of_b)(uint64_
       d[i] = sum;
     }
   };
-  emulation::reversed ? run() : mine().back().push_back(run);
+  emulation::products_at_once ? run() : mine().back().push_back(run);
 }
 
 template <class T>
