@@ -76,6 +76,24 @@ def odd_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
     yield from chains(device)
 
 
+def _as_one_at_a_time(found: list, run: Callable) -> dict:
+    """run(kernels, constant weights, what to do after each) overlapping, eager and in a graph, as without overlap: to
+    the bit."""
+    for kernels in (*([k] for k in found), found, found[::-1]):
+        name = kernels[0].name if len(kernels) == 1 else "all, mixed"
+        alone = run(kernels, False, torch.cuda.synchronize)
+        assert alone.isfinite().all() and alone.float().norm() > 1, name
+        for constant in (False, True):
+            assert torch.equal(run(kernels, constant, lambda: None), alone), f"{name}, eager, {constant}"
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = run(kernels, constant, lambda: None)
+            for _ in range(3):
+                graph.replay()
+                assert torch.equal(y, alone), f"{name}, in a graph, {constant}"
+    return {"instances": [k.name for k in found]}
+
+
 @torch.no_grad()
 def _overlap(dtype: str, channels: int, device: torch.device) -> dict:
     """Kernels that begin while those before them run give the bits that they give one at a time, each kind by itself
@@ -119,19 +137,7 @@ def _overlap(dtype: str, channels: int, device: torch.device) -> dict:
                 wait()
         return maps[0]
 
-    for instances in (*([i] for i in found), found, found[::-1]):
-        name = instances[0].name if len(instances) == 1 else "all, mixed"
-        alone = run(instances, False, torch.cuda.synchronize)
-        assert alone.isfinite().all() and alone.float().norm() > 1, name
-        for constant in (False, True):
-            assert torch.equal(run(instances, constant, lambda: None), alone), f"{name}, eager, {constant}"
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                y = run(instances, constant, lambda: None)
-            for _ in range(3):
-                graph.replay()
-                assert torch.equal(y, alone), f"{name}, in a graph, {constant}"
-    return {"instances": [i.name for i in found]}
+    return _as_one_at_a_time(found, run)
 
 
 _CHAIN = dict(n=3, c=64, h=13, w=11, middle=64, k=256, following=64, stride=1, relu=True, residual=True, segment=None)
@@ -227,19 +233,7 @@ def _chain_overlap(dtype: str, middle: int, following: int, device: torch.device
             wait()
         return torch.cat([y.flatten(), z.flatten()])
 
-    for chosen in (*([c] for c in found), found):
-        name = chosen[0].name if len(chosen) == 1 else "all, mixed"
-        alone = run(chosen, False, torch.cuda.synchronize)
-        assert alone.isfinite().all() and alone.float().norm() > 1, name
-        for constant in (False, True):
-            assert torch.equal(run(chosen, constant, lambda: None), alone), f"{name}, eager, {constant}"
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                y = run(chosen, constant, lambda: None)
-            for _ in range(3):
-                graph.replay()
-                assert torch.equal(y, alone), f"{name}, in a graph, {constant}"
-    return {"instances": [c.name for c in found]}
+    return _as_one_at_a_time(found, run)
 
 
 def chains(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:

@@ -2,13 +2,12 @@
 
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "chain_instance.h"
 #include "chain_lines_sm90_kernel.cuh"
+#include "launch_sm90.h"
 #include "tensor_map.h"
 
 namespace fused_resnet::conv {
@@ -40,20 +39,8 @@ struct ChainLinesSm90 {
     p.residual = chain.residual, p.x2 = chain.x2;
     p.y = chain.y, p.z = chain.z;
 
-    const auto kernel = chain_lines_kernel<T, Following, Segment>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(multiprocessors, p.pairs)));
-    config.blockDim = dim3(Layout::kThreads);
-    config.dynamicSmemBytes = Layout::kShared;
-    config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    return launch_overlapping(chain_lines_kernel<T, Following, Segment>, std::min<int64_t>(multiprocessors, p.pairs),
+                              Layout::kThreads, Layout::kShared, 1, stream, p);
   }
 
   static constexpr ChainInstance instance(const char* name) {

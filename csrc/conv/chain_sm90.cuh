@@ -2,13 +2,12 @@
 
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "chain_instance.h"
 #include "chain_sm90_kernel.cuh"
+#include "launch_sm90.h"
 #include "tensor_map.h"
 
 namespace fused_resnet::conv {
@@ -47,20 +46,8 @@ struct ChainSm90 {
     p.bias1 = chain.bias1, p.bias2 = chain.bias2, p.bias3 = chain.bias3;
     p.y = chain.y, p.z = chain.z;
 
-    const auto kernel = chain_sm90_kernel<T, Following, Segment>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(std::min(multiprocessors, (p.tiles + 1) / 2)));
-    config.blockDim = dim3(Layout::kThreads);
-    config.dynamicSmemBytes = Layout::kShared;
-    config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    return launch_overlapping(chain_sm90_kernel<T, Following, Segment>, std::min(multiprocessors, (p.tiles + 1) / 2),
+                              Layout::kThreads, Layout::kShared, 1, stream, p);
   }
 
   static constexpr ChainInstance instance(const char* name) {

@@ -2,13 +2,12 @@
 
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "chain_instance.h"
 #include "chain_stream_sm90_kernel.cuh"
+#include "launch_sm90.h"
 #include "tensor_map.h"
 
 namespace fused_resnet::conv {
@@ -40,20 +39,7 @@ struct ChainStreamSm90 {
     p.residual = chain.residual;
     p.y = chain.y, p.z = chain.z;
 
-    const auto kernel = chain_stream_kernel<T>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(Layout::kThreads);
-    config.dynamicSmemBytes = Layout::kShared;
-    config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    return launch_overlapping(chain_stream_kernel<T>, blocks, Layout::kThreads, Layout::kShared, 1, stream, p);
   }
 
   static constexpr ChainInstance instance(const char* name) {

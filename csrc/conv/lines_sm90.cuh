@@ -2,12 +2,11 @@
 
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <limits>
 
 #include "instance.h"
+#include "launch_sm90.h"
 #include "lines_sm90_kernel.cuh"
 #include "tensor_map.h"
 
@@ -41,20 +40,8 @@ struct LinesSm90 {
     p.early = problem.constant_weights;
     p.residual = problem.residual, p.scale = problem.scale, p.bias = problem.bias, p.y = problem.y;
 
-    const auto kernel = conv_lines_kernel<T>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(multiprocessors, (p.lines + 1) / 2)));
-    config.blockDim = dim3(Layout::kThreads);
-    config.dynamicSmemBytes = Layout::kShared;
-    config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    return launch_overlapping(conv_lines_kernel<T>, std::min<int64_t>(multiprocessors, (p.lines + 1) / 2),
+                              Layout::kThreads, Layout::kShared, 1, stream, p);
   }
 
   static constexpr Instance instance(const char* name) {

@@ -2,11 +2,10 @@
 
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <limits>
 
 #include "instance.h"
+#include "launch_sm90.h"
 #include "split_sm90_kernel.cuh"
 #include "tensor_map.h"
 
@@ -54,23 +53,8 @@ struct SplitSm90 {
     p.early = problem.constant_weights;
     p.residual = problem.residual, p.scale = problem.scale, p.bias = problem.bias, p.y = problem.y;
 
-    const auto kernel = conv_split_kernel<T, Splits>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = Splits;
-    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(tiles(s) * Splits));
-    config.blockDim = dim3(Layout::kThreads);
-    config.dynamicSmemBytes = Layout::kShared;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, kernel, p);
+    return launch_overlapping(conv_split_kernel<T, Splits>, tiles(s) * Splits,
+                              Layout::kThreads, Layout::kShared, Splits, stream, p);
   }
 
   static constexpr Instance instance(const char* name) {

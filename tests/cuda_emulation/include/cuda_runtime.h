@@ -117,8 +117,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  float slot[2][32];  // two, so that one barrier a shuffle is enough
-  uint32_t words[2][32][6];
+  uint32_t words[2][32][6];  // two, so that one barrier a shuffle is enough
 };
 
 // An asynchronous copy to shared memory, of 16 bytes or of as many zeros.
@@ -257,37 +256,31 @@ inline void __syncthreads() {
   emulation::wait(emulation::machine.blocks[emulation::machine.block()], emulation::machine.threads);
 }
 
-inline float __shfl_down_sync(unsigned mask, float value, unsigned offset) {
+// What the lane `from` of the warp gives, or the own value where there is no such lane.
+inline uint32_t shuffled(unsigned mask, uint32_t value, int from) {
   using emulation::machine;
   if (mask != 0xffffffffu) emulation::fail("shuffles of whole warps only");
   emulation::Warp& warp = machine.warps[machine.current / 32];
-  const int lane = machine.current % 32;
-  float* slot = warp.slot[warp.barrier.generation % 2];
-  slot[lane] = value;
+  auto* slot = warp.words[warp.barrier.generation % 2];
+  slot[machine.current % 32][0] = value;
   emulation::wait(warp.barrier, 32);
-  return lane + offset < 32 ? slot[lane + offset] : value;
+  return from >= 0 && from < 32 ? slot[from][0] : value;
+}
+
+inline float __shfl_down_sync(unsigned mask, float value, unsigned offset) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = shuffled(mask, bits, emulation::machine.current % 32 + static_cast<int>(offset));
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
 inline uint32_t __shfl_up_sync(unsigned mask, uint32_t value, unsigned offset) {
-  using emulation::machine;
-  if (mask != 0xffffffffu) emulation::fail("shuffles of whole warps only");
-  emulation::Warp& warp = machine.warps[machine.current / 32];
-  const int lane = machine.current % 32;
-  auto* slot = warp.words[warp.barrier.generation % 2];
-  slot[lane][0] = value;
-  emulation::wait(warp.barrier, 32);
-  return lane >= static_cast<int>(offset) ? slot[lane - offset][0] : value;
+  return shuffled(mask, value, emulation::machine.current % 32 - static_cast<int>(offset));
 }
 
 inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t value, unsigned distance) {
-  using emulation::machine;
-  if (mask != 0xffffffffu) emulation::fail("shuffles of whole warps only");
-  emulation::Warp& warp = machine.warps[machine.current / 32];
-  const int lane = machine.current % 32;
-  auto* slot = warp.words[warp.barrier.generation % 2];
-  slot[lane][0] = value;
-  emulation::wait(warp.barrier, 32);
-  return slot[lane ^ distance][0];
+  return shuffled(mask, value, emulation::machine.current % 32 ^ static_cast<int>(distance));
 }
 
 template <typename... Parameters, typename... Arguments>
