@@ -176,12 +176,8 @@ def _chain(facts: dict, dtype: str, device: torch.device) -> tuple[chain_cases.C
         return case, [cases.CUDNN]
     if case.arch != 90:
         raise Declined(f"the compiled chain needs sm_90, this is sm_{case.arch}")
-    found = _compiled_chains(case.dtype, facts["middle"], facts["following"], facts["segment"] is not None)
+    found = cuda_conv.chains_of(case.dtype, facts["middle"], facts["following"], facts["segment"] is not None)
     return case, [Candidate("cuda", c.name, {"instance": c.name}) for c in found]
-
-
-def _compiled_chains(*kind) -> list[cuda_conv.Chain]:
-    return [c for c in cuda_conv.chains() if (c.dtype, c.middle, c.following, c.segment) == kind]
 
 
 @torch.no_grad()
@@ -211,7 +207,7 @@ def _chain_overlap(dtype: str, middle: int, following: int, device: torch.device
     for it, as input."""
     if cases.chip(device)[0] != 90:
         raise Declined("the compiled chain needs sm_90")
-    found = _compiled_chains(getattr(torch, dtype), middle, following, False)
+    found = cuda_conv.chains_of(getattr(torch, dtype), middle, following, False)
     random, k, size = cases.Random(device, getattr(torch, dtype), 0), 4 * middle, 64 * 56 // middle
     first = random.map(32, k, size, size), random.map(32, following, size, size)
     fixed = None if following == middle else random.map(32, middle, size, size)

@@ -9,8 +9,8 @@ namespace fused_resnet {
 
 using torch::stable::Tensor;
 
-// The compiled chains as JSON, in bytes: name, dtype, channels in the middle and of the next convolution, whether there is
-// a projection, whether tiles are lines, stages, threads, shared memory.
+// The compiled chains as JSON, in bytes: name, dtype, channels in the middle and of the next convolution, whether there
+// is a projection, whether tiles are lines, stages, threads, shared memory.
 Tensor chain_instances();
 
 // y = act(conv1x1(relu(conv3x3(x) + bias1)) + bias2 + residual, or + conv1x1(x2, projection, stride2)), z =

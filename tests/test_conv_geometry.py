@@ -175,7 +175,7 @@ def test_what_every_resnet_asks_for_is_taken(arch):
 @needs_instances
 def test_workspace_is_for_stream_k_alone():
     for instance in cuda_conv.instances():
-        if not (instance.general or instance.parts):
+        if instance.by_lines:
             assert cuda_conv.plan(instance.index, convolution(), 132) == 0
             continue
         size = cuda_conv.plan(instance.index, convolution(x_size=(1, 512, 7, 7), weight_size=(512, 512, 3, 3)), 132)
@@ -237,7 +237,7 @@ def test_larger_problems_get_larger_tiles():
 def test_lines_are_for_maps_that_fill_them():
     """By what they cost, until it is measured: a short line takes as long as a whole one, a few lines as three each."""
     of(90)
-    lines = [i for i in cuda_conv.candidates(convolution(), torch.float16, 90, 132) if not (i.general or i.parts)]
+    lines = [i for i in cuda_conv.candidates(convolution(), torch.float16, 90, 132) if i.by_lines]
     assert [i.name for i in lines] == ["sm90 lines 64 -> 64"]
 
     def cost(instance, n, size):

@@ -402,11 +402,11 @@ def test_a_chain_case_runs_it(monkeypatch):
 
     instances = cuda_conv.chains()
     monkeypatch.setattr(torch.ops, "fused_resnet_cuda", Ops, raising=False)
-    for changes in ({}, STAGE_END, PROJECTED | dict(segment=(64, 15, 13, 2)), LAYER2 | dict(h=9)):
-        case = chain_cases.ChainCase(chain_cases.ChainArgs(**CHAIN | dict(n=2, h=8, w=7) | changes | dict(w=7)))
+    for changes in ({}, STAGE_END, PROJECTED | dict(segment=(64, 15, 13, 2)), LAYER2 | dict(h=9, w=7)):
+        case = chain_cases.ChainCase(chain_cases.ChainArgs(**CHAIN | dict(n=2, h=8, w=7) | changes))
         following, segment = case.args.following, case.args.segment is not None
         kind = (torch.float16, case.args.middle, following, segment)
-        wanted = [c for c in instances if (c.dtype, c.middle, c.following, c.segment) == kind]
+        wanted = [c for c in instances if (c.dtype, c.middle, c.following, c.segment) == kind]  # not by chains_of()
         assert [c.by_lines for c in wanted] == ([False, True] if case.args.middle == 64 else [True])
         for chain in wanted:
             candidate = Candidate("cuda", chain.name, {"instance": chain.name})

@@ -6,7 +6,7 @@
 namespace fused_resnet::conv {
 
 extern const ChainInstance FUSED_RESNET_SYMBOL;
-const ChainInstance FUSED_RESNET_SYMBOL =
-    FUSED_RESNET_KERNEL<FUSED_RESNET_ELEMENT, FUSED_RESNET_FOLLOWING, FUSED_RESNET_SEGMENT>::instance(FUSED_RESNET_NAME);
+using Kernel = FUSED_RESNET_KERNEL<FUSED_RESNET_ELEMENT, FUSED_RESNET_FOLLOWING, FUSED_RESNET_SEGMENT>;
+const ChainInstance FUSED_RESNET_SYMBOL = Kernel::instance(FUSED_RESNET_NAME);
 
 }  // namespace fused_resnet::conv

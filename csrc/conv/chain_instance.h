@@ -7,8 +7,8 @@
 namespace fused_resnet::conv {
 
 // h = relu(conv3x3(x) + bias1), y = act(conv1x1(h) + bias2 + residual + conv1x1(x2, projection)), z = relu(conv1x1(y) +
-// bias3); of middle, middle, 4 * middle and `following` channels. y: its even rows and columns alone if quarter. Null: residual, x2,
-// z.
+// bias3); of middle, middle, 4 * middle and `following` channels. y: its even rows and columns alone if quarter. Null:
+// residual, x2, z.
 struct Chain {
   Shape shape;  // of the 3x3, x2 its second segment
   const void *x, *weight1, *weight2, *residual, *x2, *projection, *weight3;

@@ -8,7 +8,7 @@
 #include "chain_instance.h"
 #include "chain_lines_sm90_kernel.cuh"
 #include "launch_sm90.h"
-#include "tensor_map.h"
+#include "maps_sm90.h"
 
 namespace fused_resnet::conv {
 
@@ -18,18 +18,15 @@ struct ChainLinesSm90 {
 
   static cudaError_t run(const Chain& chain, int multiprocessors, cudaStream_t stream) {
     const Shape& s = chain.shape;
-    constexpr auto type = ptx::is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     ChainLinesParams p = {};
     p.strips = Strips::of(s.p(), s.q(), kMostOfLine);
-    cudaError_t error = encode(p.x, chain.x, lines_of(s, 64, p.strips.width + 2, 2), type);
-    const auto then = [&](CUtensorMap& map, const void* data, const auto& like) {
-      if (error == cudaSuccess) error = encode(map, data, like, type);
-    };
-    then(p.weight1, chain.weight1, tiled_of(64, 9, 64, 64, 64, 2));
-    then(p.weight2, chain.weight2, tiled_of(256, 1, 64, 64, 64, 2));
-    then(p.weight3, chain.weight3, tiled_of(64 * Following, 1, 256, 64, 64, 2));
-    if (Segment) then(p.projection, chain.projection, tiled_of(256, 1, 64, 64, 64, 2));
-    if (error != cudaSuccess) return error;
+    Maps<T> maps;
+    maps(p.x, chain.x, lines_of(s, 64, p.strips.width + 2, 2));
+    maps(p.weight1, chain.weight1, tiled_of(64, 9, 64, 64, 64, 2));
+    maps(p.weight2, chain.weight2, tiled_of(256, 1, 64, 64, 64, 2));
+    maps(p.weight3, chain.weight3, tiled_of(64 * Following, 1, 256, 64, 64, 2));
+    if (Segment) maps(p.projection, chain.projection, tiled_of(256, 1, 64, 64, 64, 2));
+    if (maps.error != cudaSuccess) return maps.error;
     p.pairs = p.strips.all(s.n);
     p.p = s.p(), p.q = s.q(), p.h2 = s.h2, p.w2 = s.w2, p.stride2 = s.stride2;
     p.floor = chain.relu ? 0.0f : -std::numeric_limits<float>::infinity();

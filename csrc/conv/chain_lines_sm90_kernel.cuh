@@ -1,8 +1,8 @@
-// The chained bottleneck of chain_sm90_kernel.cuh by lines: see lines_sm90_parts.cuh. x comes to shared memory once, not
-// nine times; the residual, x2, y and z never do.
+// The chained bottleneck of chain_sm90_kernel.cuh by lines: see lines_sm90_parts.cuh. x comes to shared memory once,
+// not nine times; the residual, x2, y and z never do.
 //
-// Two warp groups work on two neighbouring lines, then on the two below. Warp 0 fetches: lines of x for both groups into
-// one ring, and what is soon to be read of the residual into L2.
+// Two warp groups work on two neighbouring lines, then on the two below. Warp 0 fetches: lines of x for both groups
+// into one ring, and what is soon to be read of the residual into L2.
 
 #pragma once
 
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(384, 1) chain_lines_kernel(const __grid_consta
         ring.advance();
       }
       if (pair == first) load_others();
-      // These lines found room when the 3x3 of the pair before the last was done. What the last will add is read next, and
-      // comes to L2 meanwhile; earlier it might be gone again when it is read.
+      // These lines found room when the 3x3 of the pair before the last was done. What the last will add is read next,
+      // and comes to L2 meanwhile; earlier it might be gone again when it is read.
       if (!Segment && p.residual != nullptr && pair - 1 > first) prefetch_residual(p.strips.at(pair - 1));
     }
     if (!Segment && p.residual != nullptr && last - 1 > first) prefetch_residual(p.strips.at(last - 1));

@@ -8,7 +8,7 @@
 #include "chain_instance.h"
 #include "chain_sm90_kernel.cuh"
 #include "launch_sm90.h"
-#include "tensor_map.h"
+#include "maps_sm90.h"
 
 namespace fused_resnet::conv {
 
@@ -18,22 +18,19 @@ struct ChainSm90 {
 
   static cudaError_t run(const Chain& chain, int multiprocessors, cudaStream_t stream) {
     const Shape& s = chain.shape;
-    constexpr auto type = ptx::is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     ChainParams p = {};
-    cudaError_t error = encode(p.x, chain.x, im2col_of(s, 64, 64, 2), type);
-    const auto then = [&](CUtensorMap& map, const void* data, const auto& like) {
-      if (error == cudaSuccess) error = encode(map, data, like, type);
-    };
-    then(p.weight1, chain.weight1, tiled_of(64, 9, 64, 64, 64, 2));
-    then(p.weight2, chain.weight2, tiled_of(256, 1, 64, 64, 64, 2));
-    if (Following) then(p.weight3, chain.weight3, tiled_of(64 * Following, 1, 256, 64, 64, 2));
+    Maps<T> maps;
+    maps(p.x, chain.x, im2col_of(s, 64, 64, 2));
+    maps(p.weight1, chain.weight1, tiled_of(64, 9, 64, 64, 64, 2));
+    maps(p.weight2, chain.weight2, tiled_of(256, 1, 64, 64, 64, 2));
+    if (Following) maps(p.weight3, chain.weight3, tiled_of(64 * Following, 1, 256, 64, 64, 2));
     if (Segment) {
-      then(p.x2, chain.x2, second_im2col_of(s, 64, 64, 2));
-      then(p.projection, chain.projection, tiled_of(256, 1, 64, 64, 64, 2));
+      maps(p.x2, chain.x2, second_im2col_of(s, 64, 64, 2));
+      maps(p.projection, chain.projection, tiled_of(256, 1, 64, 64, 64, 2));
     } else if (chain.residual) {
-      then(p.residual, chain.residual, tiled_of(static_cast<int>(s.m()), 1, 256, 64, 64, 2));
+      maps(p.residual, chain.residual, tiled_of(static_cast<int>(s.m()), 1, 256, 64, 64, 2));
     }
-    if (error != cudaSuccess) return error;
+    if (maps.error != cudaSuccess) return maps.error;
     p.window = window_of(s);
     p.second_window = second_window_of(s);
     p.m = s.m();

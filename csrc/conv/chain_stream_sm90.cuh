@@ -8,7 +8,7 @@
 #include "chain_instance.h"
 #include "chain_stream_sm90_kernel.cuh"
 #include "launch_sm90.h"
-#include "tensor_map.h"
+#include "maps_sm90.h"
 
 namespace fused_resnet::conv {
 
@@ -19,17 +19,14 @@ struct ChainStreamSm90 {
 
   static cudaError_t run(const Chain& chain, int multiprocessors, cudaStream_t stream) {
     const Shape& s = chain.shape;
-    constexpr auto type = ptx::is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     ChainStreamParams p = {};
     p.strips = Strips::of((s.p() + 1) / 2, s.q(), Layout::kMostOfLine);
-    cudaError_t error = encode(p.x, chain.x, lines_of(s, 64, p.strips.width + 2, 2), type);
-    const auto then = [&](CUtensorMap& map, const void* data, const auto& like) {
-      if (error == cudaSuccess) error = encode(map, data, like, type);
-    };
-    then(p.weight1, chain.weight1, tiled_of(kMiddle, 9, kMiddle, 64, kMiddle, 2));
-    then(p.weight2, chain.weight2, tiled_of(kChannels, 1, kMiddle, 64, 64, 2));
-    then(p.weight3, chain.weight3, tiled_of(kMiddle, 1, kChannels, 64, kMiddle, 2));
-    if (error != cudaSuccess) return error;
+    Maps<T> maps;
+    maps(p.x, chain.x, lines_of(s, 64, p.strips.width + 2, 2));
+    maps(p.weight1, chain.weight1, tiled_of(kMiddle, 9, kMiddle, 64, kMiddle, 2));
+    maps(p.weight2, chain.weight2, tiled_of(kChannels, 1, kMiddle, 64, 64, 2));
+    maps(p.weight3, chain.weight3, tiled_of(kMiddle, 1, kChannels, 64, kMiddle, 2));
+    if (maps.error != cudaSuccess) return maps.error;
     const int64_t steps = p.strips.all(s.n), blocks = std::min<int64_t>(multiprocessors, steps);
     p.steps = static_cast<int>(steps / blocks), p.more = static_cast<int>(steps % blocks);
     p.p = s.p(), p.q = s.q();

@@ -1,11 +1,11 @@
-// The chained bottleneck of 128 middle channels (layer2), by lines: 3x3 -> 1x1 to 512 channels -> shortcut -> ReLU -> (y)
-// -> 1x1 to 128 channels -> ReLU -> (z). Its weights take 544 KiB, too much to stay: they pass through a ring, 16 KiB at
-// a time, and two warp groups multiply by each. What stays are lines of x, each fetched once for all nine taps.
+// The chained bottleneck of 128 middle channels (layer2), by lines: 3x3 -> 1x1 to 512 channels -> shortcut -> ReLU ->
+// (y) -> 1x1 to 128 channels -> ReLU -> (z). Its weights take 544 KiB, too much to stay: they pass through a ring, 16
+// KiB at a time, and two warp groups multiply by each. What stays are lines of x, each fetched once for all nine taps.
 //
 // A tile is two lines of outputs, of at most 28: 56 of the 64 rows of a product. The groups work on four lines that lie
-// below one another, then on the next four. Sums are in the natural order of channels; where values are added, stored or
-// read they are turned to whole chunks of memory (LinesThread::turn). Warp 0 fetches weights, warp 1 lines of x and, into
-// L2, what is to be read of the residual.
+// below one another, then on the next four. Sums are in the natural order of channels; where values are added, stored
+// or read they are turned to whole chunks of memory (LinesThread::turn). Warp 0 fetches weights, warp 1 lines of x and,
+// into L2, what is to be read of the residual.
 
 #pragma once
 
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
         ptx::wait(empty_line(ring.at), ring.phase ^ 1);
         ptx::arrive_and_expect(full_line(ring.at), kC * (p.strips.width + 2) * 64 * sizeof(T));
         for (int c = 0; c < kC; ++c)
-          ptx::load_line(&p.x, line_at(ring.at) + c * Layout::kHalfLine, full_line(ring.at), 64 * c, at.column - 1, line,
-                         at.n);
+          ptx::load_line(&p.x, line_at(ring.at) + c * Layout::kHalfLine, full_line(ring.at), 64 * c, at.column - 1,
+                         line, at.n);
       }
       // Not earlier than in the step before the one that reads it, or it might be gone from L2 again.
       if (p.residual != nullptr && before >= first) prefetch_residual(p.strips.at(before));
@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int row = me.row + 8 * i;
-            *reinterpret_cast<uint32_t*>(tile + row * 128 + (j ^ (row & 7)) * 16 + me.pair * 2) = h[j / 2][j % 2 * 2 + i];
+            unsigned char* const to = tile + row * 128 + (j ^ (row & 7)) * 16 + me.pair * 2;
+            *reinterpret_cast<uint32_t*>(to) = h[j / 2][j % 2 * 2 + i];
           }
       }
       ptx::fence_shared_writes();
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(384, 1) chain_stream_kernel(const __grid_const
 #pragma unroll
         for (int n = 0; n < kC; ++n) ptx::pin(sums[n]);
         release(empty(before()));  // of the expand
-        if (out > 0) release(empty(weights.at > 1 ? weights.at - 2 : weights.at - 2 + kStages));  // of the reduce before
+        if (out > 0) release(empty((weights.at + kStages - 2) % kStages));  // of the reduce before
         me.pack(of_y, sum, p.floor,
                 [&](const float2& of, int j, int i) { return of + (more[j] + me.unpack(value, j, i)); });
         ptx::wait(full(weights.at), weights.phase);

@@ -133,8 +133,8 @@ constexpr Tiled tiled_of(int k, int taps, int c, int channels, int rows, int ite
   return {{uint64_t(c), uint64_t(taps), uint64_t(k)}, {tap, tap * taps}, {uint32_t(channels), 1, uint32_t(rows)}};
 }
 
-// What cuTensorMapEncodeTiled is told of a map [N, H, W, C] whose lines are read piece by piece: `pixels` of one line, of
-// `channels` channels. What lies outside of the map is zero, on either side.
+// What cuTensorMapEncodeTiled is told of a map [N, H, W, C] whose lines are read piece by piece: `pixels` of one line,
+// of `channels` channels. What lies outside of the map is zero, on either side.
 struct Lines {
   uint64_t size[4];   // C, W, H, N
   uint64_t bytes[3];  // between columns, rows, images

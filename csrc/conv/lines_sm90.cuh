@@ -8,7 +8,7 @@
 #include "instance.h"
 #include "launch_sm90.h"
 #include "lines_sm90_kernel.cuh"
-#include "tensor_map.h"
+#include "maps_sm90.h"
 
 namespace fused_resnet::conv {
 
@@ -28,12 +28,12 @@ struct LinesSm90 {
 
   static cudaError_t run(const Problem& problem, int multiprocessors, void*, cudaStream_t stream) {
     const Shape& s = problem.shape;
-    constexpr auto type = ptx::is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     LinesParams p = {};
     p.strips = Strips::of(s.p(), s.q(), kMostOfLine);
-    cudaError_t error = encode(p.x, problem.x, lines_of(s, 64, p.strips.width + 2, 2), type);
-    if (error == cudaSuccess) error = encode(p.weight, problem.weight, tiled_of(64, 9, 64, 64, 64, 2), type);
-    if (error != cudaSuccess) return error;
+    Maps<T> maps;
+    maps(p.x, problem.x, lines_of(s, 64, p.strips.width + 2, 2));
+    maps(p.weight, problem.weight, tiled_of(64, 9, 64, 64, 64, 2));
+    if (maps.error != cudaSuccess) return maps.error;
     p.lines = int64_t{s.n} * p.strips.across * s.p();
     p.p = s.p(), p.q = s.q();
     p.floor = problem.relu ? 0.0f : -std::numeric_limits<float>::infinity();

@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(384, 1) conv_lines_kernel(const __grid_constan
   const int64_t part = 2 * blockIdx.x + group, parts = 2 * gridDim.x;
   int first = static_cast<int>(part * p.lines / parts);
   const int last = static_cast<int>((part + 1) * p.lines / parts);
-  // Walks the group's lines, as many of one strip at a time as it has: f(n, column, first line, the one after the last).
+  // Walks the group's lines, as many of one strip at a time as it has: f(n, column, first line, the one after the
+  // last).
   const auto strips = [&](const auto& f) {
     const int height = p.p;
     while (first < last) {
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(384, 1) conv_lines_kernel(const __grid_constan
           residual[j] = static_cast<const T*>(p.residual) + int64_t{64} * (own_row + 8 * j);
       me.load(next, residual, 0);  // a step ahead
       ptx::wait(full(ring.at), ring.phase);
-      // The taps in column s of the filter, of one of its rows. Descriptors are reckoned in every step: kept, they would
-      // be 72 registers.
+      // The taps in column s of the filter, of one of its rows. Descriptors are reckoned in every step: kept, they
+      // would be 72 registers.
       const uint64_t weights = ptx::operand(ptx::uniform(shared), 0);
       const auto multiply = [&](float(&sum)[32], int r, int s, bool add) {
 #pragma unroll

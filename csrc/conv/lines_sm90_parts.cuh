@@ -2,9 +2,10 @@
 // in shared memory once, its columns are rows of 128 bytes, and the left operands of all taps come from there to
 // registers by ldmatrix, which begins at any row.
 //
-// Nothing else passes through shared memory but the weights, which stay there. For that, output channels are in an order
-// in which a thread's values are whole chunks of memory: what is added, multiplied again or stored is 16 bytes each, and
-// goes from memory to registers and back. Weights are put in that order where they lie in shared memory, once.
+// Nothing else passes through shared memory but the weights, which stay there. For that, output channels are in an
+// order in which a thread's values are whole chunks of memory: what is added, multiplied again or stored is 16 bytes
+// each, and goes from memory to registers and back. Weights are put in that order where they lie in shared memory,
+// once.
 
 #pragma once
 
@@ -18,16 +19,16 @@ namespace fused_resnet::conv {
 
 constexpr int kMostOfLine = 56;  // outputs: with a neighbour at either end they are 58 of a tile's 64 rows
 
-// Registers of a thread that fetches and of one that multiplies, three warp groups together: setmaxnreg gives no more than
-// the block was launched with, and waits for it.
+// Registers of a thread that fetches and of one that multiplies, three warp groups together: setmaxnreg gives no more
+// than the block was launched with, and waits for it.
 template <int Fetch, int Compute>
 struct LinesRegisters {
   static constexpr int kFetch = Fetch, kCompute = Compute;
   static_assert(Fetch + 2 * Compute <= 3 * (65536 / 384 / 8 * 8));
 };
 
-// Where a channel of 64 is among the columns of a tile of sums: those that a thread has of a row (8j + 2 * (lane % 4) and
-// the next, j below 8) become channels 8 * (lane % 4) to + 7 of the first 32 and of the last 32.
+// Where a channel of 64 is among the columns of a tile of sums: those that a thread has of a row (8j + 2 * (lane % 4)
+// and the next, j below 8) become channels 8 * (lane % 4) to + 7 of the first 32 and of the last 32.
 FUSED_RESNET_HD constexpr int channel_order(int channel) {
   const int chunk = channel / 8 % 4, word = channel / 2 % 4;
   return channel / 32 * 32 + 8 * word + 2 * chunk + channel % 2;
@@ -40,8 +41,8 @@ struct LinesThread {
   const int row = warp * 16 + lane / 4;  // the first of its two, the other is eight further
   const int pair = lane % 4 * 2;         // its columns of eight
   const int chunk = lane % 4 * 8;        // its channels of 32, in channel order
-  // Of a line, for the first tap of a row of the filter, the row that the lane gives to ldmatrix. Past the line's end are
-  // rows that no output needs.
+  // Of a line, for the first tap of a row of the filter, the row that the lane gives to ldmatrix. Past the line's end
+  // are rows that no output needs.
   const int given = min(warp * 16 + lane % 16, 61);
 
   // The left operand of the taps in column s of the filter, of a line.
@@ -95,7 +96,8 @@ struct LinesThread {
     }
   }
 
-  // Between that order and the natural one, in which columns are channels: words go round among the four lanes of a row.
+  // Between that order and the natural one, in which columns are channels: words go round among the four lanes of a
+  // row.
   __device__ void turn(uint32_t (&a)[4][4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -6,8 +6,8 @@
 
 #include "instance.h"
 #include "launch_sm90.h"
+#include "maps_sm90.h"
 #include "split_sm90_kernel.cuh"
-#include "tensor_map.h"
 
 namespace fused_resnet::conv {
 
@@ -30,18 +30,15 @@ struct SplitSm90 {
 
   static cudaError_t run(const Problem& problem, int, void*, cudaStream_t stream) {
     const Shape& s = problem.shape;
-    constexpr auto type = ptx::is_half<T> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     SplitParams p = {};
-    cudaError_t error = encode(p.x, problem.x, im2col_of(s, kTile, kTile, 2), type);
-    const auto then = [&](CUtensorMap& map, const void* data, const auto& like) {
-      if (error == cudaSuccess) error = encode(map, data, like, type);
-    };
-    then(p.weight, problem.weight, tiled_of(s.k, s.r * s.s, s.c, kTile, kTile, 2));
+    Maps<T> maps;
+    maps(p.x, problem.x, im2col_of(s, kTile, kTile, 2));
+    maps(p.weight, problem.weight, tiled_of(s.k, s.r * s.s, s.c, kTile, kTile, 2));
     if (s.c2) {
-      then(p.x2, problem.x2, second_im2col_of(s, kTile, kTile, 2));
-      then(p.weight2, problem.weight2, tiled_of(s.k, 1, s.c2, kTile, kTile, 2));
+      maps(p.x2, problem.x2, second_im2col_of(s, kTile, kTile, 2));
+      maps(p.weight2, problem.weight2, tiled_of(s.k, 1, s.c2, kTile, kTile, 2));
     }
-    if (error != cudaSuccess) return error;
+    if (maps.error != cudaSuccess) return maps.error;
     p.reduction = reduction_of(s, kTile);
     p.window = window_of(s);
     p.second_window = second_window_of(s);

@@ -47,9 +47,14 @@ class Instance(NamedTuple):
     parts: int
 
     @property
+    def by_lines(self) -> bool:
+        """For one convolution alone, 3x3 of 64 channels."""
+        return self.tile[0] % 64 != 0
+
+    @property
     def general(self) -> bool:
-        """Neither for few positions nor for the one convolution that is done by lines."""
-        return not self.parts and self.tile[0] % 64 == 0
+        """Neither for few positions nor by lines."""
+        return not self.parts and not self.by_lines
 
 
 @functools.cache
@@ -102,6 +107,12 @@ def chains() -> tuple[Chain, ...]:
         Chain(i, **d | {"dtype": getattr(torch, d["dtype"]), "stages": tuple(d["stages"])})
         for i, d in enumerate(listed)
     )
+
+
+def chains_of(dtype: torch.dtype, middle: int, following: int, segment: bool) -> list[Chain]:
+    """Those of one kind."""
+    kind = (dtype, middle, following, segment)
+    return [c for c in chains() if (c.dtype, c.middle, c.following, c.segment) == kind]
 
 
 def shape_of(x_size, weight_size, stride, padding, dilation, segment: tuple[int, int, int, int] | None = None) -> Shape:
@@ -167,7 +178,7 @@ def _cost(instance: Instance, shape: Shape, sms: int) -> float:
     """Waves over the multiprocessors, in whole tiles, by what a tile costs; in parts of tiles where stream-K divides
     them, which its need for a workspace tells. By lines: the lines of a warp group, however short, and two beside."""
     tile_m, tile_n, tile_k = instance.tile
-    if not (instance.general or instance.parts):
+    if instance.by_lines:
         n, p, q = map_of(shape)
         return 2 * (ceil_div(n * p * ceil_div(q, tile_m), 2 * sms) + 2) * 64 * tile_n / _LINES_SHARE
     count = _tiles(instance, shape)

@@ -10,10 +10,7 @@ from torch import Tensor
 from ..backends import cuda_conv
 
 _MOST_ROWS = 2**31 - 513
-_LEAST_ROWS = {
-    64: 256,
-    128: 112,
-}  # of a multiprocessor: two tiles a warp group where weights stay, one where they do not
+_LEAST_ROWS = {64: 256, 128: 112}  # a multiprocessor's: two tiles a warp group where weights stay, else one
 
 
 def declines(
@@ -54,7 +51,7 @@ def declines(
     if segment is not None and (segment[0].shape[1] != 64 or segment[2] > 8):
         return f"needs a projection of 64 channels by a stride of at most 8, got {segment[0].shape[1]} by {segment[2]}"
     following = 0 if next is None else next[0].shape[0]
-    if not _instances(x.dtype, middle, following, segment is not None):
+    if not cuda_conv.chains_of(x.dtype, middle, following, segment is not None):
         of = [c for c in cuda_conv.chains() if c.middle == middle]
         kinds = ", ".join(sorted({str(c.following) + " beside a projection" * c.segment for c in of}))
         got = f"{following}{' beside a projection' if segment else ''}"
@@ -67,17 +64,12 @@ def declines(
     return None
 
 
-def _instances(dtype: torch.dtype, middle: int, following: int, segment: bool) -> list[cuda_conv.Chain]:
-    kind = (dtype, middle, following, segment)
-    return [c for c in cuda_conv.chains() if (c.dtype, c.middle, c.following, c.segment) == kind]
-
-
 def configs(arch: int, sms: int, *args, **options) -> list[dict]:
     """The ways to run it; none where it declines."""
     if declines(arch, sms, *args, **options) is not None:
         return []
     following = 0 if options.get("next") is None else options["next"][0].shape[0]
-    found = _instances(args[0].dtype, args[1].shape[0], following, options.get("segment") is not None)
+    found = cuda_conv.chains_of(args[0].dtype, args[1].shape[0], following, options.get("segment") is not None)
     return [{"instance": c.name} for c in found]
 
 
@@ -103,7 +95,9 @@ def launch(
     """As triton_chain.launch. Weights and biases are not what the kernel before writes: see `cases.settle`."""
     weight3, bias3 = next or (None, None)
     x2, projection, stride2 = segment or (None, None, 1)
-    found = _instances(x.dtype, weight1.shape[0], 0 if weight3 is None else weight3.shape[0], segment is not None)
+    found = cuda_conv.chains_of(
+        x.dtype, weight1.shape[0], 0 if weight3 is None else weight3.shape[0], segment is not None
+    )
     instances = [c for c in found if c.name == config["instance"]]
     if not instances:
         raise RuntimeError(f"this build has no chain {config['instance']!r} for {x.dtype}")
