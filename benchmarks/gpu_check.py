@@ -43,6 +43,8 @@ SANITIZED = [
         ("bn_act", "batch"),
         ("bn_act_bwd", "batch"),
         ("bn_act_bwd_input", "batch"),
+        ("bn_act_pool", "pool"),
+        ("bn_act_pool_bwd", "pool"),
         ("conv_bn_act", "7x7-stem"),
         ("conv_bn_act", "1x1-stride2"),
     )

@@ -1,5 +1,5 @@
-// Launchers of bn_stats, bn_act, bn_act_bwd, bn_act_bwd_input and relu_bwd_sum: check, guard the device, allocate,
-// launch, check the launch.
+// Launchers of bn_stats, bn_act, bn_act_bwd, bn_act_bwd_input, relu_bwd_sum, bn_act_pool and bn_act_pool_bwd: check,
+// guard the device, allocate, launch, check the launch.
 
 #include "bn_act.h"
 
@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "kernels/bn_act.cuh"
+#include "kernels/bn_act_pool.cuh"
 #include "launch.h"
 
 namespace fused_resnet {
@@ -27,7 +28,7 @@ struct Geometry {
   int64_t rows;
   int channels;
   int vector;              // elements a load
-  int64_t rows_per_block;  // a multiple of kLeastRows * block.y
+  int64_t rows_per_block;  // a multiple of block.y and of the rows of a thread, at least
   dim3 grid, block;
 
   int splits() const { return static_cast<int>(grid.y); }
@@ -37,13 +38,14 @@ struct Geometry {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The geometry for maps like x; `pointers` are those of maps and parameters, which are read or written 16 bytes at a
-// time if all of them can be.
-Geometry geometry_of(const char* op, const Tensor& x, std::initializer_list<const void*> pointers, int blocks) {
+// The geometry for `rows` of maps like x, a thread having so many at least; `pointers` are those of maps and parameters,
+// which are read or written 16 bytes at a time if all of them can be.
+Geometry geometry_of(const char* op, const Tensor& x, int64_t rows, int least_rows,
+                     std::initializer_list<const void*> pointers, int blocks) {
   Geometry g;
   const int64_t channels = x.size(1);
   check(channels <= std::numeric_limits<int>::max() / 2, op, ": too many channels, got ", channels);
-  g.rows = x.numel() / channels;
+  g.rows = rows;
   g.channels = static_cast<int>(channels);
   const int wide = static_cast<int>(16 / x.element_size());
   const bool aligned = std::all_of(pointers.begin(), pointers.end(),
@@ -57,10 +59,15 @@ Geometry geometry_of(const char* op, const Tensor& x, std::initializer_list<cons
   const int64_t tiles = ceil_div(vectors, lanes);
   // gridDim.y ends at 65535; a device has far fewer multiprocessors than that.
   const int64_t splits = std::clamp<int64_t>(blocks / tiles, 1, 32768);
-  const int64_t least = int64_t{kLeastRows} * g.block.y;
+  const int64_t least = int64_t{least_rows} * g.block.y;
   g.rows_per_block = ceil_div(ceil_div(g.rows, splits), least) * least;
   g.grid = dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(g.rows, g.rows_per_block)));
   return g;
+}
+
+// Of all rows of x.
+Geometry geometry_of(const char* op, const Tensor& x, std::initializer_list<const void*> pointers, int blocks) {
+  return geometry_of(op, x, x.numel() / x.size(1), kLeastRows, pointers, blocks);
 }
 
 template <bool B>
@@ -89,6 +96,16 @@ struct BwdSums {
   Tensor sum_g, dweight;
 };
 
+// The second stage: what the first one's blocks left in `partial`.
+void finish(const char* op, const Device& device, const Geometry& geometry, const Tensor& partial,
+            const std::optional<Tensor>& var, double eps, const BwdSums& sums) {
+  with_bool(var.has_value(), [&](auto center) {
+    launch(op, device, geometry.final_grid(), Geometry::final_block(), bn_bwd_final_kernel<decltype(center)::value>,
+           data<float>(partial), data<float>(var), static_cast<float>(eps), mutable_data<float>(sums.sum_g),
+           mutable_data<float>(sums.dweight), geometry.splits(), geometry.channels);
+  });
+}
+
 BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const std::optional<Tensor>& y,
                  const std::optional<Tensor>& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
                  double eps, const Tensor& g) {
@@ -109,11 +126,7 @@ BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const
     if (!x.has_value()) return first(Bool<true>{}, Bool<false>{});
     with_bool(y.has_value(), [&](auto mask) { first(mask, Bool<true>{}); });
   });
-  with_bool(x.has_value(), [&](auto center) {
-    launch(op, device, geometry.final_grid(), Geometry::final_block(), bn_bwd_final_kernel<decltype(center)::value>,
-           data<float>(partial), data<float>(var), static_cast<float>(eps), mutable_data<float>(sums.sum_g),
-           mutable_data<float>(sums.dweight), geometry.splits(), geometry.channels);
-  });
+  finish(op, device, geometry, partial, var, eps, sums);
   return sums;
 }
 
@@ -140,6 +153,42 @@ Tensor bwd_input(const char* op, const Device& device, const Tensor& grad, const
     });
   });
   return dx;
+}
+
+PoolMaps pool_maps(const char* op, const Tensor& x) {
+  PoolMaps maps;
+  check(std::max(x.size(2), x.size(3)) <= std::numeric_limits<int>::max() / 2, op, ": too large maps, got ", x.size(2),
+        " x ", x.size(3));
+  maps.height = static_cast<int>(x.size(2));
+  maps.width = static_cast<int>(x.size(3));
+  maps.p = (maps.height + 1) / 2;
+  maps.q = (maps.width + 1) / 2;
+  maps.segments = static_cast<int>(ceil_div(maps.p, kWalk));
+  return maps;
+}
+
+// [N, C, P, Q], channels_last.
+Tensor new_windows(const Tensor& x, const PoolMaps& maps, ScalarType dtype) {
+  const Tensor rows = torch::stable::new_empty(x, {x.size(0), maps.p, maps.q, x.size(1)}, dtype);
+  return torch::stable::transpose(torch::stable::transpose(rows, 2, 3), 1, 2);
+}
+
+// Rows are walks: see kernels/bn_act_pool.cuh.
+Geometry pool_geometry(const char* op, const Tensor& x, const PoolMaps& maps,
+                       std::initializer_list<const void*> pointers, int blocks) {
+  const int64_t walks = x.size(0) * maps.segments * maps.q;
+  check(walks <= std::numeric_limits<int>::max(), op, ": too many windows, in maps of ", x.size(2), " x ", x.size(3));
+  return geometry_of(op, x, walks, 1, pointers, blocks);
+}
+
+// A map of x's windows: y, grad or winner.
+void check_windows(const char* op, const char* name, const Tensor& t, const Tensor& x, const PoolMaps& maps,
+                   ScalarType dtype) {
+  check_map(op, name, t);
+  check(t.size(0) == x.size(0) && t.size(1) == x.size(1) && t.size(2) == maps.p && t.size(3) == maps.q, op, ": ", name,
+        " must be [", x.size(0), ", ", x.size(1), ", ", maps.p, ", ", maps.q, "]");
+  check(t.scalar_type() == dtype, op, ": ", name, " must be ", torch::headeronly::toString(dtype));
+  check(same_device(t, x), op, ": ", name, " must be on the device of x");
 }
 
 }  // namespace
@@ -237,6 +286,74 @@ std::tuple<Tensor, Tensor> relu_bwd_sum(const Tensor& grad, const Tensor& y) {
   const Tensor g = torch::stable::empty_like(grad);
   const BwdSums sums = bwd_sums(op, device, grad, y, std::nullopt, std::nullopt, std::nullopt, 0.0, g);
   return {g, sums.sum_g};
+}
+
+std::tuple<Tensor, Tensor> bn_act_pool(const Tensor& x, const Tensor& mean, const Tensor& var,
+                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                       double eps) {
+  const char* op = "bn_act_pool";
+  check_map(op, "x", x);
+  check_channels(op, "mean", mean, x);
+  check_channels(op, "var", var, x);
+  if (weight.has_value()) check_channels(op, "weight", *weight, x);
+  if (bias.has_value()) check_channels(op, "bias", *bias, x);
+  const Device device(x);
+  const PoolMaps maps = pool_maps(op, x);
+  const Tensor y = new_windows(x, maps, x.scalar_type()), winner = new_windows(x, maps, ScalarType::Byte);
+  const Geometry geometry = pool_geometry(op, x, maps,
+                                          {address(x), address(y), address(winner), address(mean), address(var),
+                                           address(weight), address(bias)},
+                                          kStreamBlocks * device.multiprocessors);
+  with_type(op, x, geometry, [&](auto element, auto vector) {
+    using T = decltype(element);
+    launch(op, device, geometry.grid, geometry.block, bn_act_pool_kernel<T, decltype(vector)::value>, data<T>(x),
+           data<float>(mean), data<float>(var), data<float>(weight), data<float>(bias), static_cast<float>(eps),
+           mutable_data<T>(y), mutable_data<uint8_t>(winner), maps, geometry.rows, geometry.channels,
+           geometry.rows_per_block);
+  });
+  return {y, winner};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_pool_bwd(const Tensor& grad, const Tensor& x, const Tensor& winner,
+                                                   const Tensor& mean, const Tensor& var,
+                                                   const std::optional<Tensor>& weight, double eps, bool need_x) {
+  const char* op = "bn_act_pool_bwd";
+  check_map(op, "x", x);
+  const PoolMaps maps = pool_maps(op, x);
+  check_windows(op, "grad", grad, x, maps, x.scalar_type());
+  check_windows(op, "winner", winner, x, maps, ScalarType::Byte);
+  check_channels(op, "mean", mean, x);
+  check_channels(op, "var", var, x);
+  if (weight.has_value()) check_channels(op, "weight", *weight, x);
+  const Device device(x);
+  const Geometry geometry =
+      pool_geometry(op, x, maps, {address(grad), address(x), address(winner), address(mean)},
+                    kPoolBlocks * device.multiprocessors);
+  const Tensor partial = new_floats(x, int64_t{2} * geometry.splits() * geometry.channels);
+  const BwdSums sums{new_floats(x, geometry.channels), new_floats(x, geometry.channels)};
+  with_type(op, x, geometry, [&](auto element, auto vector) {
+    using T = decltype(element);
+    launch(op, device, geometry.grid, geometry.block, bn_act_pool_bwd_partial_kernel<T, decltype(vector)::value>,
+           data<T>(grad), data<uint8_t>(winner), data<T>(x), data<float>(mean), mutable_data<float>(partial), maps,
+           geometry.rows, geometry.channels, geometry.rows_per_block);
+  });
+  finish(op, device, geometry, partial, var, eps, sums);
+  if (!need_x) return {new_floats(x, 0), sums.dweight, sums.sum_g};
+
+  const Tensor dx = torch::stable::empty_like(x);
+  const float share = 1.0f / static_cast<float>(x.numel() / x.size(1));
+  const Geometry of_input = pool_geometry(op, x, maps,
+                                          {address(grad), address(x), address(winner), address(dx), address(mean),
+                                           address(var), address(weight), address(sums.sum_g), address(sums.dweight)},
+                                          kStreamBlocks * device.multiprocessors);
+  with_type(op, x, of_input, [&](auto element, auto vector) {
+    using T = decltype(element);
+    launch(op, device, of_input.grid, of_input.block, bn_act_pool_bwd_input_kernel<T, decltype(vector)::value>,
+           data<T>(grad), data<uint8_t>(winner), data<T>(x), data<float>(mean), data<float>(var), data<float>(weight),
+           data<float>(sums.sum_g), data<float>(sums.dweight), share, static_cast<float>(eps), mutable_data<T>(dx),
+           maps, of_input.rows, of_input.channels, of_input.rows_per_block);
+  });
+  return {dx, sums.dweight, sums.sum_g};
 }
 
 }  // namespace fused_resnet

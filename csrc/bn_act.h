@@ -33,4 +33,15 @@ Tensor bn_act_bwd_input(const Tensor& grad, const std::optional<Tensor>& y, cons
 // g and its sum per channel, in one pass
 std::tuple<Tensor, Tensor> relu_bwd_sum(const Tensor& grad, const Tensor& y);
 
+// y and winner: [N, C, P, Q] of max-pool 3x3 stride 2 padding 1 after relu((x - mean) / sqrt(var + eps) * weight + bias);
+// winner is uint8: 3 * row + column of the value in its window, 9 where nothing is above zero
+std::tuple<Tensor, Tensor> bn_act_pool(const Tensor& x, const Tensor& mean, const Tensor& var,
+                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                       double eps);
+
+// dx, dweight, dbias; mean and var are x's own, dx is empty unless need_x
+std::tuple<Tensor, Tensor, Tensor> bn_act_pool_bwd(const Tensor& grad, const Tensor& x, const Tensor& winner,
+                                                   const Tensor& mean, const Tensor& var,
+                                                   const std::optional<Tensor>& weight, double eps, bool need_x);
+
 }  // namespace fused_resnet

@@ -62,6 +62,11 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
       "bn_act_bwd_input(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor scale, Tensor mean_g, Tensor slope) -> "
       "Tensor");
   m.def("relu_bwd_sum(Tensor grad, Tensor y) -> (Tensor, Tensor)");
+  m.def(
+      "bn_act_pool(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "bn_act_pool_bwd(Tensor grad, Tensor x, Tensor winner, Tensor mean, Tensor var, Tensor? weight, float eps, "
+      "bool need_x) -> (Tensor, Tensor, Tensor)");
   m.def("chain_instances() -> Tensor");
   m.def(
       "chain_out(int instance, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? residual, "
@@ -90,6 +95,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
   m.impl("bn_act_bwd_input", TORCH_BOX(&fused_resnet::bn_act_bwd_input));
   m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
+  m.impl("bn_act_pool", TORCH_BOX(&fused_resnet::bn_act_pool));
+  m.impl("bn_act_pool_bwd", TORCH_BOX(&fused_resnet::bn_act_pool_bwd));
   m.impl("chain_out", TORCH_BOX(&fused_resnet::chain_out));
   m.impl("conv_bias_act", TORCH_BOX(&fused_resnet::conv_bias_act));
   m.impl("conv_bias_act_out", TORCH_BOX(&fused_resnet::conv_bias_act_out));

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.resnet import ResNet
 
-from .backends import forced, objection, refuses, triton
+from .backends import cuda, forced, objection, refuses, triton
 from .blocks import on_own_batch, parts_unfusable, tampered
 from .functional import update_running_stats
 
@@ -24,10 +24,11 @@ def pooled_stem(network: nn.Module, x: Tensor) -> Tensor | None:
         return None
     y, bn = network.conv1(x), network.bn1
     mean, var = _ops.bn_stats.default(y)
-    if y.is_cuda and objection(triton, "bn_act_pool", (y, mean, var, bn.weight, bn.bias, bn.eps))[0] is not None:
+    args = (y, mean, var, bn.weight, bn.bias, bn.eps)
+    if y.is_cuda and all(refuses(b, "bn_act_pool", args) or objection(b, "bn_act_pool", args)[0] for b in _own()):
         return network.maxpool(network.relu(bn(y)))
     update_running_stats(bn, y, mean, var)
-    return _ops.bn_act_pool.default(y, mean, var, bn.weight, bn.bias, bn.eps)[0]
+    return _ops.bn_act_pool.default(*args)[0]
 
 
 def unpoolable(network: nn.Module) -> str | None:
@@ -51,7 +52,12 @@ def _worth_it(x: Tensor) -> bool:
     """Whether the op would run on a kernel of its own for an input like x."""
     if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or not x.is_cuda or x.dim() != 4:
         return False
-    return forced() in (None, triton.NAME) and refuses(triton, "bn_stats", (x,)) is None
+    return any(refuses(backend, "bn_stats", (x,)) is None for backend in _own())
+
+
+def _own() -> list:
+    """The backends that have a kernel for it and may serve."""
+    return [backend for backend in (cuda, triton) if forced() in (None, backend.NAME)]
 
 
 class FusedResNet(ResNet):

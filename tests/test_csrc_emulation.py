@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_resnet.backends import cuda, reference
+from fused_resnet.backends import cuda, pooled, reference
 from fused_resnet.backends.layout import output_format
 from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error, nan_filled
 
@@ -270,6 +270,143 @@ def test_launchers_refuse_with_a_sentence(change, sentence):
     args |= {"residual": None, "relu": True}
     with pytest.raises(RuntimeError, match=f"bn_act: {sentence}"):
         torch.ops.fused_resnet_cuda.bn_act(**change(args))
+
+
+# Batch norm, ReLU and max-pool in one
+
+# Odd and even maps, of one value and of one line, more windows than a walk has, a walk that ends with the map.
+POOL_SHAPES = [
+    pytest.param((5, 3, 7, 9), False, id="3-channels"),
+    pytest.param((2, 64, 18, 15), False, id="64-channels"),
+    pytest.param((2, 64, 15, 14), True, id="64-channels-misaligned"),
+    pytest.param((1, 264, 5, 6), False, id="264-channels"),
+    pytest.param((2, 8, 33, 4), False, id="17-windows-high"),
+    pytest.param((1, 24, 32, 2), False, id="16-windows-high"),
+    pytest.param((3, 8, 1, 6), False, id="one-line"),
+    pytest.param((3, 16, 6, 1), False, id="one-column"),
+    pytest.param((4, 8, 1, 1), False, id="one-value"),
+]
+
+
+def pool_case(shape, dtype, misaligned=False):
+    x, _, _, weight, bias = case(shape, dtype, misaligned, mean=0.2)
+    mean, var = (s.float() for s in exact_stats(x))
+    return x, mean, var, weight, bias
+
+
+def assert_same_pool(got, x, *bn):
+    """y and winner to the bit: those that PyTorch's pool finds in batch norm's result as this dtype holds it."""
+    a = cuda.bn_act(x, *bn, EPS, None, True, True)
+    y, at = torch.nn.functional.max_pool2d(a, 3, 2, 1, return_indices=True)
+    p, q = torch.arange(y.shape[2])[:, None] * 2 - 1, torch.arange(y.shape[3])[None, :] * 2 - 1
+    place = 3 * (at // x.shape[3] - p) + at % x.shape[3] - q
+    place[y <= 0] = pooled.LOST
+    assert torch.equal(got[0].nan_to_num(-9.0), y.nan_to_num(-9.0)) and torch.equal(got[1], place.to(torch.uint8))
+    assert got[0].dtype == x.dtype and got[0].stride() == got[1].stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape, misaligned", POOL_SHAPES)
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+def test_bn_act_pool(machine, shape, dtype, misaligned, affine):
+    x, mean, var, *affine_of = pool_case(shape, dtype, misaligned)
+    bn = (mean, var, *(affine_of if affine else (None, None)))
+    results = []
+    for backwards in (False, True):
+        machine(4, backwards)
+        results.append(cuda.bn_act_pool(x, *bn, EPS))
+        assert_same_pool(results[-1], x, *bn)
+    y, expected = results[0][0], reference.bn_act_pool(x.double(), *(t if t is None else t.double() for t in bn), EPS)
+    assert error(y, expected[0]) < bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_bn_act_pool_prefers_what_pytorch_prefers(dtype):
+    """The first of equal values, the last NaN, infinity before all numbers, nothing where nothing is above zero."""
+    plain = torch.zeros(8), torch.full((8,), 1 - EPS), None, None
+    ties = torch.randint(-2, 3, (3, 8, 17, 8)).to(dtype)
+    assert_same_pool(cuda.bn_act_pool(between_nans(ties), *plain, EPS), ties, *plain)
+    rare = torch.randn(4, 8, 9, 10)
+    for value, share in ((float("nan"), 0.1), (float("inf"), 0.1), (-float("inf"), 0.5)):
+        rare[torch.rand(rare.shape) < share] = value
+    rare = between_nans(rare.to(dtype))
+    got = cuda.bn_act_pool(rare, *plain, EPS)
+    assert_same_pool(got, rare, *plain)
+    assert got[0].isnan().any() and (got[1] == pooled.LOST).any() and got[0].isinf().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape, misaligned", POOL_SHAPES)
+@pytest.mark.parametrize("mask", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=str)
+def test_bn_act_pool_bwd(machine, shape, dtype, misaligned, mask):
+    x, mean, var, weight, bias = pool_case(shape, dtype, misaligned)
+    y, winner = cuda.bn_act_pool(x, mean, var, weight, bias, EPS)
+    grad = between_nans(torch.randn(y.shape).to(dtype), misaligned)
+    winner = bytes_between_nines(winner, misaligned)
+    mask, results = [bool(m) for m in mask], []
+    for backwards in (False, True):
+        machine(4, backwards)
+        results.append(cuda.bn_act_pool_bwd(grad, x, winner, mean, var, weight, EPS, mask))
+    wide = (grad.double(), x.double(), winner, mean.double(), var.double(), weight.double())
+    expected = reference.bn_act_pool_bwd(*wide, EPS, mask)
+    for needed, got, again, e, tolerance in zip(mask, *results, expected, [bound(dtype), 2e-6, 2e-6], strict=True):
+        assert (got is None) == (not needed)
+        if needed:
+            assert torch.equal(got, again) and error(got, e) <= tolerance
+
+
+def bytes_between_nines(winner, misaligned):
+    """winner among bytes that would be winners of other windows."""
+    start = 33 if misaligned else 32
+    shelf = torch.arange(winner.numel() + 80).remainder(9).to(torch.uint8)
+    n, c, h, w = winner.shape
+    return shelf[start : start + winner.numel()].view(n, h, w, c).permute(0, 3, 1, 2).copy_(winner)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 7, 132])
+def test_bn_act_pool_on_any_number_of_multiprocessors(machine, multiprocessors):
+    machine(multiprocessors, False)
+    for shape in ((3, 40, 37, 11), (1, 264, 3, 5), (2, 5, 31, 7)):
+        x, *bn = pool_case(shape, torch.float16)
+        y, winner = cuda.bn_act_pool(x, *bn, EPS)
+        assert_same_pool((y, winner), x, *bn)
+        args = torch.randn(y.shape).half(), x, winner, *bn[:3]
+        got = cuda.bn_act_pool_bwd(*args, EPS, [True] * 3)
+        expected = reference.bn_act_pool_bwd(*args, EPS, [True] * 3)
+        assert all(error(g, e) < 1e-3 for g, e in zip(got, expected, strict=True))
+
+
+def test_bn_act_pool_bwd_lets_nan_through():
+    """As PyTorch's batch norm: x that is not finite spoils its channel's gradient, and no other's."""
+    x, mean, var, weight, bias = pool_case((2, 8, 5, 5), torch.float32)
+    y, winner = cuda.bn_act_pool(x, mean, var, weight, bias, EPS)
+    grad = torch.randn(y.shape).contiguous(memory_format=torch.channels_last)
+    x[1, 3, 4, 4] = float("inf")
+    args = grad, x, winner, mean, var, weight, EPS, [True] * 3
+    for got, expected in zip(cuda.bn_act_pool_bwd(*args), reference.bn_act_pool_bwd(*args), strict=True):
+        assert torch.equal(got.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"winner": lambda t: t.int()}, "winner must be Byte"),
+        ({"winner": lambda t: t[:1]}, r"winner must be \[2, 4, 2, 3\]"),
+        ({"grad": lambda t: t[:, :, :1]}, r"grad must be \[2, 4, 2, 3\]"),
+        ({"grad": lambda t: t.half()}, "grad must be Float"),
+        ({"x": lambda t: t[:0]}, "x must not be empty"),
+        ({"mean": lambda t: t[:3]}, r"mean must be \[C\] = \[4\]"),
+    ],
+)
+def test_bn_act_pool_bwd_refuses_with_a_sentence(change, sentence):
+    x = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)
+    y, winner = torch.ops.fused_resnet_cuda.bn_act_pool(x, torch.zeros(4), torch.ones(4), None, None, EPS)
+    args = {"grad": y, "x": x, "winner": winner, "mean": torch.zeros(4), "var": torch.ones(4)}
+    args |= {"weight": None, "eps": EPS, "need_x": True}
+    args |= {name: f(args[name]) for name, f in change.items()}
+    args = {n: t.contiguous(memory_format=torch.channels_last) if n == "grad" else t for n, t in args.items()}
+    with pytest.raises(RuntimeError, match=f"bn_act_pool_bwd: {sentence}"):
+        torch.ops.fused_resnet_cuda.bn_act_pool_bwd(**args)
 
 
 # The average over whole maps

@@ -43,11 +43,11 @@ def fused(name: str, model: nn.Module, layout: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=1)  # the judges of the largest model are gigabytes
-def trials(name: str, train: bool, device, seeds: tuple[int, ...] = parity.SEEDS):
+def trials(name: str, train: bool, device, seeds: tuple[int, ...] = parity.SEEDS, size=SIZE):
     """([(model, input, judge) of each seed], yardstick over all of them)."""
     cases, yardsticks = [], []
     for seed in seeds:
-        model, x = untouched(name, seed, train, device)
+        model, x = untouched(name, seed, train, device, size=size)
         judge = parity.judge_of(model, x)
         cases.append((model, x, judge))
         yardsticks.append(parity.yardstick_of(model, x, judge))
@@ -66,13 +66,20 @@ def names(*default: str):
 
 FEW = ("resnet18", "resnet50", "resnext50_32x4d")
 few_names = names(*FEW)
-every_kind = names(*FEW, "wide_resnet50_2")
+ungrouped = names("resnet18", "resnet50")
+# Odd maps at every stage; more images, and a last map of 2 x 2.
+sizes = pytest.mark.parametrize(
+    "size",
+    [SIZE, *(pytest.param(size, marks=pytest.mark.slow) for size in ((1, 3, 97, 161), (5, 3, 33, 47)))],
+    ids=lambda size: f"{size[0]}x{size[2]}x{size[3]}",
+)
 
 
 @layouts
 @modes
-@every_kind
-def test_equals_torchvision(name, mode, layout, device):
+@sizes
+@few_names
+def test_equals_torchvision(name, size, mode, layout, device):
     """float32: output, gradient of the input and of every parameter, running statistics, num_batches_tracked.
 
     In eval mode the networks are firm (parity.py), hardly a ReLU flips, and the worst of three seeds counts. In
@@ -82,7 +89,7 @@ def test_equals_torchvision(name, mode, layout, device):
     """
 
     def found(seeds: tuple[int, ...]) -> list[str]:
-        cases, yardstick = trials(name, mode == "train", device, seeds)
+        cases, yardstick = trials(name, mode == "train", device, seeds, size)
         ours = []
         for model, x, judge in cases:
             model, image = parity.as_variant(layout, fused(name, model, layout), x)
@@ -97,10 +104,11 @@ def test_equals_torchvision(name, mode, layout, device):
 
 
 @modes
-@every_kind
-def test_equals_torchvision_in_float64(name, mode, device):
+@sizes
+@few_names
+def test_equals_torchvision_in_float64(name, size, mode, device):
     """The same where ReLUs cut through the data, to nine digits: in float64 a flip is next to impossible."""
-    model, x = untouched(name, 0, mode == "train", device, firm=False)
+    model, x = untouched(name, 0, mode == "train", device, firm=False, size=size)
     ours = fused(name, model.double(), "contiguous")
     assert len(fused_resnet.swap_report(ours).fused) == len(fused_resnet.swap_report(ours).blocks) > 0
     found = parity.errors(parity.observe(ours, x.double()), parity.observe(model, x.double()))
@@ -108,7 +116,7 @@ def test_equals_torchvision_in_float64(name, mode, device):
 
 
 @modes
-@few_names
+@names("resnet18", "resnext50_32x4d")
 def test_ordinary_outputs(name, mode, device):
     """float32, ReLUs cutting through the data, larger images: outputs and statistics by the rule, for three seeds."""
     yardsticks, ours = [], []
@@ -171,7 +179,7 @@ def sgd(model: nn.Module, x: torch.Tensor, steps: int = 5) -> parity.Seen:
     return {"parameter all": parameters, "buffer all": buffers, "buffer num_batches_tracked": tracked}
 
 
-@few_names
+@ungrouped
 def test_five_sgd_steps(name, device):
     """float32, the median of three seeds in each layout: where a ReLU flips, trajectories part, torchvision's own
     variants by up to several percent, and a flip is an accident of its seed. The sharp half is the test below."""
@@ -190,7 +198,7 @@ def test_five_sgd_steps(name, device):
         parity.check({key: statistics.median(e[key] for e in errors) for key in errors[0]}, parity.worst(yardsticks))
 
 
-@few_names
+@ungrouped
 def test_five_sgd_steps_in_float64(name, device):
     """Nothing flips, and so nothing drifts: the sharp half of the test above."""
     model, x = untouched(name, 0, True, device)

@@ -201,10 +201,9 @@ def test_a_forced_backend_without_the_op_leaves_the_modules(monkeypatch):
     monkeypatch.setattr(stem, "refuses", lambda *args: None)
     x = type("OnAGpu", (), {"is_cuda": True, "dim": lambda self: 4})()
     assert stem._worth_it(x)
-    with fused_resnet.backend("triton"):
-        assert stem._worth_it(x)
-    with fused_resnet.backend("cuda"):
-        assert not stem._worth_it(x)
+    for name, has in {"triton": True, "cuda": True, "cudnn": False, "reference": False}.items():
+        with fused_resnet.backend(name):
+            assert stem._worth_it(x) is has
 
 
 def test_on_a_cpu_the_modules_are_called():

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import composed, cpu, cuda, cudnn, reference, triton
+from . import composed, cpu, cuda, cudnn, pooled, reference, triton
 from .choice import fastest
 from .verify import capturing, objection, prepare, signature, tf32_allowed
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("fused_resnet")
 
 BACKENDS = {b.NAME: b for b in (cuda, triton, cudnn, cpu, reference)}
 ORDER = {"cuda": (cuda, triton, cudnn), "cpu": (cpu,)}
-MEASURED = set(composed.OPS)  # the backends fuse different things into these
+MEASURED = {*composed.OPS, *pooled.OPS}  # the backends fuse different things into these
 TRUSTED = {cpu}  # PyTorch's own kernels, probed once; all others are compared with the reference first
 ENVIRONMENT = "FUSED_RESNET_BACKEND"
 MOST_READY = 4096  # kinds of calls remembered: more than a network has, fewer than an endless stream of sizes brings
@@ -131,6 +131,8 @@ def _choose(op: str, args: tuple):
         if reason := refuses(candidate, op, args) or defers(candidate, op, args):
             _tell_once(logging.INFO, f"{op}: {reason}")
             continue
+        if agreed and candidate is cudnn and op in pooled.OPS:
+            break  # passes over the largest maps, and indices of eight bytes a value: not even worth the memory to time
         reason, settled = (None, True) if candidate in TRUSTED else objection(candidate, op, args)
         lasting = lasting and settled
         if reason is None and op in MEASURED and candidate not in TRUSTED:

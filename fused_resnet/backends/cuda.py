@@ -12,13 +12,17 @@ import types
 import torch
 from torch import Tensor
 
-from . import aten, composed, cuda_conv, cudnn
+from . import aten, composed, cuda_conv, cudnn, pooled
 from .layout import as_float32_vectors, as_rows, output_format
 from .library import FACTS, build_facts, chip, covers, load
 
 NAME = "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OPS = ("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", "conv_bn_act_bwd", *composed.OPS)
+OPS = (
+    *("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", "conv_bn_act_bwd"),
+    *composed.OPS,
+    *pooled.OPS,
+)
 
 
 def fingerprint(tensors: list[Tensor]) -> Tensor | None:
@@ -178,6 +182,24 @@ def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):
     y = as_rows(y) if relu else None
     dx = torch.ops.fused_resnet_cuda.bn_act_bwd_input(as_rows(grad), y, as_rows(x), *vectors)
     return _laid_out(dx, output_format(x))
+
+
+def bn_act_pool(x, *args):
+    *bn, eps = args
+    y, winner = torch.ops.fused_resnet_cuda.bn_act_pool(as_rows(x), *as_float32_vectors(*bn), eps)
+    format = output_format(x)
+    return _laid_out(y, format), _laid_out(winner, format)
+
+
+def bn_act_pool_bwd(grad, x, winner, mean, var, bn_weight, eps, output_mask):
+    need_x, need_weight, need_bias = output_mask
+    maps, vectors = map(as_rows, (grad, x, winner)), as_float32_vectors(mean, var, bn_weight)
+    dx, dweight, dbias = torch.ops.fused_resnet_cuda.bn_act_pool_bwd(*maps, *vectors, eps, need_x)
+    return (
+        _laid_out(dx, output_format(x)) if need_x else None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+    )
 
 
 def conv_bn_act_bwd(grad, y, x, weight, *rest):

@@ -14,5 +14,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
   m.impl("bn_act_bwd_input", TORCH_BOX(&fused_resnet::bn_act_bwd_input));
   m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
+  m.impl("bn_act_pool", TORCH_BOX(&fused_resnet::bn_act_pool));
+  m.impl("bn_act_pool_bwd", TORCH_BOX(&fused_resnet::bn_act_pool_bwd));
   m.impl("avg_pool_out", TORCH_BOX(&fused_resnet::avg_pool_out));
 }
