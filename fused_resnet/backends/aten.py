@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from .layout import as_channels, output_format, with_strides_of
 from .reference import accumulator, inverse_and_scale
 
 _aten = torch.ops.aten
+CACHED = 2**16  # elements in float64
 
 
 def conv_bn_act(*args):
@@ -47,14 +51,23 @@ def relu_bwd_sum(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return g, g.sum((0, 2, 3), dtype=accumulator(g.dtype))
 
 
+def conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_mask):
+    """(da, dweight) of a convolution of a; None where output_mask is off."""
+    conv = (None, stride, padding, dilation, False, [0, 0], groups)
+    da, dweight, _ = _aten.convolution_backward(grad, a, weight, *conv, [*output_mask, False])
+    return da, dweight if dweight is None else with_strides_of(weight, dweight)
+
+
 def conv_bn_act_bwd(grad, y, x, weight, *rest):
     *_, relu, output_mask = rest
     g = relu_bwd(grad, y, relu).contiguous(memory_format=output_format(x, weight))
     return conv_bn_act_bwd_masked(g, None, x, weight, *rest)
 
 
-def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest):
-    """conv_bn_act_bwd from g, the gradient that the ReLU let through, and its sum per channel (None: not known yet)."""
+def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest, gradients=conv_gradients):
+    """conv_bn_act_bwd from g, the gradient that the ReLU let through, and its sum per channel (None: not known yet).
+
+    gradients: conv_gradients, or what does the same faster."""
     bn_weight, mean, var, eps, stride, padding, dilation, groups, _, output_mask = rest
     need_x, need_weight, need_bn_weight, need_bn_bias, need_residual = output_mask
     acc = accumulator(x.dtype)
@@ -66,6 +79,10 @@ def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest):
     if sum_g is None and (need_bn_weight or need_bn_bias):
         sum_g = g.sum((0, 2, 3), dtype=acc)
     need_raw = need_weight or need_bn_weight
+    center = None
+    if need_bn_weight and x.dtype is torch.float32:
+        finite = sum_g.isfinite().all()  # else the plain sums, in which inf and NaN travel as in PyTorch
+        center = torch.where(finite, centered(x), 0)
     # dbn_weight is a difference of two sums, of which one is over the plain convolution's weight gradient: in 16 bits
     # its rounding would be most of the error. (TF32 holds every 16-bit operand.)
     exact = need_bn_weight and x.dtype is not acc
@@ -75,8 +92,10 @@ def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest):
     dx = dweight = dbn_weight = None
     if need_x or need_raw:
         folded = weight if scale is None or not need_x else (weight * scale).to(weight.dtype)
-        mask = [need_x, need_raw and not (ahead or exact), False]
-        dx, raw, _ = _aten.convolution_backward(g, x, folded, *conv, mask) if any(mask) else (None, None, None)
+        mask = [need_x, need_raw and not (ahead or exact)]
+        around = x if center is None else x - center
+        where = (stride, padding, dilation, groups)
+        dx, raw = gradients(g, around, folded, *where, mask) if any(mask) else (None, None)
     if need_x:
         dx = dx.contiguous(memory_format=output_format(x, weight))
     if exact:
@@ -86,11 +105,67 @@ def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest):
         ahead_g = g * power.to(g.dtype).view(1, -1, 1, 1)
         raw = _aten.convolution_backward(ahead_g, x, weight, *conv, [False, True, False])[1]
         scale = scale / power.view(-1, 1, 1, 1)
-    if need_bn_weight:
+    if center is not None:
+        dbn_weight = (raw * weight).sum((1, 2, 3))
+        center = center.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)[:, :, None, None]  # as weight
+        of_taps = _conv_of_constant(weight, center)
+        sums, inside = _regions(g, sum_g, x.shape[2:], weight.shape[2:], stride, padding, dilation)
+        constant = torch.where(inside, of_taps[..., None, None], 0).sum((1, 2))  # what conv(center) is in each region
+        rest = (sums * (constant - mean.view(-1, 1, 1))).sum((1, 2))
+        dbn_weight = inv * (dbn_weight + rest.to(acc))
+        if need_weight:
+            of_ones = torch.where(inside & finite, sums[:, None, None], 0).sum((3, 4))  # [K, R, S]: wgrad(ones, g)
+            raw.addcmul_(center, of_ones[:, None])
+    elif need_bn_weight:
         dbn_weight = inv * ((raw * weight.to(acc)).sum((1, 2, 3)) - mean.to(acc) * sum_g)
     if need_weight:
         dweight = with_strides_of(weight, raw if scale is None else raw * scale)
     return dx, dweight, dbn_weight, sum_g if need_bn_bias else None, g if need_residual else None
+
+
+def centered(x: Tensor) -> Tensor:
+    """Each channel's mean, [1, C, 1, 1], or zero where that is no number.
+
+    The gradient of BN's weight is sum(g * (conv(x) - mean)), here a sum over weight * wgrad(x, g) less mean * sum(g).
+    What a channel's values have in common is most of either, after a ReLU, and cancels: float32's rounding in wgrad
+    came out 6 to 50 times larger. So wgrad is taken around the mean, and what a constant adds is computed by itself.
+    """
+    return x.mean((0, 2, 3), keepdim=True).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _conv_of_constant(weight: Tensor, center: Tensor) -> Tensor:
+    """[K, R, S]: the sum over C of weight * center: [K, C, 1, 1], in float64; on a CPU as much at once as a cache
+    holds."""
+    at_once = max(1, CACHED // weight[0].numel()) if weight.is_cpu else len(weight)
+    parts = zip(weight.split(at_once), center.split(at_once), strict=True)
+    return torch.cat([(w.double() * c).sum(1) for w, c in parts])
+
+
+def _regions(g: Tensor, sum_g: Tensor, size, kernel, stride, padding, dilation) -> tuple[Tensor, Tensor]:
+    """([K, I, J]: sums of g over I x J regions of the map, [R, S, I, J]: whether a tap finds x there, no padding)."""
+    geometry = [
+        _spans(kernel[d], dilation[d], padding[d], stride[d], size[d], g.shape[2 + d], g.device) for d in (0, 1)
+    ]
+    (rows, of_rows), (columns, of_columns) = geometry
+    inside = of_rows[:, None, :, None] & of_columns[None, :, None, :]
+    if len(rows) == len(columns) == 1:
+        return sum_g.view(-1, 1, 1), inside
+    sums = [g[:, :, row, column].sum((0, 2, 3)) for row, column in itertools.product(rows, columns)]
+    return torch.stack(sums, 1).unflatten(1, (len(rows), -1)), inside
+
+
+@functools.lru_cache(maxsize=256)  # and nothing is copied to a GPU while a graph is captured
+def _spans(taps: int, dilation: int, padding: int, stride: int, size: int, outputs: int, device):
+    """(spans of outputs in each of which a tap finds x everywhere or nowhere, [taps, spans]: whether it finds x)."""
+    found = []
+    for tap in range(taps):
+        start = tap * dilation - padding
+        first = min(max(0, -(start // stride)), outputs)  # of the outputs with 0 <= start + output * stride < size
+        found.append((first, min(max(first, -((start - size) // stride)), outputs)))
+    cuts = sorted({0, outputs, *itertools.chain.from_iterable(found)})
+    spans = [slice(*ends) for ends in itertools.pairwise(cuts)]
+    inside = [[first <= span.start and span.stop <= last for span in spans] for first, last in found]
+    return spans, torch.tensor(inside, device=device)
 
 
 def nearest_power_of_2(scale: Tensor) -> Tensor:
@@ -133,13 +208,6 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     if need_x:
         dx = dx.contiguous(memory_format=output_format(x))
     return dx, dbn_weight, dbn_bias, g if need_residual else None
-
-
-def conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_mask):
-    """(da, dweight) of a convolution of a; None where output_mask is off."""
-    conv = (None, stride, padding, dilation, False, [0, 0], groups)
-    da, dweight, _ = _aten.convolution_backward(grad, a, weight, *conv, [*output_mask, False])
-    return da, dweight if dweight is None else with_strides_of(weight, dweight)
 
 
 def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):

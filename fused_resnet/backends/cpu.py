@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..folding import fold
 from . import aten, composed, cuda, pooled
-from .aten import bn_act_bwd_input, conv_bn_act_bwd  # noqa: F401  (two of the backend's functions)
+from .aten import bn_act_bwd_input  # noqa: F401  (one of the backend's functions)
 from .cpu_gradients import conv_gradients  # noqa: F401
 from .layout import as_float32_vectors, as_rows, is_channels_last, output_format
 from .library import load
@@ -269,6 +269,15 @@ def relu_bwd_sum(grad, y):
         grad, as_rows(y), grad, *bn, True, False, False, True, True
     )
     return g, sum_g
+
+
+def conv_bn_act_bwd(grad, y, x, weight, *rest):
+    """The mask and the sum of the masked gradient in one pass, the convolution's gradients as in training."""
+    *_, relu, _ = rest
+    format = output_format(x, weight)
+    g, sum_g = relu_bwd_sum(grad.contiguous(memory_format=format), y) if relu else (grad, None)
+    g = g.contiguous(memory_format=format)
+    return aten.conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest, gradients=conv_gradients)
 
 
 bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, pointwise_bn_act_bwd = composed.composed_of(sys.modules[__name__])
