@@ -9,6 +9,7 @@ CASELOG_DEADLINE (seconds since the epoch, after which no further test is starte
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import time
@@ -27,6 +28,11 @@ POISON = (
     "CUDNN_STATUS_EXECUTION_FAILED",
 )
 SPOILT = "the CUDA context is spoilt"
+
+
+def stands_for(pattern: str, case: str) -> bool:
+    """Whether this stands for the case: its name, the beginning of its name up to a '/', or a shell's pattern."""
+    return case == pattern or case.startswith(f"{pattern.rstrip('/')}/") or fnmatch.fnmatchcase(case, pattern)
 
 
 class Declined(Exception):

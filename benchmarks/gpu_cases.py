@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fused_resnet
 from benchmarks import gpu_conv, gpu_engine, gpu_training
-from benchmarks.caselog import Declined, Log, poisoned
+from benchmarks.caselog import Declined, Log, poisoned, stands_for
 from benchmarks.resnet_shapes import resnet_shapes
 from fused_resnet import backends, doctor, measure
 from fused_resnet.backends import reference, verify
@@ -330,9 +330,12 @@ PARTS = {
 
 def run(part: str, log: Log, device: torch.device, deadline: float, only: list[str] | None = None) -> int:
     """Run the cases that have no status yet; 0 when none is left, POISONED when the CUDA context is spoilt."""
-    done = log.done()
+    done, unused = log.done(), dict.fromkeys(only or ())
     for name, case in PARTS[part](device):
-        if name in done or (only and name not in only):
+        meant = [pattern for pattern in only or () if stands_for(pattern, name)]
+        for pattern in meant:
+            unused.pop(pattern, None)
+        if name in done or (only and not meant):
             continue
         if time.time() > deadline:
             log.write(event="stopped", reason="the time for this part is over")
@@ -350,6 +353,8 @@ def run(part: str, log: Log, device: torch.device, deadline: float, only: list[s
         log.write(case=name, status=status, seconds=round(time.time() - start, 3), **found)
         if status == "failed" and poisoned(found["message"]):
             return POISONED
+    for pattern in unused:
+        log.write(case=pattern, status="failed", seconds=0, message=f"no case of {part} has this name")
     log.write(event="finished", reason="")
     return 0
 

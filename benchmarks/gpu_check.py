@@ -15,6 +15,7 @@ Exit status: 0 nothing failed; 1 a case failed; 2 no GPU, or a wrong argument.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -25,7 +26,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.caselog import SPOILT, Log
+from benchmarks.caselog import SPOILT, Log, stands_for
 from benchmarks.gpu_report import PARTS, write_summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,7 +178,7 @@ class Part:
     def engine(self) -> bool:
         """The engine's cases, in half of the time; whether they are all that was asked for."""
         only = self.arguments.only or []
-        if only and only[0].startswith(("engine", "conv/", "chain/", "train/")):
+        if only and only[0].startswith(("engine", "conv", "chain", "train")):
             self.cases("--only", *only)
             return True
         if not only and not self.arguments.dry_run:
@@ -204,12 +205,19 @@ class Part:
             return
         done = self.log.done()
         for check in ("memcheck", "racecheck"):
-            for case in self.arguments.only or SANITIZED:
+            for case in self.sanitized_cases():
                 if f"{check}/{case}" in done:
                     continue
                 if self.left() < 20:
                     return
                 self.sanitized(tool, check, case)
+
+    def sanitized_cases(self) -> list[str]:
+        """Those that were asked for; a name that stands for none of SANITIZED is a case of the smoke part."""
+        if not self.arguments.only:
+            return SANITIZED
+        meant = {only: [case for case in SANITIZED if stands_for(only, case)] or [only] for only in self.arguments.only}
+        return list(dict.fromkeys(itertools.chain.from_iterable(meant.values())))
 
     def sanitized(self, tool: str | None, check: str, case: str) -> None:
         """One case of the smoke part under one tool; without the tool, in a dry run, alone."""
@@ -331,7 +339,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="earlier", type=Path, metavar="FILE", help="go on from this results.jsonl")
     parser.add_argument("--minutes", type=float, default=8.0, help="the part ends within this; default: 8")
     parser.add_argument("--case-limit", type=float, metavar="SECONDS", help="a case that takes longer is ended")
-    cases = "these cases only; test, bench: pytest's options"
+    cases = (
+        "these cases only, by name, by its beginning up to a '/', or as chain*; test, bench: pytest's options as well"
+    )
     parser.add_argument("--only", type=shlex.split, metavar="CASES", help=cases)
     parser.add_argument("--dry-run", action="store_true", help="the same machinery on a CPU, with small cases")
     arguments = parser.parse_args(argv)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,29 @@ def test_the_engines_cases_run_dry(part, found, tmp_path):
     assert told.keys() == found.keys()
     assert all(line["status"] == "passed" and found[case] in line for case, line in told.items())
     assert {path.name for path in tmp_path.iterdir()} <= FILES | {"engine"}
+
+
+def test_cases_are_named_by_pattern_too(tmp_path):
+    asked = "bn_stats/cpu/batch bn_act/cpu/batch/float32/* bn_act_/nothing"
+    answer = check("smoke", "--dry-run", "--out", tmp_path, "--only", asked)
+    assert answer.returncode == 1, "one of them stands for nothing"
+    told = {line["case"]: line for line in lines(tmp_path, "smoke") if "status" in line}
+    missing = told.pop("bn_act_/nothing")
+    assert missing["status"] == "failed" and missing["message"] == "no case of smoke has this name"
+    assert len(told) > 2 and {case.split("/batch/")[0] for case in told} == {"bn_stats/cpu", "bn_act/cpu"}
+    assert all(line["status"] in ("passed", "skipped") for line in told.values())
+
+
+def test_what_is_asked_of_the_sanitizer():
+    def asked(*only):
+        return gpu_check.Part.sanitized_cases(SimpleNamespace(arguments=SimpleNamespace(only=list(only))))
+
+    assert asked() == gpu_check.SANITIZED
+    assert asked("bn_act_pool") == [c for c in gpu_check.SANITIZED if c.startswith("bn_act_pool/")] and len(
+        asked("chain")
+    )
+    assert asked("bn_act/triton/batch/float32/contiguous") == ["bn_act/triton/batch/float32/contiguous"]
+    assert asked("conv/3x3/float16", "conv") == asked("conv")
 
 
 def test_every_case_of_every_part_has_a_name_of_its_own():
