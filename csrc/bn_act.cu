@@ -155,6 +155,10 @@ Tensor bwd_input(const char* op, const Device& device, const Tensor& grad, const
   return dx;
 }
 
+// Windows of a walk, at most. With fewer, more lines are read twice; with more, small batches leave a GPU idle.
+constexpr int kLongestWalk = 8;
+constexpr int kShortestWalk = 2;
+
 PoolMaps pool_maps(const char* op, const Tensor& x) {
   PoolMaps maps;
   check(std::max(x.size(2), x.size(3)) <= std::numeric_limits<int>::max() / 2, op, ": too large maps, got ", x.size(2),
@@ -163,8 +167,17 @@ PoolMaps pool_maps(const char* op, const Tensor& x) {
   maps.width = static_cast<int>(x.size(3));
   maps.p = (maps.height + 1) / 2;
   maps.q = (maps.width + 1) / 2;
-  maps.segments = static_cast<int>(ceil_div(maps.p, kWalk));
   return maps;
+}
+
+// Walks short enough that each multiprocessor has two waves of blocks, 32 walks of 8 vectors each or alike.
+void divide(PoolMaps& maps, const Tensor& x, const Device& device) {
+  const int64_t vectors = ceil_div(x.size(1) * x.element_size(), 16);
+  const int64_t wanted = int64_t{2} * kPoolBlocks * device.multiprocessors * kThreads;
+  maps.steps = kLongestWalk;
+  while (maps.steps > kShortestWalk && x.size(0) * maps.q * vectors * ceil_div(maps.p, maps.steps) < wanted)
+    maps.steps /= 2;
+  maps.segments = static_cast<int>(ceil_div(maps.p, maps.steps));
 }
 
 // [N, C, P, Q], channels_last.
@@ -298,7 +311,8 @@ std::tuple<Tensor, Tensor> bn_act_pool(const Tensor& x, const Tensor& mean, cons
   if (weight.has_value()) check_channels(op, "weight", *weight, x);
   if (bias.has_value()) check_channels(op, "bias", *bias, x);
   const Device device(x);
-  const PoolMaps maps = pool_maps(op, x);
+  PoolMaps maps = pool_maps(op, x);
+  divide(maps, x, device);
   const Tensor y = new_windows(x, maps, x.scalar_type()), winner = new_windows(x, maps, ScalarType::Byte);
   const Geometry geometry = pool_geometry(op, x, maps,
                                           {address(x), address(y), address(winner), address(mean), address(var),
@@ -319,13 +333,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pool_bwd(const Tensor& grad, const Ten
                                                    const std::optional<Tensor>& weight, double eps, bool need_x) {
   const char* op = "bn_act_pool_bwd";
   check_map(op, "x", x);
-  const PoolMaps maps = pool_maps(op, x);
+  PoolMaps maps = pool_maps(op, x);
   check_windows(op, "grad", grad, x, maps, x.scalar_type());
   check_windows(op, "winner", winner, x, maps, ScalarType::Byte);
   check_channels(op, "mean", mean, x);
   check_channels(op, "var", var, x);
   if (weight.has_value()) check_channels(op, "weight", *weight, x);
   const Device device(x);
+  divide(maps, x, device);
   const Geometry geometry =
       pool_geometry(op, x, maps, {address(grad), address(x), address(winner), address(mean)},
                     kPoolBlocks * device.multiprocessors);

@@ -1,7 +1,7 @@
 // Device code of bn_act_pool and its backward: batch norm, ReLU and max-pool 3x3 stride 2 padding 1. Raw pointers, no
 // torch header.
 //
-// Maps are laid out as in bn_act.cuh, and a thread owns V channels as there; its "rows" are walks: down kWalk rows of
+// Maps are laid out as in bn_act.cuh, and a thread owns V channels as there; its "rows" are walks: down some rows of
 // windows in one column of windows. What a window shares with the one below it, it keeps: in the forward the largest
 // values of a line of x, in the backward two windows' gradients. So every line of x is read by three columns of windows
 // in the forward, whose threads are neighbours, and by one in the backward. No atomics: the same input gives the same
@@ -16,14 +16,13 @@
 
 namespace fused_resnet {
 
-inline constexpr int kWalk = 8;
 // Blocks on a multiprocessor: 128 registers a thread, of which what it loads takes the most; some 50 KB are in flight.
 inline constexpr int kPoolBlocks = 2;
 inline constexpr int kLost = 9;  // the winner of a window where nothing is above zero
 
-// Maps of H x W, and of P x Q windows; walks of an image: segments * Q.
+// Maps of H x W, and of P x Q windows, of which a walk has `steps`; walks of an image: segments * Q.
 struct PoolMaps {
-  int height, width, p, q, segments;
+  int height, width, p, q, steps, segments;
 };
 
 struct Walk {
@@ -34,8 +33,8 @@ struct Walk {
     const int of = static_cast<int>(walk) / maps.q;
     q = static_cast<int>(walk) - of * maps.q;
     image = of / maps.segments;
-    p = (of - static_cast<int>(image) * maps.segments) * kWalk;
-    end = min(p + kWalk, maps.p);
+    p = (of - static_cast<int>(image) * maps.segments) * maps.steps;
+    end = min(p + maps.steps, maps.p);
   }
 };
 
@@ -82,13 +81,13 @@ struct Ranked {
   }
 };
 
-// Three neighbours in a line, the second of them at x; what is not there is not read.
+// Three neighbours in a line, the second of them at x, the others so far to its left and right. All loads come before
+// any arithmetic: nothing is skipped, what is not there is read where something is.
 template <int V, typename T>
-__device__ void load_line(Pack<T, V> (&line)[3], const T* x, bool there, bool left, bool right, int channels) {
-  if (!there) return;
-  if (left) line[0] = load<V>(x, -int64_t{channels});
+__device__ void load_line(Pack<T, V> (&line)[3], const T* x, int64_t left, int64_t right) {
+  line[0] = load<V>(x, -left);
   line[1] = load<V>(x, 0);
-  if (right) line[2] = load<V>(x, channels);
+  line[2] = load<V>(x, right);
 }
 
 // y, winner: [N, P, Q, C]. The winner is 3 * row + column of the value that y is, in its window, or kLost.
@@ -114,32 +113,48 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
   for (int64_t walk = slice.row; walk < slice.end; walk += slice.step) {
     Walk at(maps, walk);
     const bool left = at.q > 0, right = 2 * at.q + 1 < maps.width;
+    const int64_t to_left = left ? channels : 0, to_right = right ? channels : 0;
     const T* middle = x + ((at.image * maps.height + 2 * at.p) * maps.width + 2 * at.q) * channels + slice.channel;
     int64_t out = ((at.image * maps.p + at.p) * maps.q + at.q) * channels + slice.channel;
 
-    // best: the largest of each channel so far, from a line whose first place is `first`.
+    // best: the largest of each channel so far, from a line whose first place is `first`. No branches: a compiler would
+    // move loads into them.
     const auto take = [&](Key(&best)[V], const Pack<T, V>(&line)[3], bool there, int first) {
-      if (!there) return;
 #pragma unroll
       for (int s = 0; s < 3; ++s) {
-        if ((s == 0 && !left) || (s == 2 && !right)) continue;
+        const bool counts = there && (s != 0 || left) && (s != 2 || right);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const float v = (to_float(line[s].value[j]) - center[j]) * scale[j] + shift[j];
           const Key key = Rank::of(relu_of(v), first + s);
-          best[j] = key > best[j] ? key : best[j];
+          best[j] = counts && key > best[j] ? key : best[j];
         }
       }
     };
 
     Key above[V] = {};
-    Pack<T, V> line[2][3];
-    load_line<V>(line[0], middle - line_step, at.p > 0, left, right, channels);
-    take(above, line[0], at.p > 0, 0);
+    if (at.p > 0) {
+      Pack<T, V> line[3];
+      load_line<V>(line, middle - line_step, to_left, to_right);
+      take(above, line, true, 0);
+    }
+    // The lines of the next windows are on their way while these are compared.
+    Pack<T, V> next[2][3];
+    const auto fetch = [&](int p) {
+      const T* const from = middle + (p - at.p) * 2 * line_step;
+      load_line<V>(next[0], from, to_left, to_right);
+      load_line<V>(next[1], from + (2 * p + 1 < maps.height ? line_step : 0), to_left, to_right);
+    };
+    fetch(at.p);
     for (int p = at.p; p < at.end; ++p) {
       const bool there = 2 * p + 1 < maps.height;
-      load_line<V>(line[0], middle, true, left, right, channels);
-      load_line<V>(line[1], middle + line_step, there, left, right, channels);
+      Pack<T, V> line[2][3];
+#pragma unroll
+      for (int s = 0; s < 3; ++s) {
+        line[0][s] = next[0][s];
+        line[1][s] = next[1][s];
+      }
+      fetch(min(p + 1, at.end - 1));
       Key below[V] = {};
       take(above, line[0], true, 3);
       take(below, line[1], there, 6);
@@ -154,7 +169,6 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
       }
       store<V>(y, out, largest);
       store<V>(winner, out, place);
-      middle += 2 * line_step;
       out += int64_t{maps.q} * channels;
     }
   }
@@ -170,22 +184,19 @@ struct alignas(V) Places {
   __device__ int operator[](int j) const { return word[j / kOf] >> (8 * (j % kOf)) & 0xff; }
 };
 
-// A window's gradient and winner; one that is not there has no winner.
+// A window's gradient and winner; of one that is not there, another's gradient and no winner.
 template <typename T, int V>
 struct PoolWindow {
   Pack<T, V> grad;
   Places<V> winner;
 
-  __device__ void fetch(const T* of_grad, const uint8_t* of_winner, int64_t at, bool there) {
-    if (there) {
-      grad = load<V>(of_grad, at);
-      winner = *reinterpret_cast<const Places<V>*>(of_winner + at);
-    } else {
+  __device__ void fetch(const T* of_grad, const uint8_t* of_winner, int64_t at, int64_t beyond, bool there) {
+    const int64_t from = there ? at + beyond : at;
+    grad = load<V>(of_grad, from);
+    winner = *reinterpret_cast<const Places<V>*>(of_winner + from);
+    if (there) return;
 #pragma unroll
-      for (int j = 0; j < V; ++j) grad.value[j] = from_float<T>(0.0f);
-#pragma unroll
-      for (auto& word : winner.word) word = static_cast<typename Places<V>::Word>(0x01010101u * kLost);
-    }
+    for (auto& word : winner.word) word = static_cast<typename Places<V>::Word>(0x01010101u * kLost);
   }
 
   // Of channel j, for the value at this place of the window.
@@ -221,23 +232,26 @@ __device__ void for_each_cell(const T* __restrict__ grad, const uint8_t* __restr
     const bool right = 2 * at.q + 1 < maps.width, next = at.q + 1 < maps.q;
     int64_t from = ((at.image * maps.p + at.p) * maps.q + at.q) * channels + slice.channel;
     int64_t to = ((at.image * maps.height + 2 * at.p) * maps.width + 2 * at.q) * channels + slice.channel;
-    PoolCell<T, V> cell;
-    cell.here.fetch(grad, winner, from, true);
-    cell.beside.fetch(grad, winner, from + channels, next);
+    PoolWindow<T, V> here, beside;
+    here.fetch(grad, winner, from, 0, true);
+    beside.fetch(grad, winner, from, channels, next);
     for (int p = at.p; p < at.end; ++p) {
-      const bool below = 2 * p + 1 < maps.height;
-      from += window_line;
-      cell.under.fetch(grad, winner, from, p + 1 < maps.p);
-      cell.across.fetch(grad, winner, from + channels, next && p + 1 < maps.p);
+      const bool below = 2 * p + 1 < maps.height, under = p + 1 < maps.p;
+      PoolCell<T, V> cell;
+      cell.here = here;
+      cell.beside = beside;
+      cell.under.fetch(grad, winner, from, window_line, under);
+      cell.across.fetch(grad, winner, from, window_line + channels, next && under);
 #pragma unroll
       for (int i = 0; i < cell.kPositions; ++i) {
         cell.there[i] = (i % 2 == 0 || right) && (i / 2 == 0 || below);
-        cell.offset[i] = to + i % 2 * int64_t{channels} + i / 2 * line;
-        if (cell.there[i]) cell.x[i] = load<V>(x, cell.offset[i]);
+        cell.offset[i] = cell.there[i] ? to + i % 2 * int64_t{channels} + i / 2 * line : to;
+        cell.x[i] = load<V>(x, cell.offset[i]);
       }
       f(cell);
-      cell.here = cell.under;
-      cell.beside = cell.across;
+      here = cell.under;
+      beside = cell.across;
+      from += window_line;
       to += 2 * line;
     }
   }
@@ -302,7 +316,6 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
   for_each_cell<T, V>(grad, winner, x, maps, slice, channels, [&](const PoolCell<T, V>& cell) {
 #pragma unroll
     for (int i = 0; i < cell.kPositions; ++i) {
-      if (!cell.there[i]) continue;
       Pack<T, V> result;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -310,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
         const float rest = (kFolds ? in : in - center[j]) * slope[j] + flat[j];
         result.value[j] = from_float<T>(cell.gradient(i, j) * scale[j] + rest);
       }
-      store<V>(dx, cell.offset[i], result);
+      if (cell.there[i]) store<V>(dx, cell.offset[i], result);
     }
   });
 }

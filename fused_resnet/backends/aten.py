@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,12 +89,12 @@ def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest, gradients=conv_gradients)
     # That gradient is the real one divided by BN's scale: out of float16's range where the real one is well inside.
     # There g takes the power of two nearest to 1 / sqrt(var + eps) along.
     ahead = need_weight and not exact and inv is not None and x.dtype is torch.float16
+    where = (stride, padding, dilation, groups)
     dx = dweight = dbn_weight = None
     if need_x or need_raw:
         folded = weight if scale is None or not need_x else (weight * scale).to(weight.dtype)
         mask = [need_x, need_raw and not (ahead or exact)]
         around = x if center is None else x - center
-        where = (stride, padding, dilation, groups)
         dx, raw = gradients(g, around, folded, *where, mask) if any(mask) else (None, None)
     if need_x:
         dx = dx.contiguous(memory_format=output_format(x, weight))
@@ -109,13 +109,15 @@ def conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest, gradients=conv_gradients)
         dbn_weight = (raw * weight).sum((1, 2, 3))
         center = center.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)[:, :, None, None]  # as weight
         of_taps = _conv_of_constant(weight, center)
-        sums, inside = _regions(g, sum_g, x.shape[2:], weight.shape[2:], stride, padding, dilation)
-        constant = torch.where(inside, of_taps[..., None, None], 0).sum((1, 2))  # what conv(center) is in each region
-        rest = (sums * (constant - mean.view(-1, 1, 1))).sum((1, 2))
+        window = (weight.shape[2:], stride, padding, dilation)
+        rows, columns = map(_spans, g.shape[2:], x.shape[2:], *window)
+        sums = _sums_of_regions(g, sum_g, rows, columns)
+        of_constant = _sums_of_ranges(of_taps, rows.taps, columns.taps)  # [K, I, J]: conv(center) in each region
+        rest = (sums * (of_constant - mean.view(-1, 1, 1))).sum((1, 2))
         dbn_weight = inv * (dbn_weight + rest.to(acc))
         if need_weight:
-            of_ones = torch.where(inside & finite, sums[:, None, None], 0).sum((3, 4))  # [K, R, S]: wgrad(ones, g)
-            raw.addcmul_(center, of_ones[:, None])
+            of_ones = _sums_of_ranges(sums, rows.of_taps, columns.of_taps)  # [K, R, S]: wgrad(ones, g)
+            raw.addcmul_(center, torch.where(finite, of_ones, 0)[:, None])
     elif need_bn_weight:
         dbn_weight = inv * ((raw * weight.to(acc)).sum((1, 2, 3)) - mean.to(acc) * sum_g)
     if need_weight:
@@ -141,31 +143,44 @@ def _conv_of_constant(weight: Tensor, center: Tensor) -> Tensor:
     return torch.cat([(w.double() * c).sum(1) for w, c in parts])
 
 
-def _regions(g: Tensor, sum_g: Tensor, size, kernel, stride, padding, dilation) -> tuple[Tensor, Tensor]:
-    """([K, I, J]: sums of g over I x J regions of the map, [R, S, I, J]: whether a tap finds x there, no padding)."""
-    geometry = [
-        _spans(kernel[d], dilation[d], padding[d], stride[d], size[d], g.shape[2 + d], g.device) for d in (0, 1)
-    ]
-    (rows, of_rows), (columns, of_columns) = geometry
-    inside = of_rows[:, None, :, None] & of_columns[None, :, None, :]
-    if len(rows) == len(columns) == 1:
-        return sum_g.view(-1, 1, 1), inside
-    sums = [g[:, :, row, column].sum((0, 2, 3)) for row, column in itertools.product(rows, columns)]
-    return torch.stack(sums, 1).unflatten(1, (len(rows), -1)), inside
+class _Spans(NamedTuple):
+    """A convolution's outputs along one dimension, in spans in each of which a tap finds x everywhere or nowhere."""
+
+    spans: list[slice]  # of outputs
+    taps: list[slice]  # of each span: those that find x
+    of_taps: list[slice]  # of each tap: the spans where it finds x
 
 
-@functools.lru_cache(maxsize=256)  # and nothing is copied to a GPU while a graph is captured
-def _spans(taps: int, dilation: int, padding: int, stride: int, size: int, outputs: int, device):
-    """(spans of outputs in each of which a tap finds x everywhere or nowhere, [taps, spans]: whether it finds x)."""
-    found = []
+def _spans(outputs: int, size: int, taps: int, stride: int, padding: int, dilation: int) -> _Spans:
+    found = []  # of each tap, the outputs with 0 <= output * stride + tap * dilation - padding < size: from, to
     for tap in range(taps):
         start = tap * dilation - padding
-        first = min(max(0, -(start // stride)), outputs)  # of the outputs with 0 <= start + output * stride < size
+        first = min(max(0, -(start // stride)), outputs)
         found.append((first, min(max(first, -((start - size) // stride)), outputs)))
     cuts = sorted({0, outputs, *itertools.chain.from_iterable(found)})
-    spans = [slice(*ends) for ends in itertools.pairwise(cuts)]
-    inside = [[first <= span.start and span.stop <= last for span in spans] for first, last in found]
-    return spans, torch.tensor(inside, device=device)
+    spans = list(itertools.pairwise(cuts))
+
+    def those(flags: list[bool]) -> slice:  # next to each other, all of them
+        return slice(flags.index(True), len(flags) - flags[::-1].index(True)) if any(flags) else slice(0)
+
+    inside = [[first <= begin and end <= last for first, last in found] for begin, end in spans]
+    return _Spans(
+        [slice(*s) for s in spans], list(map(those, inside)), [those(list(f)) for f in zip(*inside, strict=True)]
+    )
+
+
+def _sums_of_regions(g: Tensor, sum_g: Tensor, rows: _Spans, columns: _Spans) -> Tensor:
+    """[K, I, J]: the sums of g: [N, K, P, Q] over I x J regions."""
+    if len(rows.spans) == len(columns.spans) == 1:
+        return sum_g.view(-1, 1, 1)
+    sums = [g[:, :, row, column].sum((0, 2, 3)) for row, column in itertools.product(rows.spans, columns.spans)]
+    return torch.stack(sums, 1).unflatten(1, (len(rows.spans), -1))
+
+
+def _sums_of_ranges(t: Tensor, rows: list[slice], columns: list[slice]) -> Tensor:
+    """[K, I, J] of t: [K, .., ..]: its sums over each of rows and each of columns."""
+    sums = [t[:, row, column].sum((1, 2)) for row, column in itertools.product(rows, columns)]
+    return torch.stack(sums, 1).unflatten(1, (len(rows), -1))
 
 
 def nearest_power_of_2(scale: Tensor) -> Tensor:
