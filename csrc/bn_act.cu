@@ -38,8 +38,8 @@ struct Geometry {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The geometry for `rows` of maps like x, a thread having so many at least; `pointers` are those of maps and parameters,
-// which are read or written 16 bytes at a time if all of them can be.
+// The geometry for `rows` of maps like x, a thread having so many at least; `pointers` are those of maps and
+// parameters, which are read or written 16 bytes at a time if all of them can be.
 Geometry geometry_of(const char* op, const Tensor& x, int64_t rows, int least_rows,
                      std::initializer_list<const void*> pointers, int blocks) {
   Geometry g;

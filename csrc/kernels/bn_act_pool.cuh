@@ -302,8 +302,8 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
   load_parameters(center, mean, slice.channel, 0.0f);
   load_parameters(flat, sum_g, slice.channel, 0.0f);
   load_parameters(slope, dweight, slice.channel, 0.0f);
-  // (g - flat - (x - center) * slope) * scale as g * scale + x * slope + flat: of the mean, 2^-24 are lost at most, where
-  // x is known to 2^-12 of it. Not so in float32, where x - center stays.
+  // (g - flat - (x - center) * slope) * scale as g * scale + x * slope + flat: of the mean, 2^-24 are lost at most,
+  // where x is known to 2^-12 of it. Not so in float32, where x - center stays.
   constexpr bool kFolds = sizeof(T) == 2;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
