@@ -66,7 +66,6 @@ def names(*default: str):
 
 FEW = ("resnet18", "resnet50", "resnext50_32x4d")
 few_names = names(*FEW)
-ungrouped = names("resnet18", "resnet50")
 # Odd maps at every stage; more images, and a last map of 2 x 2.
 sizes = pytest.mark.parametrize(
     "size",
@@ -116,7 +115,7 @@ def test_equals_torchvision_in_float64(name, size, mode, device):
 
 
 @modes
-@names("resnet18", "resnext50_32x4d")
+@names("resnet18")
 def test_ordinary_outputs(name, mode, device):
     """float32, ReLUs cutting through the data, larger images: outputs and statistics by the rule, for three seeds."""
     yardsticks, ours = [], []
@@ -179,7 +178,7 @@ def sgd(model: nn.Module, x: torch.Tensor, steps: int = 5) -> parity.Seen:
     return {"parameter all": parameters, "buffer all": buffers, "buffer num_batches_tracked": tracked}
 
 
-@ungrouped
+@names("resnet18")
 def test_five_sgd_steps(name, device):
     """float32, the median of three seeds in each layout: where a ReLU flips, trajectories part, torchvision's own
     variants by up to several percent, and a flip is an accident of its seed. The sharp half is the test below."""
@@ -198,7 +197,7 @@ def test_five_sgd_steps(name, device):
         parity.check({key: statistics.median(e[key] for e in errors) for key in errors[0]}, parity.worst(yardsticks))
 
 
-@ungrouped
+@names("resnet18", "resnet50")
 def test_five_sgd_steps_in_float64(name, device):
     """Nothing flips, and so nothing drifts: the sharp half of the test above."""
     model, x = untouched(name, 0, True, device)
