@@ -91,6 +91,14 @@ void with_bool(bool value, const F& f) {
 const void* address(const Tensor& t) { return t.const_data_ptr(); }
 const void* address(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
+void check_batch_norm(const char* op, const Tensor& x, const Tensor& mean, const Tensor& var,
+                      const std::optional<Tensor>& weight, const std::optional<Tensor>& bias = std::nullopt) {
+  check_channels(op, "mean", mean, x);
+  check_channels(op, "var", var, x);
+  if (weight.has_value()) check_channels(op, "weight", *weight, x);
+  if (bias.has_value()) check_channels(op, "bias", *bias, x);
+}
+
 // First and second stage of the backward's sums; x, mean and var are absent in relu_bwd_sum.
 struct BwdSums {
   Tensor sum_g, dweight;
@@ -229,10 +237,7 @@ Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& var, const std:
               const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& residual, bool relu) {
   const char* op = "bn_act";
   check_map(op, "x", x);
-  check_channels(op, "mean", mean, x);
-  check_channels(op, "var", var, x);
-  if (weight.has_value()) check_channels(op, "weight", *weight, x);
-  if (bias.has_value()) check_channels(op, "bias", *bias, x);
+  check_batch_norm(op, x, mean, var, weight, bias);
   if (residual.has_value()) check_map_like(op, "residual", *residual, x);
   const Device device(x);
   const Tensor y = torch::stable::empty_like(x);
@@ -260,9 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(const Tensor& grad, const 
   check_map(op, "x", x);
   check_map_like(op, "grad", grad, x);
   if (y.has_value()) check_map_like(op, "y", *y, x);
-  check_channels(op, "mean", mean, x);
-  check_channels(op, "var", var, x);
-  if (weight.has_value()) check_channels(op, "weight", *weight, x);
+  check_batch_norm(op, x, mean, var, weight);
   const Device device(x);
   const Tensor nothing = new_floats(x, 0);
   Tensor dx = nothing, g = nothing;
@@ -306,10 +309,7 @@ std::tuple<Tensor, Tensor> bn_act_pool(const Tensor& x, const Tensor& mean, cons
                                        double eps) {
   const char* op = "bn_act_pool";
   check_map(op, "x", x);
-  check_channels(op, "mean", mean, x);
-  check_channels(op, "var", var, x);
-  if (weight.has_value()) check_channels(op, "weight", *weight, x);
-  if (bias.has_value()) check_channels(op, "bias", *bias, x);
+  check_batch_norm(op, x, mean, var, weight, bias);
   const Device device(x);
   PoolMaps maps = pool_maps(op, x);
   divide(maps, x, device);
@@ -336,9 +336,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_pool_bwd(const Tensor& grad, const Ten
   PoolMaps maps = pool_maps(op, x);
   check_windows(op, "grad", grad, x, maps, x.scalar_type());
   check_windows(op, "winner", winner, x, maps, ScalarType::Byte);
-  check_channels(op, "mean", mean, x);
-  check_channels(op, "var", var, x);
-  if (weight.has_value()) check_channels(op, "weight", *weight, x);
+  check_batch_norm(op, x, mean, var, weight);
   const Device device(x);
   divide(maps, x, device);
   const Geometry geometry =

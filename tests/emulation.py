@@ -54,11 +54,14 @@ def nan_filled():
 
 def between_nans(t, misaligned=False):
     """t, channels_last, in the middle of a buffer of NaNs."""
+    return amid(torch.full((t.numel() + 80,), float("nan"), dtype=t.dtype), t, misaligned)
+
+
+def amid(shelf, t, misaligned=False):
+    """t, channels_last, in the middle of a buffer of 80 elements more."""
     n, c, h, w = t.shape
     start = 33 if misaligned else 32
-    shelf = torch.full((t.numel() + 80,), float("nan"), dtype=t.dtype)
-    room = shelf[start : start + t.numel()].view(n, h, w, c).permute(0, 3, 1, 2)
-    return room.copy_(t)
+    return shelf[start : start + t.numel()].view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
 
 
 def error(got, expected):

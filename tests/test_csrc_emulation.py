@@ -11,7 +11,7 @@ import torch
 
 from fused_resnet.backends import cuda, pooled, reference
 from fused_resnet.backends.layout import output_format
-from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error, nan_filled
+from tests.emulation import HERE, ROOT, amid, between_nans, emulated_machine, error, nan_filled
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -344,7 +344,7 @@ def test_bn_act_pool_bwd(machine, shape, dtype, misaligned, mask):
     x, mean, var, weight, bias = pool_case(shape, dtype, misaligned)
     y, winner = cuda.bn_act_pool(x, mean, var, weight, bias, EPS)
     grad = between_nans(torch.randn(y.shape).to(dtype), misaligned)
-    winner = bytes_between_nines(winner, misaligned)
+    winner = among_winners(winner, misaligned)
     mask, results = [bool(m) for m in mask], []
     for backwards in (False, True):
         machine(4, backwards)
@@ -357,12 +357,9 @@ def test_bn_act_pool_bwd(machine, shape, dtype, misaligned, mask):
             assert torch.equal(got, again) and error(got, e) <= tolerance
 
 
-def bytes_between_nines(winner, misaligned):
+def among_winners(winner, misaligned):
     """winner among bytes that would be winners of other windows."""
-    start = 33 if misaligned else 32
-    shelf = torch.arange(winner.numel() + 80).remainder(9).to(torch.uint8)
-    n, c, h, w = winner.shape
-    return shelf[start : start + winner.numel()].view(n, h, w, c).permute(0, 3, 1, 2).copy_(winner)
+    return amid(torch.arange(winner.numel() + 80).remainder(9).to(torch.uint8), winner, misaligned)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 7, 132])

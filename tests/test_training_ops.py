@@ -458,6 +458,17 @@ def test_one_that_disagrees_is_not_timed(timed, monkeypatch):
     assert call() == "other" and "fast" not in timed
 
 
+def test_a_last_resort_is_not_timed_beside_others_and_serves_without_them(timed, monkeypatch):
+    fast = backends.ORDER["cpu"][1]
+    fast.LAST_RESORT = ("bn_act_conv",)
+    with monkeypatch.context() as here:
+        here.setattr(backends, "objection", lambda c, *args: (None if c is fast else "off", True))
+        assert call() == "fast"
+    backends._ready.clear()
+    timed.clear()
+    assert call() == "other" and "fast" not in timed
+
+
 def test_nothing_is_timed_where_runs_have_to_repeat(timed):
     torch.use_deterministic_algorithms(True)
     try:

@@ -165,6 +165,19 @@ __device__ void load_parameters(float (&to)[V], const float* from, int channel, 
   }
 }
 
+// What makes y = (x - center) * scale + shift of a thread's channels.
+template <int V>
+__device__ void load_normalization(float (&center)[V], float (&scale)[V], float (&shift)[V], const float* mean,
+                                   const float* var, const float* weight, const float* bias, float eps, int channel) {
+  float variance[V];
+  load_parameters(center, mean, channel, 0.0f);
+  load_parameters(variance, var, channel, 1.0f);
+  load_parameters(scale, weight, channel, 1.0f);
+  load_parameters(shift, bias, channel, 0.0f);
+#pragma unroll
+  for (int j = 0; j < V; ++j) scale[j] *= rsqrtf(variance[j] + eps);
+}
+
 // out[i][split][channel], i < Acc::kWords - kSkip: the partial result of a block without its first kSkip words.
 template <int kSkip, int V, typename Acc>
 __device__ void store_partial(float* out, int channels, const Slice<V>& slice, const Acc (&acc)[V]) {
@@ -272,13 +285,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   if (!slice.active) return;
-  float center[V], scale[V], shift[V], variance[V];
-  load_parameters(center, mean, slice.channel, 0.0f);
-  load_parameters(variance, var, slice.channel, 1.0f);
-  load_parameters(scale, weight, slice.channel, 1.0f);
-  load_parameters(shift, bias, slice.channel, 0.0f);
-#pragma unroll
-  for (int j = 0; j < V; ++j) scale[j] *= rsqrtf(variance[j] + eps);
+  float center[V], scale[V], shift[V];
+  load_normalization(center, scale, shift, mean, var, weight, bias, eps, slice.channel);
   for (int64_t row = slice.row; row < slice.end; row += kRows * slice.step) {
     Pack<T, V> in[kRows], add[kRows];
 #pragma unroll

@@ -101,13 +101,8 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
   using Key = typename Rank::Key;
   Slice<V> slice(walks, channels, walks_per_block);
   if (!slice.active) return;
-  float center[V], scale[V], shift[V], variance[V];
-  load_parameters(center, mean, slice.channel, 0.0f);
-  load_parameters(variance, var, slice.channel, 1.0f);
-  load_parameters(scale, weight, slice.channel, 1.0f);
-  load_parameters(shift, bias, slice.channel, 0.0f);
-#pragma unroll
-  for (int j = 0; j < V; ++j) scale[j] *= rsqrtf(variance[j] + eps);
+  float center[V], scale[V], shift[V];
+  load_normalization(center, scale, shift, mean, var, weight, bias, eps, slice.channel);
   const int64_t line_step = int64_t{maps.width} * channels;
 
   for (int64_t walk = slice.row; walk < slice.end; walk += slice.step) {

@@ -7,6 +7,7 @@ and, if it likes,
     defers(op, *args)   why an automatic choice should go on to the next backend
     variant(op, *args)  what its kernels are specialised on beyond dtypes, layouts, channels and options
     prepare(op, *args)  a function for this call and for all like it
+    LAST_RESORT         the ops that it serves only where no backend before it does
 
 An automatic choice takes the first that has no such reason; on a GPU a kernel is compared with the reference, once a
 signature (verify.py), before it is trusted, and of an op in MEASURED the fastest that agreed serves (choice.py). A
@@ -131,8 +132,8 @@ def _choose(op: str, args: tuple):
         if reason := refuses(candidate, op, args) or defers(candidate, op, args):
             _tell_once(logging.INFO, f"{op}: {reason}")
             continue
-        if agreed and candidate is cudnn and op in pooled.OPS:
-            break  # passes over the largest maps, and indices of eight bytes a value: not even worth the memory to time
+        if agreed and op in getattr(candidate, "LAST_RESORT", ()):
+            continue
         reason, settled = (None, True) if candidate in TRUSTED else objection(candidate, op, args)
         lasting = lasting and settled
         if reason is None and op in MEASURED and candidate not in TRUSTED:

@@ -101,7 +101,7 @@ def variant(op: str, x: Tensor, *args) -> tuple | None:
     """The compiled convolution that a call takes and whether it divides the reduction; the edges of a pool's map."""
     if op in pooled.OPS:
         h, w = (args[0] if op == "bn_act_pool_bwd" else x).shape[2:]
-        return h % 2, w % 2, pooled.size(h, w)[0] % 8 > 0
+        return h % 2, w % 2, pooled.size(h, w)[0] % 8 > 0  # 8 windows: a whole walk of csrc/kernels/bn_act_pool.cuh
     if op != "conv_bn_act":
         return None
     instance, shape = _instance(x, *args)

@@ -22,6 +22,7 @@ from .layout import output_format
 
 NAME = "cudnn"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LAST_RESORT = pooled.OPS  # passes over the largest maps, indices of eight bytes a value: not worth the memory to time
 
 
 @functools.cache
