@@ -22,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -47,15 +48,18 @@ NVCC_FLAGS = (
 )
 
 CUTLASS_AT_LEAST = [4, 2]
-# The compiled convolutions: each for float16 and bfloat16, each a translation unit (csrc/conv/*_instance.cu). Hopper's
-# take more than a minute each. Tiles by what bounds ResNets: 64 channels (layer1), 128 (layer2), 256 and more; stream-K
-# for shapes whose tiles do not fill the chip.
-SM90 = (  # tile M, N, blocks a cluster, schedule
-    (128, 64, 2, "pingpong"),
-    (128, 128, 2, "pingpong"),
-    (256, 128, 2, "cooperative"),
-    (128, 256, 2, "cooperative"),
-    (128, 128, 1, "stream_k"),
+# The compiled convolutions: each for float16 and bfloat16, in one translation unit (csrc/conv/*_instance.cu). Hopper's
+# take more than a minute each, nearly all of it for CUTLASS's templates, which both dtypes share. Tiles by what bounds
+# ResNets: 64 channels (layer1), 128 (layer2), 256 and more; 192 rows, of which the last stages have as many as fill 132
+# multiprocessors, at batches of 128 and 256; stream-K for shapes whose tiles do not fill the chip.
+SM90 = (  # tile M, N, blocks a cluster along M, along N, schedule
+    (128, 64, 2, 1, "pingpong"),
+    (128, 128, 2, 1, "pingpong"),
+    (192, 128, 2, 1, "pingpong"),
+    (192, 128, 1, 2, "pingpong"),
+    (256, 128, 2, 1, "cooperative"),
+    (128, 256, 2, 1, "cooperative"),
+    (128, 128, 1, 1, "stream_k"),
 )
 SPLIT = (1, 2, 4, 8)  # blocks that share the reduction of a tile: for few positions on Hopper, without CUTLASS
 SM80 = (  # tile M, N, warps along M, N, stages
@@ -65,7 +69,7 @@ SM80 = (  # tile M, N, warps along M, N, stages
     (64, 64, 2, 2, 4),
 )
 CHAINS = ((64, False), (128, False), (64, True))  # channels of the next convolution, projection segment; for sm_90a
-DTYPES = {"half": ("half_t", "__half"), "bfloat16": ("bfloat16_t", "__nv_bfloat16")}
+DTYPES = ("half", "bfloat16")  # of each: csrc/conv/instance.h
 
 
 def output_of(*command):
@@ -131,39 +135,56 @@ def find_cutlass():
     return include, f"{found[0]}.{found[1]}"
 
 
+class Unit(NamedTuple):
+    """A translation unit of compiled convolutions or chains (csrc/conv/*_instance.cu): one kernel in each dtype."""
+
+    name: str
+    source: str
+    targets: str  # nvcc's -gencode
+    macros: dict
+    more: str = ""
+
+    @property
+    def symbols(self):
+        return [f"{self.name}_{dtype}" for dtype in DTYPES]
+
+    @property
+    def flags(self):
+        macros = {"UNIT": self.name, **self.macros}
+        quoted = {k: f"'\"{v}\"'" if k == "NAME" else v for k, v in macros.items()}
+        return " ".join([self.targets, *[f"-DFUSED_RESNET_{k}={v}" for k, v in quoted.items()], self.more])
+
+
 def convolutions(archs, cutlass):
-    """What to compile: (symbol, source, gencode, flags) of each instance, and why some are left out, if any are."""
+    """What to compile, and why some are left out, if any are."""
     found, missing = [], []
+    targets = cuda_arch_flags(["90a"])[0]
     if "90a" not in archs:
         missing.append("no convolutions for sm_90a: FUSED_RESNET_CUDA_ARCHS does not name 90a")
     elif isinstance(cutlass, str):
         missing.append(f"no convolutions for sm_90a: {cutlass}")
     else:
-        for (m, n, cluster, schedule), (dtype, (element, _)) in itertools.product(SM90, DTYPES.items()):
-            name = f"sm90 {m}x{n}x64 {schedule.replace('_', '-')}"
-            macros = dict(TILE_M=m, TILE_N=n, CLUSTER=cluster, SCHEDULE=schedule, ELEMENT=element, NAME=name)
-            symbol = f"kSm90_{m}x{n}_{schedule}_{dtype}"
+        for m, n, along_m, along_n, schedule in SM90:
+            shares = " 1x2" if along_n > 1 else ""
+            macros = dict(TILE_M=m, TILE_N=n, CLUSTER_M=along_m, CLUSTER_N=along_n, SCHEDULE=schedule)
+            macros["NAME"] = f"sm90 {m}x{n}x64 {schedule.replace('_', '-')}{shares}"
             more = f"-isystem {cutlass[0]}"
             if schedule != "stream_k":  # whose scheduler does not compile with it, in CUTLASS 4.2
                 # They wait for the kernel before them by themselves, and let the next one begin.
                 more += " -DCUTLASS_ENABLE_GDC_FOR_SM90"
-            found.append((symbol, "sm90_instance.cu", cuda_arch_flags(["90a"])[0], macros, more))
-    for splits, (dtype, (_, element)) in itertools.product(SPLIT if "90a" in archs else (), DTYPES.items()):
-        macros = dict(SPLITS=splits, ELEMENT=element, NAME=f"sm90 64x64x64 split {splits}")
-        symbol = f"kSm90_split{splits}_{dtype}"
-        found.append((symbol, "split_instance.cu", cuda_arch_flags(["90a"])[0], macros, ""))
-    for dtype, (_, element) in DTYPES.items() if "90a" in archs else ():
-        macros = dict(ELEMENT=element, NAME="sm90 lines 64 -> 64")
-        found.append((f"kSm90_lines_{dtype}", "lines_instance.cu", cuda_arch_flags(["90a"])[0], macros, ""))
+            name = f"kSm90_{m}x{n}_{schedule}{shares.replace(' ', '_')}"
+            found.append(Unit(name, "sm90_instance.cu", targets, macros, more))
+    if "90a" in archs:
+        for splits in SPLIT:
+            macros = dict(SPLITS=splits, NAME=f"sm90 64x64x64 split {splits}")
+            found.append(Unit(f"kSm90_split{splits}", "split_instance.cu", targets, macros))
+        found.append(Unit("kSm90_lines", "lines_instance.cu", targets, dict(NAME="sm90 lines 64 -> 64")))
     others = [arch for arch in archs if int(re.match(r"\d+", arch).group()) >= 80 and arch != "90a"]
     if not others:
         missing.append("no convolutions for sm_80: FUSED_RESNET_CUDA_ARCHS names no such architecture")
-    for (m, n, warps_m, warps_n, stages), (dtype, (_, element)) in itertools.product(
-        SM80 if others else (), DTYPES.items()
-    ):
-        macros = dict(TILE_M=m, TILE_N=n, WARPS_M=warps_m, WARPS_N=warps_n, STAGES=stages, ELEMENT=element)
-        macros |= dict(DTYPE=dtype, NAME=f"sm80 {m}x{n}x32")
-        found.append((f"kSm80_{m}x{n}_{dtype}", "sm80_instance.cu", cuda_arch_flags(others)[0], macros, ""))
+    for m, n, warps_m, warps_n, stages in SM80 if others else ():
+        macros = dict(TILE_M=m, TILE_N=n, WARPS_M=warps_m, WARPS_N=warps_n, STAGES=stages, NAME=f"sm80 {m}x{n}x32")
+        found.append(Unit(f"kSm80_{m}x{n}", "sm80_instance.cu", cuda_arch_flags(others)[0], macros))
     return found, "; ".join(missing) or None
 
 
@@ -172,30 +193,32 @@ def chains(archs):
     if "90a" not in archs:
         return []
     found, targets = [], cuda_arch_flags(["90a"])[0]
-    for kernel, (following, segment), (dtype, (_, element)) in itertools.product(
-        ("Chain", "ChainLines"), CHAINS, DTYPES.items()
-    ):
+    for kernel, (following, segment) in itertools.product(("Chain", "ChainLines"), CHAINS):
         by = " by lines" if kernel == "ChainLines" else ""
         name = f"sm90 chain{by} 64 -> 256 -> {following}{' + projection' if segment else ''}"
-        macros = dict(KERNEL=f"{kernel}Sm90", FOLLOWING=following // 64, SEGMENT=str(segment).lower())
-        symbol = f"k{kernel}_{following}{'_segment' if segment else ''}_{dtype}"
-        found.append((symbol, "chain_instance.cu", targets, macros | dict(ELEMENT=element, NAME=name), ""))
-    for dtype, (_, element) in DTYPES.items():
-        macros = dict(ELEMENT=element, NAME="sm90 chain by lines 128 -> 512 -> 128")
-        found.append((f"kChainStream_{dtype}", "chain_stream_instance.cu", targets, macros, ""))
-    return found
+        macros = dict(KERNEL=f"{kernel}Sm90", FOLLOWING=following // 64, SEGMENT=str(segment).lower(), NAME=name)
+        unit = f"k{kernel}_{following}{'_segment' if segment else ''}"
+        found.append(Unit(unit, "chain_instance.cu", targets, macros))
+    macros = dict(NAME="sm90 chain by lines 128 -> 512 -> 128")
+    return [*found, Unit("kChainStream", "chain_stream_instance.cu", targets, macros)]
 
 
-def macro_flags(macros):
-    quoted = {k: f"'\"{v}\"'" if k == "NAME" else v for k, v in macros.items()}
-    return " ".join(f"-DFUSED_RESNET_{k}={v}" for k, v in quoted.items())
-
-
-def report_of(text):
-    """What ptxas said of one instance: registers a thread by architecture, and warnings (spills, serialised wgmma)."""
-    compiled = re.findall(r"Compiling entry function '\S+' for '(\w+)'.*?Used (\d+) registers", text, re.DOTALL)
+def reports_of(text):
+    """What ptxas said of a unit's instances, in the order of DTYPES: registers a thread by architecture, and warnings
+    (spills, serialised wgmma)."""
+    compiled = re.findall(r"Compiling entry function '(\S+)' for '(\w+)'.*?Used (\d+) registers", text, re.DOTALL)
     warnings = re.findall(r"^ptxas.*(?:warning|Potential Performance Loss).*$", text, re.MULTILINE)
-    return {"registers": {arch: int(count) for arch, count in compiled}, "warnings": warnings}
+
+    def is_of(dtype, mangled):
+        return ("bfloat16" in mangled) == (dtype == "bfloat16")
+
+    return [
+        {
+            "registers": {arch: int(count) for name, arch, count in compiled if is_of(dtype, name)},
+            "warnings": [w for w in warnings if "function" not in w or is_of(dtype, w)],
+        }
+        for dtype in DTYPES
+    ]
 
 
 def isa_flags(stem):
@@ -350,9 +373,8 @@ class BuildExt(build_ext):
                 f"{nvcc} {host} -MMD -MF $out.d {NVCC_FLAGS} $flags -c $in -o $out {report}",
                 **depfile,
             )
-            for symbol, source, targets, macros, more in instances + chained:
-                flags = f"{targets} {more} {macro_flags({'SYMBOL': symbol, **macros})}"
-                objects.append(self.object(n, ROOT / "csrc" / "conv" / source, flags, symbol))
+            for unit in instances + chained:
+                objects.append(self.object(n, ROOT / "csrc" / "conv" / unit.source, unit.flags, unit.name))
             objects += [self.object(n, s, f"{gencode} {stable} -I.") for s in sorted((ROOT / "csrc").glob("*.cu"))]
             objects.append(self.object(n, ROOT / "csrc" / "ops.cpp", f"{stable} -DFUSED_RESNET_WITH_CUDA"))
             link += f" -L{toolkit / 'lib64'} -L{toolkit / 'lib'} -lcudart_static -lrt -lpthread -ldl"
@@ -361,7 +383,7 @@ class BuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         if facts["cuda"]:
             lines = [
-                f"#define FUSED_RESNET_{name}(X)" + "".join(f" X({symbol})" for symbol, *_ in listed)
+                " ".join([f"#define FUSED_RESNET_{name}(X)", *[f"X({s})" for unit in listed for s in unit.symbols]])
                 for name, listed in (("INSTANCES", instances), ("CHAINS", chained))
             ]
             write_if_changed(folder / "conv_instances.h", "\n".join(lines) + "\n")
@@ -372,7 +394,7 @@ class BuildExt(build_ext):
         self.ninja(folder, OPS_LIBRARY)
         if facts["cuda"]:
             for key, listed in (("conv", instances), ("chain", chained)):
-                facts[key] = self.instances(folder, key, [symbol for symbol, *_ in listed])
+                facts[key] = self.instances(folder, key, listed)
         literal = f'R"json({json.dumps(facts)})json"'
         write_if_changed(folder / "build_facts.h", f"#pragma once\nconst char kBuildFacts[] = {literal};\n")
         self.ninja(folder, MODULE)
@@ -392,7 +414,7 @@ class BuildExt(build_ext):
             raise CompileError("ninja failed; the compiler's words stand above")
 
     @staticmethod
-    def instances(folder, key, symbols):
+    def instances(folder, key, units):
         """What the library says of its convolutions or chains, and ptxas of their registers."""
         import torch
 
@@ -402,8 +424,8 @@ class BuildExt(build_ext):
             print(f"fused_resnet: what was compiled is not listed: {error}")
             return []
         listed = json.loads(bytes(getattr(torch.ops.fused_resnet_cuda, f"{key}_instances")().tolist()))
-        reports = [(folder / f"{symbol}.o.ptxas.txt").read_text() for symbol in symbols]
-        return [{**instance, **report_of(report)} for instance, report in zip(listed, reports, strict=True)]
+        reports = [report for unit in units for report in reports_of((folder / f"{unit.name}.o.ptxas.txt").read_text())]
+        return [{**instance, **report} for instance, report in zip(listed, reports, strict=True)]
 
     @staticmethod
     def object(n, source, flags, name=None):

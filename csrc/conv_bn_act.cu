@@ -140,7 +140,8 @@ Tensor conv_instances() {
   for (const Instance* i : instances()) {
     json << separator << "{\"name\": \"" << i->name << "\", \"arch\": " << i->arch << ", \"dtype\": \""
          << name_of(i->dtype) << "\", \"tile\": [" << i->tile_m << ", "
-         << i->tile_n << ", " << i->tile_k << "], \"cluster\": " << i->cluster_m << ", \"stages\": " << i->stages
+         << i->tile_n << ", " << i->tile_k << "], \"cluster\": [" << i->cluster_m << ", " << i->cluster_n
+         << "], \"stages\": " << i->stages
          << ", \"threads\": " << i->threads << ", \"shared_bytes\": " << i->shared_bytes
          << ", \"splits\": " << (i->splits ? "true" : "false") << ", \"parts\": " << i->parts << "}";
     separator = ", ";

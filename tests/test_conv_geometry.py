@@ -42,7 +42,7 @@ def floats(t):
     return rows, None if rows is None else ctypes.c_void_p(rows.data_ptr())
 
 
-def check(geometry, n, c, h, w, k, kernel, stride, padding, dilation, segment, tile=(128, 64), cluster=1, split=0):
+def check(geometry, n, c, h, w, k, kernel, stride, padding, dilation, segment, tile=(128, 64), cluster=(1, 1), split=0):
     """Against PyTorch's convolution, exactly: the values are small integers. split: a share of the steps."""
     shape = cuda_conv.shape_of((n, c, h, w), (k, c, *kernel), stride, padding, dilation, segment)
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def check(geometry, n, c, h, w, k, kernel, stride, padding, dilation, segment, t
     y = torch.full((n, *expected.shape[2:], k), float("nan"), dtype=torch.float64)
     steps = -(-c // 64) * kernel[0] * kernel[1] + (-(-segment[0] // 64) if segment else 0)
     got = geometry.implicit_gemm(
-        numbers(shape), *tile, cluster, int(split * steps), *pointers, ctypes.c_void_p(y.data_ptr())
+        numbers(shape), *tile, *cluster, int(split * steps), *pointers, ctypes.c_void_p(y.data_ptr())
     )
     assert got == steps
     assert cuda_conv.positions(shape) == y[..., 0].numel()
@@ -88,7 +88,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("split", [0, 0.4], ids=["whole", "split"])
-@pytest.mark.parametrize("tile, cluster", [((128, 64), 1), ((256, 128), 2)], ids=["128x64", "256x128-cluster"])
+@pytest.mark.parametrize(
+    "tile, cluster",
+    [((128, 64), (1, 1)), ((256, 128), (2, 1)), ((192, 128), (1, 2))],
+    ids=["128x64", "256x128-weights-shared", "192x128-x-shared"],
+)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_implicit_gemm(geometry, case, tile, cluster, split):
     check(geometry, *case, tile=tile, cluster=cluster, split=split)
@@ -150,6 +154,18 @@ def of(arch):
 def test_what_is_refused(arch, shape, sentence):
     reason = cuda_conv.plan(of(arch).index, shape, 132)
     assert isinstance(reason, str) and sentence in reason
+
+
+@needs_instances
+def test_blocks_that_share_x_are_for_channels_that_fill_them():
+    of(90)
+    for instance in cuda_conv.instances():
+        _, along_n = instance.cluster
+        for tiles in (1, 2, 3, 4) if instance.general else ():
+            k = tiles * instance.tile[1]
+            found = cuda_conv.plan(instance.index, convolution(weight_size=(k, 64, 3, 3)), 132)
+            assert isinstance(found, int) == (tiles % along_n == 0), (instance, found)
+            assert isinstance(found, int) or "cannot run an odd number of tiles of output channels" in found
 
 
 @needs_instances
@@ -231,6 +247,7 @@ def test_larger_problems_get_larger_tiles():
     assert tile(128, 128, 28, 80) in ((128, 128), (256, 128))
     of(90)
     assert tile(128, 64, 56, 90) == (128, 64) and tile(128, 128, 28, 90)[1] == 128
+    assert tile(128, 256, 14, 90) == tile(128, 512, 7, 90) == (192, 128)  # two tiles, one tile a multiprocessor
 
 
 @needs_instances

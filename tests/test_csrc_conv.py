@@ -25,8 +25,9 @@ def convolution_code(instance):
     elif by_lines(instance):
         tile = rf"conv_lines_kernel<{cuda_type}>"
     elif instance["arch"] == 90:
-        schedule = ["pingpong", "cooperative", "stream-k"].index(instance["name"].split()[-1])
-        tile = rf"conv::Sm90<{cutlass}, {m}, {n}, {instance['cluster']}, \(fused_resnet::conv::Schedule\){schedule}>"
+        schedule = ["pingpong", "cooperative", "stream-k"].index(instance["name"].split()[2])
+        cluster = ", ".join(map(str, instance["cluster"]))
+        tile = rf"conv::Sm90<{cutlass}, {m}, {n}, {cluster}, \(fused_resnet::conv::Schedule\){schedule}>"
     else:
         tile = rf"conv_sm80_kernel<{cuda_type}, (?:\(int\))?{m}, (?:\(int\))?{n},"
     found = {}
@@ -112,8 +113,10 @@ def test_machine_code_of_convolutions(instance):
             wanted = 2 * (k // 16) * (m // groups // 64)
             assert count(rf"HGMMA\.64x{n}x16\.{kind}", code) == wanted
             assert count(r"\bHGMMA", code) == wanted
-            assert count(r"UTMALDG\.4D\.IM2COL", code) == 1
-            assert count(r"UTMALDG\.3D\.MULTICAST", code) == (1 if instance["cluster"] > 1 else 0)
+            along_m, along_n = instance["cluster"]
+            assert count(r"UTMALDG\.4D\.IM2COL", code) == 1, "x"
+            assert count(r"UTMALDG\.4D\.IM2COL\.MULTICAST", code) == (1 if along_n > 1 else 0)
+            assert count(r"UTMALDG\.3D\.MULTICAST", code) == (1 if along_m > 1 else 0), "weights"
             assert count(r"UTMASTG", code) > 0, "y leaves through the tensor memory accelerator"
             assert count(r"USETMAXREG", code) == 2, "registers go from the producer to the consumers"
             assert count(r"\b(LDGSTS|STG)\b", code) == 0 or instance["splits"]

@@ -1,4 +1,4 @@
-// What every compiled chain offers, one a translation unit.
+// What every compiled chain offers, as instance.h has it.
 
 #pragma once
 

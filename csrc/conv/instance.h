@@ -1,4 +1,5 @@
-// What every compiled convolution offers, one a translation unit; registry.cpp lists them.
+// What every compiled convolution offers. A translation unit has one for each dtype: the second costs the compiler next
+// to nothing.
 
 #pragma once
 
@@ -28,7 +29,7 @@ struct Instance {
   int arch;          // 80: any chip that the code was compiled for from 80 on; 90: 9.0 only
   Dtype dtype;
   int tile_m, tile_n, tile_k;
-  int cluster_m;
+  int cluster_m, cluster_n;
   int stages;
   int threads;
   int shared_bytes;
@@ -42,3 +43,14 @@ struct Instance {
 };
 
 }  // namespace fused_resnet::conv
+
+// A unit's two instances, of Kernel<Half> and Kernel<Bfloat16>: FUSED_RESNET_UNIT_half and FUSED_RESNET_UNIT_bfloat16,
+// for the FUSED_RESNET_UNIT and by the FUSED_RESNET_NAME that setup.py gives.
+#define FUSED_RESNET_DEFINE(Type, Kernel, Half, Bfloat16)                              \
+  FUSED_RESNET_DEFINE_ONE(Type, FUSED_RESNET_JOIN(FUSED_RESNET_UNIT, _half), Kernel<Half>) \
+  FUSED_RESNET_DEFINE_ONE(Type, FUSED_RESNET_JOIN(FUSED_RESNET_UNIT, _bfloat16), Kernel<Bfloat16>)
+#define FUSED_RESNET_DEFINE_ONE(Type, symbol, ...) \
+  extern const Type symbol;                        \
+  const Type symbol = __VA_ARGS__::instance(FUSED_RESNET_NAME);
+#define FUSED_RESNET_JOIN(a, b) FUSED_RESNET_JOIN_EXPANDED(a, b)
+#define FUSED_RESNET_JOIN_EXPANDED(a, b) a##b

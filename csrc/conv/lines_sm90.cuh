@@ -52,6 +52,7 @@ struct LinesSm90 {
             64,
             64,
             1,
+            1,
             Layout::kLines,
             Layout::kThreads,
             Layout::kShared,

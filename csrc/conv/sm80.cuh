@@ -50,9 +50,10 @@ struct Sm80 {
     return cudaLaunchKernelEx(&config, kernel, p);
   }
 
-  static constexpr Instance instance(const char* name, Dtype dtype) {
-    return {name,          80, dtype,    TileM,      TileN, Tile::kTileK, 1, Stages, Tile::kThreads,
-            Tile::kShared, 0,  0,        &refuses,   &workspace, &run};
+  static constexpr Instance instance(const char* name) {
+    constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::half : Dtype::bfloat16;
+    return {name,   80,        dtype, TileM, TileN, Tile::kTileK, 1, 1, Stages, Tile::kThreads, Tile::kShared, 0, 0,
+            &refuses, &workspace, &run};
   }
 };
 

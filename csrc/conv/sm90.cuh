@@ -25,7 +25,7 @@ namespace fused_resnet::conv {
 
 enum class Schedule { pingpong, cooperative, stream_k };
 
-template <class Element, int TileM, int TileN, int Cluster, Schedule kSchedule>
+template <class Element, int TileM, int TileN, int ClusterM, int ClusterN, Schedule kSchedule>
 struct Sm90 {
   static constexpr bool kPingpong = kSchedule == Schedule::pingpong;
   static constexpr bool kStreamK = kSchedule == Schedule::stream_k;
@@ -35,7 +35,7 @@ struct Sm90 {
       cute::is_same_v<Element, cutlass::half_t> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
   using Tile = cute::Shape<cute::Int<TileM>, cute::Int<TileN>, cute::Int<kTileK>>;
-  using Clusters = cute::Shape<cute::Int<Cluster>, cute::_1, cute::_1>;
+  using Clusters = cute::Shape<cute::Int<ClusterM>, cute::Int<ClusterN>, cute::_1>;
   using MainSchedule = cute::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
                                            cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
 
@@ -87,7 +87,10 @@ struct Sm90 {
   static constexpr bool kOverlaps = false;  // the kernel does not wait for the one before by itself
 #endif
 
-  static const char* refuses(const Shape& s) { return tma_refuses(s); }
+  static const char* refuses(const Shape& s) {
+    if (ceil_div(s.k, TileN) % ClusterN != 0) return "an odd number of tiles of output channels";
+    return tma_refuses(s);
+  }
 
   // All but the tensor maps.
   static Arguments arguments(const Shape& s, int multiprocessors) {
@@ -113,14 +116,14 @@ struct Sm90 {
     const Shape& s = problem.shape;
     Arguments a = arguments(s, multiprocessors);
     auto& main = a.mainloop;
-    constexpr int rows = Mainloop::kRowsOfWeight;
-    cudaError_t error = encode(main.x, problem.x, im2col_of(s, kTileK, TileM, kItem), kType);
+    constexpr int pixels = Mainloop::kRowsOfX, rows = Mainloop::kRowsOfWeight;
+    cudaError_t error = encode(main.x, problem.x, im2col_of(s, kTileK, pixels, kItem), kType);
     const auto then = [&](auto&&... arguments) {
       if (error == cudaSuccess) error = encode(arguments...);
     };
     then(main.weight, problem.weight, tiled_of(s.k, s.r * s.s, s.c, kTileK, rows, kItem), kType);
     if (s.c2) {
-      then(main.x2, problem.x2, second_im2col_of(s, kTileK, TileM, kItem), kType);
+      then(main.x2, problem.x2, second_im2col_of(s, kTileK, pixels, kItem), kType);
       then(main.weight2, problem.weight2, tiled_of(s.k, 1, s.c2, kTileK, rows, kItem), kType);
     }
     if (error != cudaSuccess) return error;
@@ -146,8 +149,9 @@ struct Sm90 {
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = Cluster;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[0].val.clusterDim.x = ClusterM;
+    attributes[0].val.clusterDim.y = ClusterN;
+    attributes[0].val.clusterDim.z = 1;
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
@@ -167,7 +171,8 @@ struct Sm90 {
             TileM,
             TileN,
             kTileK,
-            Cluster,
+            ClusterM,
+            ClusterN,
             kStages,
             static_cast<int>(Kernel::MaxThreadsPerBlock),
             static_cast<int>(Kernel::SharedStorageSize),

@@ -1,12 +1,12 @@
-// One instance; setup.py compiles this file once for each, with the macros of its table.
+// One kernel in each dtype; setup.py compiles this file once for each, with the macros of its table.
 
 #include "sm90.cuh"
 
 namespace fused_resnet::conv {
 
-extern const Instance FUSED_RESNET_SYMBOL;
-const Instance FUSED_RESNET_SYMBOL =
-    Sm90<cutlass::FUSED_RESNET_ELEMENT, FUSED_RESNET_TILE_M, FUSED_RESNET_TILE_N, FUSED_RESNET_CLUSTER,
-         Schedule::FUSED_RESNET_SCHEDULE>::instance(FUSED_RESNET_NAME);
+template <class Element>
+using Kernel = Sm90<Element, FUSED_RESNET_TILE_M, FUSED_RESNET_TILE_N, FUSED_RESNET_CLUSTER_M, FUSED_RESNET_CLUSTER_N,
+                    Schedule::FUSED_RESNET_SCHEDULE>;
+FUSED_RESNET_DEFINE(Instance, Kernel, cutlass::half_t, cutlass::bfloat16_t)
 
 }  // namespace fused_resnet::conv

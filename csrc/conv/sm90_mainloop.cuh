@@ -20,6 +20,32 @@
 
 namespace fused_resnet::conv {
 
+// CUTLASS's pipeline, but for who tells the producers of a cluster that a stage is free: the first threads of a warp
+// group, each one block. CUTLASS spreads that over the group by a number that every thread keeps in a register, one
+// more than 192 rows leave.
+template <int Stages, int Blocks>
+struct Sm90Pipeline : cutlass::PipelineTmaAsync<Stages> {
+  using Base = cutlass::PipelineTmaAsync<Stages>;
+
+  template <class Cluster>
+  CUTLASS_DEVICE
+  Sm90Pipeline(typename Base::SharedStorage& storage, const typename Base::Params& params, Cluster cluster)
+      : Base(storage, params, cluster), empty(storage.empty_barrier_) {
+    static_assert(cute::size(Cluster{}) == Blocks);
+  }
+
+  CUTLASS_DEVICE void consumer_release(const cutlass::PipelineState<Stages>& state) {
+    if constexpr (Blocks == 1) {
+      Base::consumer_release(state);
+    } else {
+      const uint32_t block = threadIdx.x % cutlass::NumThreadsPerWarpGroup;
+      empty[state.index()].arrive(block, block < Blocks);
+    }
+  }
+
+  typename Base::EmptyBarrier* empty;
+};
+
 template <int Stages_, class Element, class TileShape_, class ClusterShape_, class Schedule, class TiledMma_,
           class SmemAtom>
 struct Sm90Mainloop {
@@ -33,7 +59,7 @@ struct Sm90Mainloop {
   using StrideA = cute::Stride<int64_t, cute::_1, int64_t>;
   using StrideB = StrideA;
   using ElementAccumulator = float;
-  using MainloopPipeline = cutlass::PipelineTmaAsync<Stages_>;
+  using MainloopPipeline = Sm90Pipeline<Stages_, cute::size(ClusterShape{})>;
   using PipelineParams = typename MainloopPipeline::Params;
   using PipelineState = cutlass::PipelineState<Stages_>;
   static constexpr int NumProducerThreadEvents = 1;
@@ -42,11 +68,12 @@ struct Sm90Mainloop {
   static constexpr int kTileM = cute::size<0>(TileShape{});
   static constexpr int kTileN = cute::size<1>(TileShape{});
   static constexpr int kTileK = cute::size<2>(TileShape{});
-  static constexpr int kCluster = cute::size<0>(ClusterShape{});
-  static constexpr int kRowsOfWeight = kTileN / kCluster;  // that one block of the cluster fetches for all of them
+  static constexpr int kClusterM = cute::size<0>(ClusterShape{}), kClusterN = cute::size<1>(ClusterShape{});
+  // That one block of a cluster fetches: of x for those of the same M, of weight for those of the same N.
+  static constexpr int kRowsOfX = kTileM / kClusterN, kRowsOfWeight = kTileN / kClusterM;
   static_assert(sizeof(Element) == 2 && kTileK == 64, "a row of a tile is one swizzle of 128 bytes");
-  static_assert(cute::size<1>(ClusterShape{}) == 1 && cute::size<2>(ClusterShape{}) == 1);
-  static_assert(kTileM <= 256 && kTileN <= 256 && kRowsOfWeight % 8 == 0);
+  static_assert((kClusterM == 1 || kClusterN == 1) && cute::size<2>(ClusterShape{}) == 1, "a share is for all or none");
+  static_assert(kTileM <= 256 && kTileN <= 256 && kRowsOfX % 8 == 0 && kRowsOfWeight % 8 == 0, "whole swizzles");
 
   template <int Rows>
   using SmemLayout = decltype(cute::tile_to_shape(
@@ -105,28 +132,32 @@ struct Sm90Mainloop {
                            const BlockCoord& block, KTileIterator first, int steps, int, uint32_t rank,
                            TensorStorage& shared) {
     if (!cute::elect_one_sync()) return;
-    const int64_t row = int64_t{kTileM} * cute::get<0>(block);
+    const int share_of_x = rank % kClusterN * kRowsOfX, share_of_weight = rank % kClusterM * kRowsOfWeight;
+    const int64_t row = int64_t{kTileM} * cute::get<0>(block) + share_of_x;
+    const int column = kTileN * cute::get<1>(block) + share_of_weight;
     const Pixel pixel = params.window.at(row), second = params.second_window.at(row);
-    const int share = rank % kCluster * kRowsOfWeight;
-    const int column = kTileN * cute::get<1>(block) + share;
     Part at = params.reduction.at(cute::get<0>(cute::flatten(cute::make_tuple(*first))));
 
     CUTLASS_PRAGMA_NO_UNROLL
     for (; steps > 0; --steps, ++state, params.reduction.advance(at)) {
       pipeline.producer_acquire(state);
       uint64_t* barrier = pipeline.producer_get_barrier(state);
-      Element* a = shared.a.data() + state.index() * (kTileM * kTileK);
-      Element* b = shared.b.data() + state.index() * (kTileN * kTileK) + share * kTileK;
+      Element* a = shared.a.data() + (state.index() * kTileM + share_of_x) * kTileK;
+      Element* b = shared.b.data() + (state.index() * kTileN + share_of_weight) * kTileK;
       const auto* x = at.second ? &params.x2 : &params.x;
       const auto* weight = at.second ? &params.weight2 : &params.weight;
       const Pixel& from = at.second ? second : pixel;
       const int tap = at.r * params.reduction.columns + at.s;
-      cute::SM90_TMA_LOAD_IM2COL_4D::copy(x, barrier, a, at.c, from.w, from.h, from.n,
-                                          static_cast<uint16_t>(at.s * params.dilation_w),
-                                          static_cast<uint16_t>(at.r * params.dilation_h));
+      const auto dx = static_cast<uint16_t>(at.s * params.dilation_w);
+      const auto dy = static_cast<uint16_t>(at.r * params.dilation_h);
+      constexpr uint16_t everyone = (1 << kClusterM * kClusterN) - 1;
+      if constexpr (kClusterN > 1) {
+        cute::SM90_TMA_LOAD_IM2COL_MULTICAST_4D::copy(x, barrier, everyone, a, at.c, from.w, from.h, from.n, dx, dy);
+      } else {
+        cute::SM90_TMA_LOAD_IM2COL_4D::copy(x, barrier, a, at.c, from.w, from.h, from.n, dx, dy);
+      }
       constexpr auto keep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);  // all the tiles of M read it
-      if constexpr (kCluster > 1) {
-        constexpr uint16_t everyone = (1 << kCluster) - 1;
+      if constexpr (kClusterM > 1) {
         cute::SM90_TMA_LOAD_MULTICAST_3D::copy(weight, barrier, everyone, keep, b, at.c, tap, column);
       } else {
         cute::SM90_TMA_LOAD_3D::copy(weight, barrier, keep, b, at.c, tap, column);
@@ -147,7 +178,8 @@ struct Sm90Mainloop {
     Tensor b = make_tensor(make_smem_ptr(shared.b.data()), SmemLayoutB{});
     TiledMma mma;
     // Descriptors are of a whole warp group: its first thread's, known to be the same for all.
-    const int group = __shfl_sync(0xffffffff, thread / cutlass::NumThreadsPerWarpGroup, 0);
+    constexpr bool alone = size(TiledMma{}) == cutlass::NumThreadsPerWarpGroup;
+    const int group = alone ? 0 : __shfl_sync(0xffffffff, thread / cutlass::NumThreadsPerWarpGroup, 0);
     auto slice = mma.get_slice(group * cutlass::NumThreadsPerWarpGroup);
     Tensor from_a = slice.make_fragment_A(slice.partition_A(a));  // (MMA, MMA_M, MMA_K, PIPE)
     Tensor from_b = slice.make_fragment_B(slice.partition_B(b));  // (MMA, MMA_N, MMA_K, PIPE)

@@ -1,11 +1,11 @@
-// One instance; setup.py compiles this file once for each, with the macros of its table.
+// One kernel in each dtype; setup.py compiles this file once for each, with the macros of its table.
 
 #include "split_sm90.cuh"
 
 namespace fused_resnet::conv {
 
-extern const Instance FUSED_RESNET_SYMBOL;
-const Instance FUSED_RESNET_SYMBOL =
-    SplitSm90<FUSED_RESNET_ELEMENT, FUSED_RESNET_SPLITS>::instance(FUSED_RESNET_NAME);
+template <class Element>
+using Kernel = SplitSm90<Element, FUSED_RESNET_SPLITS>;
+FUSED_RESNET_DEFINE(Instance, Kernel, __half, __nv_bfloat16)
 
 }  // namespace fused_resnet::conv

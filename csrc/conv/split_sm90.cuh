@@ -62,6 +62,7 @@ struct SplitSm90 {
             kTile,
             kTile,
             1,
+            1,
             Layout::kStages,
             Layout::kThreads,
             Layout::kShared,

@@ -23,7 +23,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 # Share of the tensor cores' speed that a tile reaches, larger ones loading less for a multiplication. A guess until it
 # is measured; the tuner measures.
-_SHARES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.75, (64, 64): 0.55}
+_SHARES = {(256, 128): 1.0, (192, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.75, (64, 64): 0.55}
 _LINES_SHARE = 0.75  # as the tile that does the same convolution, until it is measured
 _SPLIT_SHARE = 0.85  # of a stream-K kernel, which adds up parts of tiles
 _EXCHANGE = 3  # steps of a reduction that blocks take to add up their parts of a tile. A guess, too
@@ -39,7 +39,7 @@ class Instance(NamedTuple):
     arch: int
     dtype: torch.dtype
     tile: tuple[int, int, int]
-    cluster: int
+    cluster: tuple[int, int]
     stages: int
     threads: int
     shared_bytes: int
@@ -66,7 +66,10 @@ def instances() -> tuple[Instance, ...]:
         return ()
     listed = json.loads(bytes(torch.ops.fused_resnet_cuda.conv_instances().tolist()))
     return tuple(
-        Instance(i, **d | {"dtype": getattr(torch, d["dtype"]), "tile": tuple(d["tile"])}) for i, d in enumerate(listed)
+        Instance(
+            i, **d | {"dtype": getattr(torch, d["dtype"]), "tile": tuple(d["tile"]), "cluster": tuple(d["cluster"])}
+        )
+        for i, d in enumerate(listed)
     )
 
 
@@ -163,9 +166,10 @@ def declines(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> str | Non
 
 
 def _tiles(instance: Instance, shape: Shape) -> int:
+    """Of a shape, in whole clusters along its positions: it has those along its channels, or was refused."""
     tile_m, tile_n, _ = instance.tile
-    rows = ceil_div(ceil_div(positions(shape), tile_m), instance.cluster) * instance.cluster
-    return rows * ceil_div(shape[4], tile_n)
+    clusters = ceil_div(ceil_div(positions(shape), tile_m), instance.cluster[0])
+    return clusters * instance.cluster[0] * ceil_div(shape[4], tile_n)
 
 
 def _too_small(instance: Instance, shape: Shape, sms: int) -> bool:

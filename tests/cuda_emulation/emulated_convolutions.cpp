@@ -14,30 +14,23 @@
 
 namespace fused_resnet::conv {
 
-#define FUSED_RESNET_EMULATED_INSTANCE(symbol, element, dtype, ...) \
-  extern const Instance symbol;                                     \
-  const Instance symbol = Sm80<element, __VA_ARGS__>::instance(#symbol, Dtype::dtype);
+#define FUSED_RESNET_EMULATED_INSTANCE(symbol, ...) \
+  extern const Instance symbol;                     \
+  const Instance symbol = __VA_ARGS__::instance(#symbol);
 
-FUSED_RESNET_EMULATED_INSTANCE(kHalf64x64, __half, half, 64, 64, 2, 2, 4)
-FUSED_RESNET_EMULATED_INSTANCE(kBfloat64x64, __nv_bfloat16, bfloat16, 64, 64, 2, 2, 4)
-FUSED_RESNET_EMULATED_INSTANCE(kHalf128x64, __half, half, 128, 64, 2, 2, 4)
-FUSED_RESNET_EMULATED_INSTANCE(kHalf128x128, __half, half, 128, 128, 2, 2, 4)
-FUSED_RESNET_EMULATED_INSTANCE(kHalf256x128, __half, half, 256, 128, 4, 2, 3)
-
-#define FUSED_RESNET_EMULATED_SPLIT(symbol, element, splits) \
-  extern const Instance symbol;                              \
-  const Instance symbol = SplitSm90<element, splits>::instance(#symbol);
-
-FUSED_RESNET_EMULATED_SPLIT(kHalf1, __half, 1)
-FUSED_RESNET_EMULATED_SPLIT(kHalf2, __half, 2)
-FUSED_RESNET_EMULATED_SPLIT(kHalf4, __half, 4)
-FUSED_RESNET_EMULATED_SPLIT(kHalf8, __half, 8)
-FUSED_RESNET_EMULATED_SPLIT(kBfloat1, __nv_bfloat16, 1)
-FUSED_RESNET_EMULATED_SPLIT(kBfloat4, __nv_bfloat16, 4)
-
-extern const Instance kHalfLines, kBfloatLines;
-const Instance kHalfLines = LinesSm90<__half>::instance("kHalfLines");
-const Instance kBfloatLines = LinesSm90<__nv_bfloat16>::instance("kBfloatLines");
+FUSED_RESNET_EMULATED_INSTANCE(kHalf64x64, Sm80<__half, 64, 64, 2, 2, 4>)
+FUSED_RESNET_EMULATED_INSTANCE(kBfloat64x64, Sm80<__nv_bfloat16, 64, 64, 2, 2, 4>)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf128x64, Sm80<__half, 128, 64, 2, 2, 4>)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf128x128, Sm80<__half, 128, 128, 2, 2, 4>)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf256x128, Sm80<__half, 256, 128, 4, 2, 3>)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf1, SplitSm90<__half, 1>)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf2, SplitSm90<__half, 2>)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf4, SplitSm90<__half, 4>)
+FUSED_RESNET_EMULATED_INSTANCE(kHalf8, SplitSm90<__half, 8>)
+FUSED_RESNET_EMULATED_INSTANCE(kBfloat1, SplitSm90<__nv_bfloat16, 1>)
+FUSED_RESNET_EMULATED_INSTANCE(kBfloat4, SplitSm90<__nv_bfloat16, 4>)
+FUSED_RESNET_EMULATED_INSTANCE(kHalfLines, LinesSm90<__half>)
+FUSED_RESNET_EMULATED_INSTANCE(kBfloatLines, LinesSm90<__nv_bfloat16>)
 
 }  // namespace fused_resnet::conv
 

@@ -50,15 +50,15 @@ void load_tiled(const Tiled& map, const float* data, int c, int tap, int k, floa
 extern "C" {
 
 // y [M, K]; the reduction in two ranges, [0, split) and from split on. Returns the number of its steps.
-int implicit_gemm(const int* v, int tile_m, int tile_n, int cluster, int split, const float* x, const float* weight,
-                  const float* x2, const float* weight2, double* y) {
+int implicit_gemm(const int* v, int tile_m, int tile_n, int cluster_m, int cluster_n, int split, const float* x,
+                  const float* weight, const float* x2, const float* weight2, double* y) {
   constexpr int block = 64;
   const Shape s = {v[0], v[1],  v[2],  v[3],  v[4],  v[5],  v[6],  v[7], v[8],
                    v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16]};
   const Reduction reduction = reduction_of(s, block);
   const Window window = window_of(s), second_window = second_window_of(s);
-  const int rows = tile_n / cluster, steps = reduction.steps();
-  const Im2col maps[2] = {im2col_of(s, block, tile_m, 4), second_im2col_of(s, block, tile_m, 4)};
+  const int pixels = tile_m / cluster_n, rows = tile_n / cluster_m, steps = reduction.steps();
+  const Im2col maps[2] = {im2col_of(s, block, pixels, 4), second_im2col_of(s, block, pixels, 4)};
   const Tiled weights[2] = {tiled_of(s.k, s.r * s.s, s.c, block, rows, 4), tiled_of(s.k, 1, s.c2, block, rows, 4)};
   std::vector<float> a(tile_m * block), b(tile_n * block);
   for (int64_t row = 0; row < s.m(); row += tile_m)
@@ -67,10 +67,12 @@ int implicit_gemm(const int* v, int tile_m, int tile_n, int cluster, int split, 
       for (const auto& [first, last] : {std::pair(0, split), std::pair(split, steps)}) {
         Part at = reduction.at(first);
         for (int step = first; step < last; ++step, reduction.advance(at)) {
-          const Pixel from = (at.second ? second_window : window).at(row);
-          load_im2col(maps[at.second], at.second ? x2 : x, at.c, from.w, from.h, from.n, at.s * s.dilation_w,
-                      at.r * s.dilation_h, a.data());
-          for (int rank = 0; rank < cluster; ++rank)
+          for (int rank = 0; rank < cluster_n; ++rank) {
+            const Pixel from = (at.second ? second_window : window).at(row + rank * pixels);
+            load_im2col(maps[at.second], at.second ? x2 : x, at.c, from.w, from.h, from.n, at.s * s.dilation_w,
+                        at.r * s.dilation_h, a.data() + rank * pixels * block);
+          }
+          for (int rank = 0; rank < cluster_m; ++rank)
             load_tiled(weights[at.second], at.second ? weight2 : weight, at.c, at.r * reduction.columns + at.s,
                        column + rank * rows, b.data() + rank * rows * block);
           for (int i = 0; i < tile_m; ++i)
