@@ -55,8 +55,8 @@ CUTLASS_AT_LEAST = [4, 2]
 SM90 = (  # tile M, N, blocks a cluster along M, along N, schedule
     (128, 64, 2, 1, "pingpong"),
     (128, 128, 2, 1, "pingpong"),
-    (192, 128, 2, 1, "pingpong"),
     (192, 128, 1, 2, "pingpong"),
+    (192, 128, 2, 1, "pingpong"),  # for 128 channels
     (256, 128, 2, 1, "cooperative"),
     (128, 256, 2, 1, "cooperative"),
     (128, 128, 1, 1, "stream_k"),

@@ -36,9 +36,11 @@ ODD = {
     "1x1-stride2": _POINT | dict(stride=(2, 2), h=9, c=72),
     "3x3-dilated": _CONV | dict(padding=(2, 2), dilation=(2, 2), h=11, c=8),
     "3x3-segment": _CONV | dict(segment=(72, 14, 18, 2)),
+    "1x1-segment-512": _POINT | dict(segment=(40, 13, 17, 2), c=136, k=512),
     "1x1-one-position": _POINT | dict(n=3, h=1, w=1, c=520),
     "5x3-uneven": _CONV | dict(kernel=(5, 3), padding=(2, 0), stride=(1, 2), dilation=(2, 1), h=23, w=19),
     "3x3-many-tiles": _CONV | dict(n=9, h=33, w=29, k=264),
+    "3x3-pairs-of-tiles": _CONV | dict(n=17, h=33, w=29, c=72, k=256, residual=True),  # more than a chip has at once
     "3x3-64": _CONV | dict(n=33, h=19, w=57, k=64, residual=True),
     "3x3-64-a-line": _CONV | dict(n=5, h=1, w=115, k=64),
 }
@@ -71,8 +73,8 @@ def odd_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
         for name, facts in ODD.items():
             yield f"conv/{name}/{dtype}", functools.partial(_parity, facts, dtype, device)
         if device.type == "cuda":
-            for channels in (64, 128):
-                yield f"conv-overlap/{channels}/{dtype}", functools.partial(_overlap, dtype, channels, device)
+            for images, channels in ((32, 64), (1, 128), (300, 256)):
+                yield f"conv-overlap/{channels}/{dtype}", functools.partial(_overlap, dtype, images, channels, device)
     yield from chains(device)
 
 
@@ -95,13 +97,13 @@ def _as_one_at_a_time(found: list, run: Callable) -> dict:
 
 
 @torch.no_grad()
-def _overlap(dtype: str, channels: int, device: torch.device) -> dict:
+def _overlap(dtype: str, images: int, channels: int, device: torch.device) -> dict:
     """Kernels that begin while those before them run give the bits that they give one at a time, each kind by itself
     and all mixed: a convolution reads what the last two wrote, in memory that is written over and over, some have a
     batch norm whose vectors the kernel before reckons, and weights change in between."""
     arch, sms = cases.chip(device)
     random, one, size = cases.Random(device, getattr(torch, dtype), 0), (1, 1), 64 * 28 // channels
-    x = random.map(32 if channels == 64 else 1, channels, size, size)
+    x = random.map(images, channels, size, size)
     filters = [random.filter(channels, channels, 3, 3) for _ in range(6)]
     shape = cuda_conv.shape_of(x.shape, filters[0].shape, one, one, one)
     found = [i for i in cuda_conv.runs_on(arch) if i.arch == 90 and i.dtype is x.dtype]

@@ -159,13 +159,16 @@ def test_what_is_refused(arch, shape, sentence):
 @needs_instances
 def test_blocks_that_share_x_are_for_channels_that_fill_them():
     of(90)
+    shared = False
     for instance in cuda_conv.instances():
         _, along_n = instance.cluster
+        shared |= along_n > 1
         for tiles in (1, 2, 3, 4) if instance.general else ():
             k = tiles * instance.tile[1]
             found = cuda_conv.plan(instance.index, convolution(weight_size=(k, 64, 3, 3)), 132)
             assert isinstance(found, int) == (tiles % along_n == 0), (instance, found)
             assert isinstance(found, int) or "cannot run an odd number of tiles of output channels" in found
+    assert shared == bool(library.build_facts()["cutlass"])
 
 
 @needs_instances
