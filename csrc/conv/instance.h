@@ -46,7 +46,7 @@ struct Instance {
 
 // A unit's two instances, of Kernel<Half> and Kernel<Bfloat16>: FUSED_RESNET_UNIT_half and FUSED_RESNET_UNIT_bfloat16,
 // for the FUSED_RESNET_UNIT and by the FUSED_RESNET_NAME that setup.py gives.
-#define FUSED_RESNET_DEFINE(Type, Kernel, Half, Bfloat16)                              \
+#define FUSED_RESNET_DEFINE(Type, Kernel, Half, Bfloat16)                                  \
   FUSED_RESNET_DEFINE_ONE(Type, FUSED_RESNET_JOIN(FUSED_RESNET_UNIT, _half), Kernel<Half>) \
   FUSED_RESNET_DEFINE_ONE(Type, FUSED_RESNET_JOIN(FUSED_RESNET_UNIT, _bfloat16), Kernel<Bfloat16>)
 #define FUSED_RESNET_DEFINE_ONE(Type, symbol, ...) \
