@@ -250,7 +250,8 @@ def test_larger_problems_get_larger_tiles():
     assert tile(128, 128, 28, 80) in ((128, 128), (256, 128))
     of(90)
     assert tile(128, 64, 56, 90) == (128, 64) and tile(128, 128, 28, 90)[1] == 128
-    assert tile(128, 256, 14, 90) == tile(128, 512, 7, 90) == (192, 128)  # two tiles, one tile a multiprocessor
+    if library.build_facts()["cutlass"]:
+        assert tile(128, 256, 14, 90) == tile(128, 512, 7, 90) == (192, 128)  # two tiles, one tile a multiprocessor
 
 
 @needs_instances
