@@ -178,8 +178,7 @@ struct Sm90Mainloop {
     Tensor b = make_tensor(make_smem_ptr(shared.b.data()), SmemLayoutB{});
     TiledMma mma;
     // Descriptors are of a whole warp group: its first thread's, known to be the same for all.
-    constexpr bool alone = size(TiledMma{}) == cutlass::NumThreadsPerWarpGroup;
-    const int group = alone ? 0 : __shfl_sync(0xffffffff, thread / cutlass::NumThreadsPerWarpGroup, 0);
+    const int group = __shfl_sync(0xffffffff, thread / cutlass::NumThreadsPerWarpGroup, 0);
     auto slice = mma.get_slice(group * cutlass::NumThreadsPerWarpGroup);
     Tensor from_a = slice.make_fragment_A(slice.partition_A(a));  // (MMA, MMA_M, MMA_K, PIPE)
     Tensor from_b = slice.make_fragment_B(slice.partition_B(b));  // (MMA, MMA_N, MMA_K, PIPE)

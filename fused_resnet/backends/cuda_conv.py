@@ -167,9 +167,8 @@ def declines(shape: Shape, dtype: torch.dtype, arch: int, sms: int) -> str | Non
 
 def _tiles(instance: Instance, shape: Shape) -> int:
     """Of a shape, in whole clusters along its positions: it has those along its channels, or was refused."""
-    tile_m, tile_n, _ = instance.tile
-    clusters = ceil_div(ceil_div(positions(shape), tile_m), instance.cluster[0])
-    return clusters * instance.cluster[0] * ceil_div(shape[4], tile_n)
+    (tile_m, tile_n, _), (along_m, _) = instance.tile, instance.cluster
+    return ceil_div(positions(shape), tile_m * along_m) * along_m * ceil_div(shape[4], tile_n)
 
 
 def _too_small(instance: Instance, shape: Shape, sms: int) -> bool:
