@@ -20,10 +20,50 @@ from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_st
 from .shortcuts import Plain, ZeroPad
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
-PARTS = {BasicBlock: ("conv1", "bn1", "conv2", "bn2"), Bottleneck: ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")}
+POOLS = (nn.Identity, nn.AvgPool2d)
 
 
-class FusedBasicBlock(BasicBlock):
+class Fused:
+    """What fused blocks share; the class of the library's block stands behind it, with the forward that is not fused.
+
+    parts: its convolutions and batch norms, in the order of their calls. activations: its ReLUs.
+    """
+
+    parts: tuple[str, ...]
+    activations: tuple[str, ...] = ("relu",)
+    memory = "default"
+    residual = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if unfusable(self) is not None or recorded(x):
+            return self._unfused(x)
+        *first, conv, bn = (self._modules[name] for name in self.parts)
+        tail = self.tail(self)
+        if all(map(on_own_batch, (*first[1::2], bn))):
+            return _trained(x, self, first, conv, bn, tail)
+        out = x
+        for i in range(0, len(first), 2):
+            out = conv_bn(out, first[i], first[i + 1])
+        shortcut = _shortcut(x, self, out)
+        if not tail:
+            return conv_bn(out, conv, bn, shortcut)
+        return _joined(conv_bn(out, conv, bn, relu=False), self, tail, shortcut)
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    @staticmethod
+    def obstacle(block: nn.Module) -> str | None:
+        """Why a block of this kind, fused or not yet, cannot be fused for what it has beside its parts and ReLUs."""
+        return None
+
+    @staticmethod
+    def tail(block: nn.Module) -> list[nn.Module]:
+        """Modules that stand between the last batch norm and the add."""
+        return []
+
+
+class FusedBasicBlock(Fused, BasicBlock):
     """torchvision's BasicBlock (two 3x3 convolutions; He et al., arXiv 1512.03385, figure 5 left), fused.
 
     The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
@@ -31,22 +71,10 @@ class FusedBasicBlock(BasicBlock):
     memory, an attribute: "lean" keeps only x for the backward and computes the rest again (`swap_blocks` sets it).
     """
 
-    memory = "default"
-    residual = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        if unfusable(self) is not None or recorded(x):
-            return self._unfused(x)
-        if _on_batch_statistics(self):
-            return _trained(x, self)
-        out = conv_bn(x, self.conv1, self.bn1)
-        return conv_bn(out, self.conv2, self.bn2, _shortcut(x, self, out))
-
-    def _unfused(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+    parts = ("conv1", "bn1", "conv2", "bn2")
 
 
-class FusedBottleneck(Bottleneck):
+class FusedBottleneck(Fused, Bottleneck):
     """torchvision's Bottleneck (1x1, 3x3 with the stride, 1x1; ResNet V1.5), fused.
 
     The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
@@ -54,26 +82,12 @@ class FusedBottleneck(Bottleneck):
     memory, an attribute: "lean" keeps only x for the backward and computes the rest again (`swap_blocks` sets it).
     """
 
-    memory = "default"
-    residual = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        if unfusable(self) is not None or recorded(x):
-            return self._unfused(x)
-        if _on_batch_statistics(self):
-            return _trained(x, self)
-        out = conv_bn(x, self.conv1, self.bn1)
-        out = conv_bn(out, self.conv2, self.bn2)
-        return conv_bn(out, self.conv3, self.bn3, _shortcut(x, self, out))
-
-    def _unfused(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+    parts = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
 
 
 class _Plain(Plain):
     def _unfused(self, x: Tensor) -> Tensor:
-        parts = PARTS[_kind(self)]
-        for conv, bn in zip(parts[::2], parts[1::2], strict=True):
+        for conv, bn in zip(self.parts[::2], self.parts[1::2], strict=True):
             x = self.relu(self._modules[bn](self._modules[conv](x)))
         return x
 
@@ -86,48 +100,51 @@ class PlainBottleneck(_Plain, FusedBottleneck):
     """FusedBottleneck without its shortcut: conv-BN-ReLU thrice. Arguments, but for downsample, and shapes are its."""
 
 
-def _on_batch_statistics(block: nn.Module) -> bool:
-    """Whether all of a block's own batch norms use the batch's statistics, of this process alone."""
-    norms = [block._modules[name] for name in PARTS[_kind(block)][1::2]]
-    return all(map(on_own_batch, norms))
-
-
-def _kind(block: nn.Module) -> type[nn.Module]:
-    return Bottleneck if isinstance(block, Bottleneck) else BasicBlock
-
-
-def _trained(x: Tensor, block: nn.Module) -> Tensor:
+def _trained(x: Tensor, block: nn.Module, first, conv: nn.Conv2d, bn: nn.Module, tail: list[nn.Module]) -> Tensor:
     training.check_memory(block.memory)
     # Decided once: by the time a lean block runs again, modes and hooks may be others.
     downsample = block.downsample
-    projected = downsample is not None and projection_unfusable(downsample) is None and on_own_batch(downsample[1])
+    projected = downsample is not None and projection_unfusable(downsample) is None and on_own_batch(downsample[-1])
+    *pools, into, after = downsample if projected else (None, None)
 
     def run(x: Tensor, statistics: training.Statistics) -> Tensor:
-        *first, conv, bn = (block._modules[name] for name in PARTS[_kind(block)])
         if block.residual:
-            own = projected or (downsample is None and block.conv1.in_channels > 1)
+            own = (projected and not pools) or (downsample is None and first[0].in_channels > 1)
             out, norm, x = training.convolve_shared(x, *first[:2], statistics, own)
         else:
             out, norm = training.convolve(x, training.NOTHING, *first[:2], statistics)
         for i in range(2, len(first), 2):
             out, norm = training.convolve(out, norm, first[i], first[i + 1], statistics)
         if projected:
-            shortcut = training.normalised(x, training.NOTHING, *downsample, None, statistics, relu=False)
+            for pool in pools:
+                x = pool(x)
+            shortcut = training.normalised(x, training.NOTHING, into, after, None, statistics, relu=False)
         else:
             shortcut = _shortcut(x, block, out)
-        return training.normalised(out, norm, conv, bn, shortcut, statistics)
+        if not tail:
+            return training.normalised(out, norm, conv, bn, shortcut, statistics)
+        out = training.normalised(out, norm, conv, bn, None, statistics, relu=False)
+        return _joined(out, block, tail, shortcut)
 
-    if block.memory == "lean" and (projected or stateless(downsample)):
+    if block.memory == "lean" and not tail and (projected or stateless(downsample)):
         return training.lean(run, x, block)
     return run(x, training.Statistics())
 
 
+def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Tensor) -> Tensor:
+    for module in tail:
+        out = module(out)
+    return block._modules[block.activations[-1]](out + shortcut)
+
+
 def not_lean(block: nn.Module) -> str | None:
     """Why a block whose memory is "lean" keeps what others keep; None if it does not: no module may run twice."""
+    if tail := block.tail(block):
+        return f"{', '.join(type(module).__name__ for module in tail)} in front of the add"
     if stateless(block.downsample):
         return None
     reason = projection_unfusable(block.downsample)
-    if reason is None and not on_own_batch(block.downsample[1]):
+    if reason is None and not on_own_batch(block.downsample[-1]):
         reason = "its batch norm does not use the batch's own statistics"
     return reason and f"downsample: {reason}"
 
@@ -163,14 +180,17 @@ def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor | None:
     if not block.residual:
         return None
     if downsample is None:
-        if block.conv1.in_channels > 1:
+        if block._modules[block.parts[0]].in_channels > 1:
             return x
-        last = block.conv3 if isinstance(block, Bottleneck) else block.conv2
+        last = block._modules[block.parts[-2]]
         return x.expand(-1, last.out_channels, -1, -1)  # as torchvision's add broadcasts a single channel
     if projection_unfusable(downsample) is not None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
         return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
-    return conv_bn(x, downsample[0], downsample[1], relu=False)
+    *pools, conv, bn = downsample
+    for pool in pools:
+        x = pool(x)
+    return conv_bn(x, conv, bn, relu=False)
 
 
 def recorded(x: Tensor) -> bool:
@@ -185,13 +205,19 @@ def recorded(x: Tensor) -> bool:
 # --- what may be fused: asked at every forward, since hooks come and go; convert.py tells the reasons -----------------
 
 
-def unfusable(block: nn.Module) -> str | None:
-    """Why a block must run torchvision's forward, or None if its convolutions, BNs and ReLU may be fused."""
-    return parts_unfusable(block, PARTS[_kind(block)])
+def unfusable(block: nn.Module, kind: type[Fused] | None = None) -> str | None:
+    """Why a block must run its library's forward, or None if its convolutions, BNs and ReLUs may be fused.
+
+    kind: the fused class that it is asked for, if it is not of one yet.
+    """
+    kind = kind or type(block)
+    return parts_unfusable(block, kind.parts, kind.activations) or kind.obstacle(block)
 
 
-def parts_unfusable(block: nn.Module, names: Iterable[str]) -> str | None:
-    """Why the convolutions and BNs of these names, and the ReLU, must be called as modules; None if they need not."""
+def parts_unfusable(
+    block: nn.Module, names: Iterable[str], activations: Iterable[str] = Fused.activations
+) -> str | None:
+    """Why convolutions and BNs of these names, and these ReLUs, must be called as modules; None if they need not."""
     if _module._has_any_global_hook():
         return "a global module hook is registered"
     modules = block._modules
@@ -199,19 +225,24 @@ def parts_unfusable(block: nn.Module, names: Iterable[str]) -> str | None:
         reason = convolution_unfusable(modules[name]) if name[0] == "c" else norm_unfusable(modules[name])
         if reason is not None:
             return f"{name}: {reason}"
-    relu = modules.get("relu")
-    if type(relu) is not nn.ReLU:
-        return f"relu: {type(relu).__name__} is not ReLU"
-    reason = tampered(relu)
-    return reason and f"relu: {reason}"
+    for name in activations:
+        relu = modules.get(name)
+        reason = tampered(relu) if type(relu) is nn.ReLU else f"{type(relu).__name__} is not ReLU"
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
 
 
 def projection_unfusable(downsample: nn.Module) -> str | None:
-    """Why a downsample is called as the module it is, or None if it is a 1x1 convolution and a BN to be fused."""
-    if type(downsample) is not nn.Sequential or len(downsample) != 2:
+    """Why a downsample is called as the module it is; None if it is a 1x1 convolution and a BN to be fused.
+
+    An average pool may stand in front of them (He et al., arXiv 1812.01187, figure 2c); it is called.
+    """
+    plain = type(downsample) is nn.Sequential
+    if not plain or not (len(downsample) == 2 or (len(downsample) == 3 and type(downsample[0]) in POOLS)):
         return f"{type(downsample).__name__} is not Sequential(Conv2d, BatchNorm2d)"
-    conv, bn = downsample[0], downsample[1]
-    reason = tampered(downsample) or convolution_unfusable(conv)
+    *pools, conv, bn = downsample
+    reason = next(filter(None, map(tampered, (downsample, *pools))), None) or convolution_unfusable(conv)
     if reason is None and conv.kernel_size != (1, 1):
         reason = f"kernel_size is {conv.kernel_size}, not (1, 1)"
     return reason or norm_unfusable(bn)

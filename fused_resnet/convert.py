@@ -1,7 +1,11 @@
-"""swap_blocks, restore_blocks, swap_report: torchvision's residual blocks in a model become fused ones, in place."""
+"""swap_blocks, restore_blocks, swap_report: the residual blocks in a model become fused ones, in place.
+
+Those of torchvision; and timm's, where timm has been imported, as it has been where a model has its blocks.
+"""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -11,14 +15,15 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .blocks import PARTS, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, stateless, unfusable
+from .blocks import Fused, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, stateless, unfusable
 from .preact import PreAct
 from .residual_network import ResidualNetwork
 from .stem import FusedResNet
 from .training import check_memory
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
-ORIGINAL = {fused: original for original, fused in FUSED.items()}
+NETWORKS = {ResNet: FusedResNet}
+_FORWARDS = {"forward", "_forward_impl", "forward_features"}
 _FORMER = "_memory_format_before_swap"
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -70,8 +75,8 @@ def swap_blocks(
     memory_format: torch.memory_format = torch.channels_last,
     memory: str | None = None,
 ) -> nn.Module:
-    """Turn every torchvision BasicBlock and Bottleneck inside `model` into its fused twin, in place; and a torchvision
-    ResNet into one that trains with its stem's batch norm, ReLU and pool in one pass.
+    """Turn every BasicBlock and Bottleneck of torchvision and timm inside `model` into its fused twin, in place; and
+    their ResNets into ones that train with their stem's batch norm, ReLU and pool in one pass.
 
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Parameters, buffers, hooks
     of the blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A block that cannot
@@ -88,8 +93,8 @@ def swap_blocks(
     backward while they train. "default": raw results of convolutions, without those that can be done without; "lean": a
     block's input and output alone, the convolutions run again in the backward. None, the default, changes nothing.
 
-    Returns the same model. Warns of convolutions with a bias, which a batch norm makes useless. Raises TypeError if
-    model is not a module, ValueError for another memory_format or memory.
+    Returns the same model. Warns if there is no fused block in it then, and of convolutions with a bias, which a batch
+    norm makes useless. Raises TypeError if model is not a module, ValueError for another memory_format or memory.
     """
     if memory_format not in (*_FORMATS, torch.preserve_format):
         raise ValueError(
@@ -101,44 +106,45 @@ def swap_blocks(
     shared = _shared_convolutions(_module(model))
     _warn_of_biases(model)
     swapped = False
+    kinds, networks = _kinds(), _networks()
     for network in model.modules():
         if isinstance(network, ResidualNetwork):
             network.fused = True
-        elif type(network) is ResNet and not {"forward", "_forward_impl"} & vars(network).keys():
-            network.__class__ = FusedResNet
+        elif type(network) in networks and not _FORWARDS & vars(network).keys():
+            network.__class__ = networks[type(network)]
     for _, block in _blocks(model):
-        if type(block) in FUSED and _why_left(block, shared) is None:
-            block.__class__ = FUSED[type(block)]
+        if type(block) in kinds and _why_left(block, shared) is None:
+            block.__class__ = kinds[type(block)]
             swapped = True
     if swapped and memory_format is not torch.preserve_format:
         for conv in (m for m in model.modules() if type(m) is nn.Conv2d):
             former = _lay_out(conv, memory_format)
             if former is not None:
                 conv.__dict__.setdefault(_FORMER, str(former))  # torch.save cannot write a memory format
+    fused = [block for block in model.modules() if isinstance(block, (Fused, PreAct))]
     if memory is not None:
-        for block in model.modules():
-            if isinstance(block, (*ORIGINAL, PreAct)):
-                block.memory = memory
+        for block in fused:
+            block.memory = memory
+    if not fused:
+        warnings.warn(_nothing_to_fuse(model), stacklevel=2)
     return model
 
 
 def restore_blocks(model: nn.Module) -> nn.Module:
-    """Undo `swap_blocks` in place: fused blocks inside `model` are torchvision's again, weights laid out as before.
+    """Undo `swap_blocks` in place: fused blocks inside `model` are their library's again, weights laid out as before.
 
-    Blocks that torchvision does not have, plain and pre-activation ones, stay; the stem of a network of
+    Blocks that no library has, plain and pre-activation ones, stay; the stem of a network of
     `fused_resnet.models` is called module by module from now on, until blocks are swapped again.
 
     Returns the same model. Raises TypeError if model is not a module.
     """
-    for _, block in _blocks(_module(model)):
-        if type(block) in ORIGINAL:
-            block.__class__ = ORIGINAL[type(block)]
-            block.__dict__.pop("memory", None)
-    for m in model.modules():
+    originals = {fused: original for original, fused in (*_kinds().items(), *_networks().items())}
+    for m in _module(model).modules():
         if isinstance(m, ResidualNetwork):
             m.fused = False
-        elif type(m) is FusedResNet:
-            m.__class__ = ResNet
+        elif type(m) in originals:
+            m.__class__ = originals[type(m)]
+            m.__dict__.pop("memory", None)
         former = m.__dict__.pop(_FORMER, None)
         if former is not None:
             _lay_out(m, next(f for f in _FORMATS if str(f) == former))
@@ -148,7 +154,7 @@ def restore_blocks(model: nn.Module) -> nn.Module:
 def swap_report(model: nn.Module) -> SwapReport:
     """Every residual block inside `model`, as it is now: fused, fusable, or left and why. `str()` of it is a table."""
     shared = _shared_convolutions(_module(model))
-    kinds = (BasicBlock, Bottleneck, PreAct)
+    kinds = (*_kinds(), PreAct)
     return SwapReport(tuple(_report(name, m, shared) for name, m in model.named_modules() if isinstance(m, kinds)))
 
 
@@ -158,8 +164,43 @@ def _module(model) -> nn.Module:
     return model
 
 
+def _timm():
+    """The module of timm's fused blocks, if timm's are in use."""
+    if not hasattr(sys.modules.get("timm.models.resnet"), "Bottleneck"):
+        return None
+    from . import timm_blocks
+
+    return timm_blocks
+
+
+def _kinds() -> dict[type[nn.Module], type[Fused]]:
+    """The fused class of each library's block."""
+    timm = _timm()
+    return FUSED if timm is None else FUSED | timm.FUSED
+
+
+def _networks() -> dict[type[nn.Module], type[nn.Module]]:
+    """The class of each library's network whose stem is fused."""
+    timm = _timm()
+    return NETWORKS if timm is None else NETWORKS | timm.NETWORKS
+
+
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck)))
+    kinds = tuple(_kinds())
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, kinds))
+
+
+def _kind(block: nn.Module) -> type[Fused]:
+    """The fused class of a block, or what it would be for the class that the block is derived of."""
+    return next(fused for original, fused in _kinds().items() if isinstance(block, original))
+
+
+def _nothing_to_fuse(model: nn.Module) -> str:
+    left = swap_report(model).left
+    if not left:
+        return "model: there is no residual block of torchvision or timm in it; nothing was swapped"
+    reasons = Counter(block.reason for block in left)
+    return f"model: none of its {len(left)} residual blocks could be swapped; first reason: {next(iter(reasons))}"
 
 
 def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
@@ -168,7 +209,7 @@ def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
         reason = block.unfusable()
         note = _lean_note(block, block.not_lean) if block.memory == "lean" else ""
         return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
-    if isinstance(block, tuple(ORIGINAL)):  # FSDP makes subclasses of fused blocks
+    if isinstance(block, Fused):  # FSDP makes subclasses of fused blocks
         reason = unfusable(block)
         notes = [_downsample_note(block)]
         if block.memory == "lean":
@@ -192,19 +233,18 @@ def _downsample_note(block: nn.Module) -> str:
 
 
 def _why_left(block: nn.Module, shared: set[int]) -> str | None:
-    if type(block) not in FUSED:
+    if type(block) not in _kinds():
         return f"{type(block).__name__} is not exactly BasicBlock or Bottleneck"
     if "forward" in block.__dict__:
         return "forward is overridden on the instance"
     for name, conv in _convolutions(block):
         if id(conv) in shared:
             return f"{name}: is shared with another batch norm"
-    return unfusable(block)
+    return unfusable(block, _kind(block))
 
 
 def _convolutions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    parts = next(parts for original, parts in PARTS.items() if isinstance(block, original))
-    yield from ((name, getattr(block, name)) for name in parts if name.startswith("conv"))
+    yield from ((name, getattr(block, name)) for name in _kind(block).parts[::2])
     if isinstance(block.downsample, nn.Sequential):
         yield from ((f"downsample.{n}", m) for n, m in block.downsample.named_children() if isinstance(m, nn.Conv2d))
 
@@ -235,12 +275,13 @@ def _normalised(block: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     if isinstance(block, PreAct):
         pairs = block._pairs()
         yield from ((f"conv{i}", pairs[i - 1][1], pairs[i][0]) for i in range(1, len(pairs)))
-    elif isinstance(block, (BasicBlock, Bottleneck)):
-        parts = next(parts for original, parts in PARTS.items() if isinstance(block, original))
+    elif isinstance(block, tuple(_kinds())):
+        parts = _kind(block).parts
         for conv, norm in zip(parts[::2], parts[1::2], strict=True):
             yield conv, getattr(block, conv), getattr(block, norm)
-        if isinstance(block.downsample, nn.Sequential) and len(block.downsample) == 2:
-            yield "downsample.0", *block.downsample
+        if isinstance(block.downsample, nn.Sequential) and len(block.downsample) in (2, 3):
+            *pools, conv, norm = block.downsample
+            yield f"downsample.{len(pools)}", conv, norm
 
 
 def _lay_out(conv: nn.Conv2d, memory_format: torch.memory_format) -> torch.memory_format | None:

@@ -18,23 +18,26 @@ _ops = torch.ops.fused_resnet
 POOL = dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, return_indices=False)
 
 
-def pooled_stem(network: nn.Module, x: Tensor) -> Tensor | None:
-    """maxpool(relu(bn1(conv1(x)))) of a network with these modules; None where they have to be called one by one."""
-    if unpoolable(network) is not None or not _worth_it(x):
+def pooled_stem(network: nn.Module, x: Tensor, relu: str = "relu") -> Tensor | None:
+    """maxpool(relu(bn1(conv1(x)))) of a network with these modules; None where they have to be called one by one.
+
+    relu: the name of that module.
+    """
+    if unpoolable(network, relu) is not None or not _worth_it(x):
         return None
     y, bn = network.conv1(x), network.bn1
     mean, var = _ops.bn_stats.default(y)
     args = (y, mean, var, bn.weight, bn.bias, bn.eps)
     if y.is_cuda and all(refuses(b, "bn_act_pool", args) or objection(b, "bn_act_pool", args)[0] for b in _own()):
-        return network.maxpool(network.relu(bn(y)))
+        return network.maxpool(network._modules[relu](bn(y)))
     update_running_stats(bn, y, mean, var)
     return _ops.bn_act_pool.default(*args)[0]
 
 
-def unpoolable(network: nn.Module) -> str | None:
+def unpoolable(network: nn.Module, relu: str = "relu") -> str | None:
     """Why batch norm, ReLU and pool of this network's stem are called as modules now, or None."""
     modules = network._modules
-    if reason := parts_unfusable(network, ("bn1",)):
+    if reason := parts_unfusable(network, ("bn1",), (relu,)):
         return reason
     if not on_own_batch(modules["bn1"]):
         return "bn1: does not use the batch's own statistics"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 SEEDS = (0, 1, 2)
@@ -179,13 +179,13 @@ def randomize_norms(model: nn.Module, seed: int, branch: float = 1.0, firm: bool
             t = getattr(m, name)
             if t is not None:
                 t.data.copy_(uniform(t, low, high))
-    blocks = [m for m in model.modules() if isinstance(m, BasicBlock | Bottleneck)]
-    joining = [m.bn3 if isinstance(m, Bottleneck) else m.bn2 for m in blocks]
+    blocks = [m for m in model.modules() if hasattr(m, "downsample")]  # torchvision's and timm's
+    joining = [m.bn3 if hasattr(m, "bn3") else m.bn2 for m in blocks]
     for m in joining:
         if m.weight is not None:
             m.weight.data.mul_(branch)
     if firm:
-        joining += [m.downsample[1] for m in blocks if m.downsample is not None]
+        joining += [m.downsample[-1] for m in blocks if m.downsample is not None]
         for m in norms:
             far = uniform(m.bias, 5.0, 6.0)
             if not any(m is j for j in joining):

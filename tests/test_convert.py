@@ -473,8 +473,14 @@ def test_global_hook(device):
 # --- unusual shortcuts ------------------------------------------------------------------------------------------------
 
 
-def avgpool_projection():
-    return nn.Sequential(nn.AvgPool2d(2, 2, ceil_mode=True), conv1x1(256, 512), nn.BatchNorm2d(512))
+def maxpool_projection():
+    return nn.Sequential(nn.MaxPool2d(2, 2, ceil_mode=True), conv1x1(256, 512), nn.BatchNorm2d(512))
+
+
+def hooked_pool():
+    pool = nn.AvgPool2d(2, 2, ceil_mode=True)
+    pool.register_forward_hook(lambda m, args, out: out * 2)
+    return nn.Sequential(pool, conv1x1(256, 512), nn.BatchNorm2d(512))
 
 
 def three_by_three():
@@ -523,7 +529,8 @@ def pooled_to_one():
 
 
 SHORTCUTS = {
-    avgpool_projection: "Sequential is not Sequential(Conv2d, BatchNorm2d)",
+    maxpool_projection: "Sequential is not Sequential(Conv2d, BatchNorm2d)",
+    hooked_pool: "has hooks",
     three_by_three: "kernel_size is (3, 3), not (1, 1)",
     biased_projection: "has a bias",
     other_norm: "GroupNorm is none of",
@@ -554,6 +561,27 @@ def test_unusual_downsample_is_called_as_it_is(make, device):
     assert calls == [1]
     handle.remove()
     assert_same(ours, theirs, image(device))
+
+
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("ceil_mode, size", [(True, 33), (False, 32)])
+def test_a_projection_behind_an_average_pool_is_fused(ceil_mode, size, memory, device):
+    """ResNet-D's (arXiv 1812.01187, figure 2c); where there is no stride an Identity may stand in the pool's place."""
+    ours, theirs = network(device=device), network(device=device)
+    for model in (ours, theirs):
+        torch.manual_seed(5)
+        pool = nn.AvgPool2d(2, 2, ceil_mode=ceil_mode, count_include_pad=False)
+        model.layer2[0].downsample = nn.Sequential(pool, conv1x1(256, 512), nn.BatchNorm2d(512)).to(device).eval()
+        model.layer1[0].downsample.insert(0, nn.Identity())
+    swap_blocks(ours, memory=memory)
+    assert all(b.status == "fused" and not b.reason and b.note in ("", "lean") for b in swap_report(ours).blocks)
+    x = torch.randn(2, 3, size, size).to(device)
+    calls = []
+    handle = ours.layer2[0].downsample[1].register_forward_hook(lambda *a: calls.append(1))
+    ours(x)
+    handle.remove()
+    assert calls == [1]  # while it has a hook, the convolution is called
+    assert_same(ours, theirs, x)
 
 
 def test_identity_downsample(device):

@@ -1,0 +1,339 @@
+"""timm's ResNets: their blocks and stems fused, beside timm's own forward; what is in them beyond torchvision's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import statistics
+import subprocess
+import sys
+import textwrap
+
+import parity
+import pytest
+import timm
+import torch
+from timm.layers.norm_act import freeze_batch_norm_2d
+from timm.models import resnet as timm_resnet
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import fused_resnet
+from fused_resnet import stem, swap_blocks, swap_report
+from fused_resnet.timm_blocks import FusedTimmBasicBlock, FusedTimmBottleneck, FusedTimmResNet
+
+# name: blocks that are fused, of how many, a reason of the others
+NETWORKS = {
+    "resnet10t": (4, 4, ""),  # average pools in front of projections, a stem of three convolutions
+    "resnet18": (8, 8, ""),
+    "resnet26": (8, 8, ""),
+    "resnet26d": (8, 8, ""),
+    "seresnet18": (8, 8, ""),
+    "ecaresnet26t": (8, 8, ""),
+    "resnetblur18": (5, 8, "aa: BlurPool2d stands between a batch norm and the next convolution"),
+    "resnet50_gn": (0, 16, "bn1: GroupNorm is none of"),
+}
+FUSED = [name for name, (fused, _, _) in NETWORKS.items() if fused]
+SIZE = (3, 3, 64, 64)
+modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+networks = pytest.mark.parametrize("name", FUSED)
+
+
+def untouched(name: str, device="cpu", seed: int = 0, train: bool = True, firm: bool = False, **options):
+    """(model, input): timm's, with every batch norm away from its initial state."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, num_classes=10, **options).to(device)
+    x = torch.randn(SIZE).to(device)
+    parity.calibrate(parity.randomize_norms(model, seed, branch=0.2, firm=firm), x)
+    return model.train(train), x
+
+
+def same(a: parity.Seen, b: parity.Seen, limit: float = 1e-9) -> None:
+    found = parity.errors(a, b)
+    assert max(found.values()) < limit, max((e, n) for n, e in found.items())
+
+
+def seen(model: nn.Module, x: torch.Tensor) -> parity.Seen:
+    torch.manual_seed(7)  # of what is dropped
+    return parity.observe(model, x)
+
+
+# --- what is swapped --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_fused_and_what_is_left(name):
+    fused, blocks, reason = NETWORKS[name]
+    model = timm.create_model(name)
+    keys, types, parameters = list(model.state_dict()), [type(m) for m in model.modules()], list(model.parameters())
+    if fused:
+        assert swap_blocks(model) is model and type(model) is FusedTimmResNet
+    else:
+        with pytest.warns(UserWarning, match=f"model: none of its {blocks} residual blocks.*{reason}"):
+            swap_blocks(model)
+    report = swap_report(model)
+    assert (len(report.fused), len(report.blocks)) == (fused, blocks)
+    assert all(b.type in ("FusedTimmBasicBlock", "FusedTimmBottleneck") and b.reason == "" for b in report.fused)
+    assert all(b.reason.startswith(reason) for b in report.left)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    fused_resnet.restore_blocks(model)
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_blocks_of_other_classes_are_none_of_ours():
+    with pytest.warns(UserWarning, match="^model: there is no residual block of torchvision or timm in it; nothing"):
+        swap_blocks(timm.create_model("resnext26ts"))
+
+
+def test_a_subclass_is_left():
+    class Own(timm_resnet.BasicBlock):
+        pass
+
+    model = timm_resnet.ResNet(Own, (1, 1, 1, 1))
+    with pytest.warns(UserWarning, match="none of its 4 .* Own is not exactly BasicBlock or Bottleneck"):
+        swap_blocks(model)
+
+
+def test_blocks_inside_other_networks():
+    """HRNet is made of the same blocks."""
+    model = timm.create_model("hrnet_w18_small", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    want = model(x)
+    assert len(swap_report(swap_blocks(model)).fused) == 23
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_timm_is_not_imported_for_others():
+    """A torchvision model is swapped where timm is not installed; where it is, it stays unimported."""
+    program = """
+        import sys, torchvision
+        if sys.argv[1] == "absent":
+            sys.modules["timm"] = None
+        import fused_resnet
+        model = fused_resnet.swap_blocks(torchvision.models.resnet18())
+        assert len(fused_resnet.swap_report(model).fused) == 8
+        assert sys.argv[1] == "absent" or "timm" not in sys.modules
+        fused_resnet.restore_blocks(model)
+    """
+    for argument in ("absent", "there"):
+        subprocess.run([sys.executable, "-c", textwrap.dedent(program), argument], check=True)
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+@modes
+@networks
+def test_equals_timm_in_float64(name, train, device):
+    model, x = untouched(name, device, train=train)
+    ours = swap_blocks(copy.deepcopy(model).double())
+    for _ in range(2):
+        same(seen(ours, x.double()), seen(model.double(), x.double()))
+
+
+@modes
+@pytest.mark.parametrize("name", ["resnet26d", "seresnet18", "resnet18"])
+def test_equals_timm_by_the_rule(name, train, device):
+    """float32, beside timm's own variants, float64 the judge; of the seeds the worst, in training the median."""
+    ours, yardsticks = {"contiguous": [], "channels_last": []}, []
+    for seed in parity.SEEDS:
+        model, x = untouched(name, device, seed, train, firm=not train)
+        judge = parity.judge_of(model, x)
+        yardsticks.append(parity.yardstick_of(model, x, judge))
+        for layout, found in ours.items():
+            fused, image = parity.as_variant(layout, swap_blocks(copy.deepcopy(model)), x)
+            found.append(parity.errors(parity.observe(fused, image), judge))
+    pick = statistics.median if train else max
+    for found in ours.values():
+        parity.check({key: pick(e[key] for e in found) for key in found[0]}, parity.worst(yardsticks))
+
+
+@modes
+@pytest.mark.parametrize("memory", ["default", "lean"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "seresnet18"])
+def test_stochastic_depth(name, memory, train, device):
+    """The same paths are dropped from the same seed; a lean block does not draw twice, and says that it is not lean."""
+    model, x = untouched(name, device, train=train, drop_path_rate=0.6)
+    ours = swap_blocks(copy.deepcopy(model).double(), memory=memory)
+    assert len(swap_report(ours).fused) == 8 and all(b.reason == "" for b in swap_report(ours).blocks)
+    same(seen(ours, x.double()), seen(model.double(), x.double()))
+    notes = [b.note for b in swap_report(ours).blocks]
+    if memory == "lean" and train:
+        attention = {"seresnet18": "SEModule"}.get(name)
+        first = f"not lean: {attention} in front of the add" if attention else "lean"  # it drops nothing
+        last = ", ".join(filter(None, (attention, "DropPath")))
+        assert (notes[0], notes[-1]) == (first, f"not lean: {last} in front of the add")
+
+
+@pytest.mark.parametrize("swapped_in", ["train", "eval"])
+def test_drop_block(swapped_in, device):
+    """While it drops, blocks run timm's forward; in eval mode they are fused, whatever the mode at the swap."""
+    model, x = untouched("resnet18", device, drop_block_rate=0.4)
+    model.double()
+    ours = swap_blocks(copy.deepcopy(model).train(swapped_in == "train"))
+    assert len(swap_report(ours).fused) == 8
+    for train in (True, False):
+        model.train(train), ours.train(train)
+        reasons = [b.reason for b in swap_report(ours).blocks]
+        assert [r.startswith("runs unfused: drop_block: DropBlock2d stands") for r in reasons] == [False] * 4 + 4 * [
+            train
+        ]
+        same(seen(ours, x.double()), seen(model, x.double()))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "ecaresnet26t"])
+def test_lean_equals_default_to_the_bit(name, device):
+    model, x = untouched(name, device)
+    default, lean = swap_blocks(copy.deepcopy(model)), swap_blocks(copy.deepcopy(model), memory="lean")
+    found = [parity.observe(m, x) for m in (default, lean)]
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    notes = {b.note for b in swap_report(lean).blocks}
+    assert notes == ({"not lean: EcaModule in front of the add"} if name == "ecaresnet26t" else {"lean"})
+
+
+@modes
+def test_frozen_batch_norms(train, device):
+    model, x = untouched("resnet26d", device, train=train)
+    model = freeze_batch_norm_2d(model)
+    ours = swap_blocks(copy.deepcopy(model).double())
+    assert len(swap_report(ours).fused) == 8
+    same(parity.observe(ours, x.double()), parity.observe(model.double(), x.double()))
+
+
+def hooks(block: nn.Module):
+    for name, module in block.named_modules():
+        if name and not any(module.children()):
+            yield name
+
+
+@modes
+@pytest.mark.parametrize("memory", ["default", "lean"])
+def test_a_hook_anywhere_is_called_and_heeded(memory, train):
+    """Each module inside a block, one at a time, has its result replaced."""
+    model, x = untouched("resnet26d", train=train, drop_path_rate=0.5)
+    block = model.layer2[0].double()
+    ours = swap_blocks(nn.Sequential(copy.deepcopy(block)), memory=memory)[0]
+    assert type(ours) is FusedTimmBottleneck
+    names = list(hooks(block))
+    assert {"act1", "aa", "drop_block", "drop_path", "downsample.0", "conv3"} <= set(names)
+    x = torch.randn(2, block.conv1.in_channels, 9, 9, dtype=torch.float64)
+    for name in names:
+        handles = [b.get_submodule(name).register_forward_hook(lambda m, a, y: y * 1.25) for b in (ours, block)]
+        same(seen(ours, x), seen(block, x))
+        for handle in handles:
+            handle.remove()
+
+
+# --- the stem ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d"])
+def test_the_stem_is_fused_in_training(name, monkeypatch):
+    monkeypatch.setattr(stem, "_worth_it", lambda x: True)
+    calls, real = [], stem.pooled_stem
+    monkeypatch.setattr("fused_resnet.timm_blocks.pooled_stem", lambda *a: calls.append(1) or real(*a))
+    model, x = untouched(name)
+    ours = swap_blocks(copy.deepcopy(model).double())
+    assert stem.unpoolable(ours, "act1") is None
+    same(parity.observe(ours, x.double()), parity.observe(model.double(), x.double()))
+    assert len(calls) == 1
+    ours.set_grad_checkpointing(), model.set_grad_checkpointing()
+    again = [
+        parity.observe(m, x.double()) for m in (ours, model)
+    ]  # buffers: a checkpoint stops once it has what it needs
+    same(*({key: v for key, v in s.items() if not key.startswith("buffer")} for s in again))
+    assert len(calls) == 1
+    ours.set_grad_checkpointing(False)
+    ours.act1.register_forward_hook(lambda m, a, y: y * 2)
+    assert stem.unpoolable(ours, "act1") == "act1: has hooks"
+
+
+def test_a_stem_that_pools_otherwise_is_called():
+    model = swap_blocks(timm.create_model("resnetrs50", num_classes=2))
+    assert stem.unpoolable(model, "act1") == "maxpool: Sequential is not MaxPool2d"
+
+
+# --- around it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies(copied):
+    model, x = untouched("resnet26d", train=False)
+    ours = swap_blocks(model)
+    other = copied(ours)
+    assert [type(m) for m in other.modules()] == [type(m) for m in ours.modules()]
+    assert torch.equal(other(x), ours(x))
+
+
+def test_a_pickle_is_read_where_timm_has_not_been_imported(tmp_path):
+    model, x = untouched("resnet10t", train=False)
+    torch.save((swap_blocks(model), x, model(x)), tmp_path / "model.pt")
+    program = f"""
+        import torch, fused_resnet
+        model, x, y = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+        torch.testing.assert_close(model(x), y)
+        assert len(fused_resnet.swap_report(model).fused) == 4
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+def test_checkpoints_load_both_ways():
+    model, x = untouched("resnet10t", train=False)
+    ours = swap_blocks(timm.create_model("resnet10t", num_classes=10)).eval()
+    ours.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-4)
+    model.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_features():
+    """timm's ways to the maps inside, and torchvision's."""
+    model, x = untouched("resnet26d", train=False)
+    ours = swap_blocks(copy.deepcopy(model))
+    for a, b in zip(ours.forward_intermediates(x)[1], model.forward_intermediates(x)[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    nodes = ["layer1", "layer3"]
+    found, expected = (create_feature_extractor(m, nodes)(x) for m in (ours, model))
+    for node in nodes:
+        torch.testing.assert_close(found[node], expected[node], rtol=1e-4, atol=1e-4)
+    backbone = timm.create_model("resnet26d", features_only=True).eval()
+    want = backbone(x)
+    assert len(swap_report(swap_blocks(backbone)).fused) == 8
+    for a, b in zip(backbone(x), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@modes
+@pytest.mark.parametrize("name", ["resnet10t", "seresnet18"])
+def test_compiles_whole(name, train, device):
+    torch._dynamo.reset()
+    model, x = untouched(name, device, train=train)
+    ours = swap_blocks(copy.deepcopy(model).double())
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.double()), model.double()(x.double()))
+    torch._dynamo.reset()
+
+
+def test_exports():
+    model, x = untouched("resnet26d", train=False)
+    program = torch.export.export(swap_blocks(copy.deepcopy(model)), (x,))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["untouched", "swapped"])
+@pytest.mark.parametrize("name", ["resnet26d", "seresnet18", "resnetblur18"])
+def test_planned(name, swapped, device):
+    """The whole network for inference, of timm's modules or of swapped ones: every convolution is in the plan."""
+    model, x = untouched(name, device, train=False)
+    judge = parity.judge_of(model, x, lambda m, x: {"output": m(x)})
+    yardstick = parity.yardstick_of(model, x, judge, lambda m, x: {"output": m(x)})
+    fast = fused_resnet.optimize_for_inference(swap_blocks(model) if swapped else model, example_input=x)
+    parity.check(parity.errors({"output": fast(x)}, judge), yardstick)
+    share = float(str(fast.plan).splitlines()[0].split(" % of")[0].split()[-1])
+    assert share > 99.0
+
+
+def test_constructed_on_fused_blocks():
+    model = timm_resnet.ResNet(FusedTimmBasicBlock, (1, 1, 1, 1), num_classes=3)
+    assert len(swap_report(model).fused) == 4
+    assert model(torch.randn(2, 3, 33, 33)).shape == (2, 3)
