@@ -56,7 +56,7 @@ def resnet(block: type = BasicBlock, layers=(1, 1, 1, 1), seed: int = 0, **more)
 
 
 def network_of(model: nn.Module, *inputs: Tensor) -> Network:
-    graph = capture(model, len(inputs))
+    graph = capture(model, inputs)
     propagate(graph, inputs)
     return match(graph)
 

@@ -179,7 +179,7 @@ def randomize_norms(model: nn.Module, seed: int, branch: float = 1.0, firm: bool
             t = getattr(m, name)
             if t is not None:
                 t.data.copy_(uniform(t, low, high))
-    blocks = [m for m in model.modules() if hasattr(m, "downsample")]  # torchvision's and timm's
+    blocks = [m for m in model.modules() if hasattr(m, "downsample") and hasattr(m, "bn2")]  # torchvision's and timm's
     joining = [m.bn3 if hasattr(m, "bn3") else m.bn2 for m in blocks]
     for m in joining:
         if m.weight is not None:

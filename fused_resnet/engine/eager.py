@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -141,7 +142,7 @@ def run_traced(network: Network, node: fx.Node, values: dict[str, object], attri
         # A hook may keep what it sees.
         values = {name: v.clone() if isinstance(v, Tensor) else v for name, v in _read(network, node, values).items()}
     args, kwargs = fx.node.map_arg(node.args, value_of), fx.node.map_arg(node.kwargs, value_of)
-    if is_in_place(network.graph, node) and not network.graph.opaque:
+    if is_in_place(network.graph, node) and not network.graph.opaque and node.name not in network.spent:
         # A fused step may read the operand later than the layers it covers would have.
         args = (args[0].clone(), *args[1:])
     if node.op == "call_function":
@@ -174,6 +175,10 @@ def output_of(network: Network, values: dict[str, object], forbidden: Tensor | N
             return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
         if isinstance(part, list):
             return [put_in(p) for p in part]
-        return {key: put_in(p) for key, p in part.items()} if isinstance(part, dict) else part
+        if isinstance(part, dict):
+            parts = {key: put_in(p) for key, p in part.items()}
+            kind = network.graph.records.get(tuple(part), dict)
+            return kind(parts) if kind in (dict, OrderedDict) else kind(**parts)
+        return part
 
     return put_in(network.returned.args[0])

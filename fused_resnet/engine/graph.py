@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from dataclasses import dataclass, field, is_dataclass
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
@@ -44,12 +47,17 @@ FRESH_MODULES = (
     nn.GELU,
 )
 FRESH_FUNCTIONS = {
+    *(F.batch_norm, F.group_norm, F.layer_norm, F.instance_norm, F.hardtanh, F.hardswish, F.hardsigmoid, F.leaky_relu),
     *(F.relu, F.conv2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.linear, F.interpolate, F.silu, F.gelu),
     *(torch.relu, torch.cat, torch.add, torch.sub, torch.mul, torch.div, torch.sigmoid, torch.tanh, torch.mean),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.matmul),
 }
 FRESH_METHODS = {"add", "sub", "mul", "div", "pow", "neg", "relu", "sigmoid", "tanh", "mean", "sum", "clone"}
+OTHER_WAY = "for these sizes it takes another way than for the example; plan for them with an example of their own"
 CHEAP_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, torch.cat, torch.add, operator.add, operator.mul}
+
+
+_MODULE = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
 
 
 class _Proxy(fx.Proxy):
@@ -65,8 +73,62 @@ for _function in IN_PLACE_OPERATORS:
 
 
 class _Tracer(fx.Tracer):
+    """inputs: an example, for what the model decides by sizes; without one it may decide nothing by them.
+
+    records: of dictionaries that are more than that, as models return them, keys and class.
+    """
+
+    def __init__(self, inputs: tuple | None = None):
+        super().__init__()
+        self.inputs = inputs
+        self.records: dict[tuple[str, ...], type] = {}
+        self.values: dict[fx.Node, object] = {}
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def create_arg(self, a):
+        if isinstance(a, OrderedDict) and (type(a) is OrderedDict or is_dataclass(a)):
+            self.records[tuple(a)] = type(a)
+        return super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What `if` sees: of sizes, what they are in the example, which the graph asserts from then on."""
+        if self.inputs is None or not is_size(obj.node):
+            return super().to_bool(obj)
+        decision = bool(self._value(obj.node))
+        holds = obj if decision else self.create_proxy("call_function", operator.not_, (obj,), {})
+        self.create_proxy("call_function", torch._assert, (holds, OTHER_WAY), {})
+        return decision
+
+    @torch.no_grad()
+    def _value(self, node: fx.Node):
+        """What a node yields for the example, tensors without data."""
+        needed, stack = set(), [node]
+        while stack:
+            n = stack.pop()
+            if n not in needed and n not in self.values:
+                needed.add(n)
+                stack += n.all_input_nodes
+        with self.fake, patch.multiple(nn.Module, **_MODULE):  # the tracer has put its own in their place
+            for n in self.graph.nodes:
+                if n in needed:
+                    args, kwargs = fx.node.map_arg((n.args, n.kwargs), self.values.__getitem__)
+                    self.values[n] = self._yielded(n, args, kwargs)
+        return self.values[node]
+
+    def _yielded(self, node: fx.Node, args: tuple, kwargs: dict):
+        if node.op == "placeholder":
+            i = [n for n in self.graph.nodes if n.op == "placeholder"].index(node)
+            value = self.inputs[i] if i < len(self.inputs) else args[0]
+            return self.fake.from_tensor(value) if isinstance(value, Tensor) else value
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        found = operator.attrgetter(node.target)(self.root)
+        return found(*args, **kwargs) if node.op == "call_module" else found
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         # A module with hooks is called, so that its hooks run.
@@ -82,6 +144,7 @@ class Graph:
     flops: dict[fx.Node, int] = field(default_factory=dict)
     meta: fx.GraphModule | None = None  # the module without its numbers
     opaque: str = ""  # why nothing may be matched; '' if it may
+    records: dict[tuple[str, ...], type] = field(default_factory=dict)  # classes of dictionaries by their keys
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,11 +170,11 @@ def has_hooks(m: nn.Module) -> bool:
     return any(hooks) or "forward" in m.__dict__
 
 
-def capture(model: nn.Module, given: int | None = None) -> Graph:
-    """Trace a frozen copy of `model` (which stays as it is), in evaluation mode, fused blocks as torchvision's.
+def capture(model: nn.Module, inputs: tuple | None = None) -> Graph:
+    """Trace a frozen copy of `model` (which stays as it is), in evaluation mode, fused blocks as their library's.
 
-    given: how many arguments it will be called with; those beyond have their defaults. Raises ValueError if it cannot
-    be traced, with the tracer's words.
+    inputs: an example of what it will be called with; arguments beyond have their defaults, and what the model decides
+    by sizes is decided for these. Raises ValueError if it cannot be traced, with the tracer's words.
     """
     if model._forward_hooks or model._forward_pre_hooks or "forward" in model.__dict__:
         raise ValueError(
@@ -119,28 +182,63 @@ def capture(model: nn.Module, given: int | None = None) -> Graph:
             "remove them, or give it inside another module"
         )
     frozen = restore_blocks(copy.deepcopy(model)).eval().requires_grad_(False)
-    arguments = {} if given is None else _arguments(frozen, given)
+    arguments = {} if inputs is None else _arguments(frozen, len(inputs))
     omitted = {name: default[0] for name, default in arguments.items() if default}
+    tracer = _Tracer(inputs)
     try:
-        traced = fx.GraphModule(frozen, _Tracer().trace(frozen, omitted or None), type(model).__name__)
+        traced = fx.GraphModule(frozen, tracer.trace(frozen, omitted or None), type(model).__name__)
     except Exception as error:
         raise ValueError(
             f"model: {type(model).__name__} cannot be traced ({words_of(error)}); "
             "give the part of it that is a fixed sequence of layers, as a detector's `model.backbone`"
         ) from error
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    _drop(traced.graph, [n for n, name in zip(placeholders, arguments, strict=False) if name in omitted])
+    unused = [n for n in placeholders if n.target.startswith("*") and not n.users]  # *args, **kwargs
+    _drop(traced.graph, [*(n for n, name in zip(placeholders, arguments, strict=False) if name in omitted), *unused])
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
         if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
-    graph = Graph(traced)
+    _recognise_norms(traced, frozen)
+    graph = Graph(traced, records=tracer.records)
     graph.opaque = _make_functional(graph)
     if not graph.opaque:  # before, what changes a tensor in place and is read by nobody would be taken for dead
         traced.graph.eliminate_dead_code()
     traced.recompile()
     return graph
+
+
+def _recognise_norms(traced: fx.GraphModule, model: nn.Module) -> None:
+    """Batch norms of a class derived from BatchNorm2d, which the tracer went through, become modules to be called.
+
+    traced: changed. What its nodes use of the model, it holds under the same paths; and so does the batch norm.
+    """
+    norms: dict[str, nn.BatchNorm2d] = {}
+    for node in traced.graph.find_nodes(op="call_function", target=F.batch_norm):
+        given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+        given.apply_defaults()
+        x, training, eps = (given.arguments[name] for name in ("input", "training", "eps"))
+        tensors = {name: given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")}
+        path = str(getattr(tensors["running_mean"], "target", "")).rpartition(".")[0]
+        mine = all(getattr(t, "target", None) == f"{path}.{name}" for name, t in tensors.items() if t is not None)
+        if training is not False or not path or not mine or not isinstance(model.get_submodule(path), nn.BatchNorm2d):
+            continue
+        affine = [tensors["weight"] is not None, tensors["bias"] is not None]
+        if tensors["running_var"] is None or any(affine) != all(affine):
+            continue
+        if path not in norms:
+            held = traced.get_submodule(path)
+            norm = norms[path] = nn.BatchNorm2d(held.running_mean.numel(), eps, affine=all(affine)).eval()
+            norm._parameters, norm._buffers, norm._modules = held._parameters, held._buffers, held._modules
+            for name in ("weight", "bias", "num_batches_tracked"):
+                if not hasattr(norm, name):
+                    setattr(norm, name, None)
+            traced.set_submodule(path, norm)
+        if norms[path].eps == eps:
+            with traced.graph.inserting_before(node):
+                node.replace_all_uses_with(traced.graph.call_module(path, (x,)))
+            traced.graph.erase_node(node)
 
 
 def _arguments(model: nn.Module, given: int) -> dict[str, tuple]:

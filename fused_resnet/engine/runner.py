@@ -81,9 +81,7 @@ def optimize_for_inference(
         if t.device != own.device:
             raise ValueError(f"model: all of it must be on one device; {name} is on {t.device}, others on {own.device}")
     with torch.inference_mode(False), torch.no_grad():
-        return OptimizedModel(
-            type(model).__name__, capture(model, len(inputs)), inputs, dtype, own.device, tune, new_shapes
-        )
+        return OptimizedModel(type(model).__name__, capture(model, inputs), inputs, dtype, own.device, tune, new_shapes)
 
 
 class OptimizedModel(nn.Module):

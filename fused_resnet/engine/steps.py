@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..folding import scale_shift
-from .graph import Graph, has_hooks, is_size
+from .graph import Graph, has_hooks, is_in_place, is_size, may_alias
 
 RELU_FUNCTIONS = {F.relu, torch.relu, F.relu_, torch.relu_}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
@@ -132,6 +132,20 @@ class Network:
     def outputs(self) -> set[str]:
         """Names of the values that the model returns."""
         return {self.source(n.name) for n in self.returned.all_input_nodes}
+
+    @functools.cached_property
+    def spent(self) -> set[str]:
+        """Names of the nodes that change a tensor in place which is the model's own and which nobody else reads."""
+
+        def alone(node) -> bool:
+            """Whether nobody but its one user reads this tensor, nor its memory."""
+            if not isinstance(node, fx.Node) or node.name in self.alias or len(node.users) != 1:
+                return False
+            if node.op in ("placeholder", "get_attr"):
+                return False
+            return not may_alias(self.graph, node) or (is_in_place(self.graph, node) and alone(node.args[0]))
+
+        return {n.name for n in self.graph.nodes if is_in_place(self.graph, n) and n.args and alone(n.args[0])}
 
     def releases(self, groups: Sequence[Sequence[Step]]) -> list[list[str]]:
         """For groups of steps in the order they run: the values that nothing reads after each."""
