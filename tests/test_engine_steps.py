@@ -285,7 +285,7 @@ OTHERS = {
     "shared": (lambda m, x: m.r(m.b(m.r(m.b(m.a(x))))), ["conv", "conv", "conv"]),
     "shared by both sides": (lambda m, x: (lambda y: m.b(y) + m.b(m.r(y)))(m.a(x)), None),
     "shared norm": (lambda m, x: m.n(m.b(m.n(m.a(x)))), ["conv", "conv"]),
-    "two norms": (lambda m, x: m.n(m.n(m.a(x))), ["conv", "traced"]),
+    "two norms": (lambda m, x: m.n(m.n(m.a(x))), ["conv", "norm"]),
     "norm before": (lambda m, x: m.b(m.r(m.n(F.pad(m.a(x), (1, 0, 0, 2))))), None),
     "power": (lambda m, x: operator.ipow(m.a(x), 2), ["conv", "traced"]),
     "mask": (lambda m, x: (lambda y: m.b(y * ((y > 0) & (y < 1))))(m.a(x)), None),

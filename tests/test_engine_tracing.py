@@ -6,13 +6,14 @@ import copy
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import parity
 import pytest
 import torch
 import torch.nn.functional as F
 from engine_cases import Net, agree, conv, network_of, ops, randomized
 from torch import nn
 
-from fused_resnet import optimize_for_inference
+from fused_resnet import models, optimize_for_inference
 
 X = (5, 3, 11, 13)
 
@@ -175,6 +176,39 @@ def test_a_norm_used_twice():
 def test_norms_without_running_statistics():
     found, _ = planned(norm_net(nn.BatchNorm2d, track_running_stats=False))
     assert "traced" in found
+
+
+# --- batch norms behind no convolution --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_a_norm_and_its_relu_are_one_step(affine, dtype, device):
+    """As in front of a pre-activation block: of a sum that the shortcut reads as well."""
+    layers = {"a": conv(), "n": nn.BatchNorm2d(16, affine=affine), "b": conv(16), "c": conv(3, 16, 1)}
+    model = Net(lambda m, x: (lambda s: m.b(F.relu(m.n(s))) + s)(m.a(x) + m.c(x) * 0.5), **layers).to(device)
+    x = torch.randn(X).to(device)
+    fast = optimize_for_inference(model, x, dtype=dtype, tune="off")
+    (norm,) = [s for s in fast.plan.steps if s.op == "norm"]
+    assert norm.layers == ("n", "relu") and norm.backend in ("bn_act", "pytorch")
+    agree(fast(x), model, x, dtype=dtype)
+    other = copy.deepcopy(model)
+    for t in (*other.n.parameters(), *other.n.buffers()):
+        if t.is_floating_point():
+            t.data.mul_(1.5)
+    agree(fast.refresh(other)(x), other, x, dtype=dtype)
+    fast(x[:2])
+    agree(fast(x), other, x, dtype=dtype)
+
+
+def test_pre_activation_networks_have_nothing_left(device):
+    torch.manual_seed(0)
+    model = models.imagenet_resnet(18, activation="pre", num_classes=5)
+    parity.calibrate(parity.randomize_norms(model, 0, branch=0.3), torch.randn(2, 3, 64, 64))
+    model, x = model.eval().to(device), torch.randn(2, 3, 64, 64).to(device)
+    fast = optimize_for_inference(model, x)
+    agree(fast(x), model, x)
+    assert not fast.plan.traced and sum(s.op == "norm" for s in fast.plan.steps) == 9
 
 
 # --- what is returned -------------------------------------------------------------------------------------------------

@@ -334,7 +334,8 @@ def test_planned(name, swapped, device):
     parity.check(parity.errors({"output": fast(x)}, judge), yardstick)
     assert fast.plan.flop_share > 0.99
     norms = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    alone = [s for s in fast.plan.traced if norms & set(s.layers)]
+    assert not any(norms & set(s.layers) for s in fast.plan.traced)
+    alone = [s for s in fast.plan.steps if s.op == "norm"]
     assert len(alone) == {"resnetv2_18": 9}.get(name, 0)  # of each block the first, behind an add; and the last of all
 
 

@@ -77,7 +77,7 @@ class Cpu:
             if step.op == "traced":
                 groups.append(alone(step, "traced"))
             elif why := cp.unsupported(step, self.target):
-                groups.append(alone(step, "pytorch", why=why))
+                groups.append(alone(step, "bn_act" if step.op == "norm" else "pytorch", why=why))
             else:
                 batch, size = program.batch_of(step.output), program.size[step.output]
                 config = str(program.choice(step)) if step.op in ("conv", "linear") else ""
@@ -132,7 +132,11 @@ class Cpu:
             given.add(name)
         for piece in program.segments:
             if isinstance(piece, Step):
-                values[piece.output] = self.eager.run(piece, network, values)
+                norm = piece.op == "norm"
+                x = values[network.source(piece.x)] if norm else None
+                values[piece.output] = (
+                    self.eager.fused_norm(piece, x) if norm else self.eager.run(piece, network, values)
+                )
                 continue
             buffers = [b if isinstance(b, Tensor) else _dense(values[b], b in given) for b in piece.buffers]
             seconds = torch.zeros(len(piece.owners), dtype=torch.float64, device="cpu") if times is not None else None

@@ -69,6 +69,8 @@ class Choice:
 
 def unsupported(step: Step, target: Isa) -> str | None:
     """Why the CPU's kernels do not compute this step; None if they do."""
+    if step.op == "norm":
+        return "batch norm and ReLU in one pass"
     if step.conv is not None and step.conv.groups != 1:
         return f"{step.conv.groups} groups: through oneDNN"
     return None

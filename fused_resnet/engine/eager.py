@@ -15,6 +15,8 @@ from .graph import has_hooks, is_in_place
 from .plan import Group, alone
 from .steps import Network, Step, fold
 
+NORM = ("running_mean", "running_var", "weight", "bias")
+
 
 class Eager:
     """Folded weights of a model's steps in one dtype, and the steps over them.
@@ -25,6 +27,7 @@ class Eager:
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         self.module, self.dtype = module, dtype
         self.weights: dict[tuple, tuple[Step, list[Tensor], Tensor]] = {}
+        self.norms: dict[str, list[Tensor | None]] = {}  # running mean and variance, weight and bias, in full precision
         self.cast: dict[str, nn.Module | Tensor] = {}  # what traced nodes use, in this dtype
 
     def folded(self, step: Step) -> tuple[list[Tensor], Tensor]:
@@ -41,6 +44,10 @@ class Eager:
             fresh, fresh_bias = fold(step, self.module)
             for old, new in zip([*weights, bias], [*fresh, fresh_bias], strict=True):
                 old.copy_(new)
+        for path, tensors in self.norms.items():
+            for name, old in zip(NORM, tensors, strict=True):
+                if old is not None:
+                    old.copy_(self._found(f"{path}.{name}"))
         for path, old in self.cast.items():
             new = self._found(path)
             if isinstance(old, nn.Module):
@@ -49,6 +56,19 @@ class Eager:
                 pairs = [(old, new)] if isinstance(old, Tensor) else []
             for mine, theirs in pairs:
                 mine.copy_(theirs)
+
+    def norm(self, step: Step) -> tuple[list[Tensor | None], float]:
+        """A norm's running mean and variance, weight and bias, in memory that stays; and its epsilon."""
+        if step.bn not in self.norms:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            found = [self._found(f"{step.bn}.{name}") for name in NORM]
+            self.norms[step.bn] = [None if t is None else t.detach().to(dtype, copy=True) for t in found]
+        return self.norms[step.bn], self._found(step.bn).eps
+
+    def fused_norm(self, step: Step, x: Tensor) -> Tensor:
+        """A norm and its ReLU in one pass, by the op of the package."""
+        (mean, var, weight, bias), eps = self.norm(step)
+        return torch.ops.fused_resnet.bn_act.default(x, mean, var, weight, bias, eps, None, step.relu, False)
 
     def attribute(self, path: str):
         """What a traced node finds under this path of the model, in this dtype: a copy, in memory that stays."""
@@ -74,6 +94,10 @@ class Eager:
         x = values[network.source(step.x)]
         if step.op == "avg_pool":
             return x.mean((2, 3), keepdim=True)
+        if step.op == "norm":
+            (mean, var, weight, bias), eps = self.norm(step)
+            y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
+            return y.relu_() if step.relu else y
         if step.op == "max_pool":
             return F.max_pool2d(x, step.pool.kernel, step.pool.stride, step.pool.padding)
         weights, bias = self.folded(step)

@@ -432,7 +432,8 @@ class Program:
             result = self.results[piece.key] if piece.args is not None else None
             seconds = result.seconds[0] if result is not None and result.seconds else None
             alone = piece.steps[0]
-            backend = "traced" if alone.op == "traced" else self.chosen(piece).backend if result else "pytorch"
+            own = {"traced": "traced", "norm": "bn_act"}.get(alone.op)
+            backend = own or (self.chosen(piece).backend if result else "pytorch")
             why = alone.why
             if piece.args is None and alone.op in ("conv", "stem"):
                 groups = alone.conv.groups
@@ -475,7 +476,10 @@ class Program:
             seen = values
             if step.op != "traced":
                 seen = {self.network.source(name): self._value(values, name) for name in step.reads}
-            values[step.output] = self.eager.run(step, self.network, seen)
+            if step.op == "norm":
+                values[step.output] = self.eager.fused_norm(step, *seen.values())
+            else:
+                values[step.output] = self.eager.run(step, self.network, seen)
 
         return run
 

@@ -11,7 +11,7 @@ from torch import fx
 from . import machine
 from .steps import Network, Step, weights_of
 
-RUNGS = {"conv": 1, "stem": 2, "linear": 1, "max_pool": 0, "avg_pool": 0, "traced": 0}
+RUNGS = {"conv": 1, "stem": 2, "norm": 0, "linear": 1, "max_pool": 0, "avg_pool": 0, "traced": 0}
 
 
 @dataclass

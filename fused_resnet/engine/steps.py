@@ -72,10 +72,11 @@ class Pool:
 class Step:
     """One thing to compute: y = act(conv(x) + residual), or its like; `op` names it.
 
-    op: 'conv', 'stem' (a convolution, ReLU and max-pool), 'max_pool', 'avg_pool' (over the whole map), 'linear', or
-    'traced' (a node that matched nothing). layers: the graph's nodes it covers, in order. x, residual, output: names of
-    values, each the name of the graph's node that has the same value. segment: a pointwise convolution of another
-    value, the projection shortcut, that is added as a second part of the reduction.
+    op: 'conv', 'stem' (a convolution, ReLU and max-pool), 'norm' (a batch norm behind no convolution, and its ReLU),
+    'max_pool', 'avg_pool' (over the whole map), 'linear', or 'traced' (a node that matched nothing). layers: the
+    graph's nodes it covers, in order. x, residual, output: names of values, each the name of the graph's node that has
+    the same value. segment: a pointwise convolution of another value, the projection shortcut, that is added as a
+    second part of the reduction. bn: where a norm's tensors are in the model.
     """
 
     op: str
@@ -87,6 +88,7 @@ class Step:
     residual: str | None = None
     segment: tuple[str, Convolution] | None = None
     pool: Pool | None = None
+    bn: str | None = None
     node: fx.Node | None = field(default=None, compare=False)
     why: str = ""  # traced: why it matched nothing
 
@@ -311,6 +313,15 @@ class _Matcher:
             step, node = self.extend(step, user, relu=True), user
         self.taken[node] = step
 
+    def normalise(self, node: fx.Node) -> None:
+        """A batch norm that no convolution could take in, a pre-activation block's first, and the ReLU after it."""
+        step = Step("norm", (node.name,), node.all_input_nodes[0].name, node.name, bn=node.target)
+        user = self.only_user(node)
+        if user is not None and self.relu(user):
+            step, node = self.extend(step, user, relu=True), user
+        self.covered.update(step.layers)
+        self.taken[node] = step
+
     def match(self) -> list[Step]:
         for node in self.graph.nodes:
             if self.convolution(node) is not None:
@@ -319,6 +330,9 @@ class _Matcher:
             if (operands := self.add(node)) is not None:
                 self.join(node, operands)
         self.covered = {n for step in self.taken.values() for n in step.layers}
+        for node in self.graph.nodes:
+            if self.norm(node) and node.name not in self.covered and len(self.graph.shape(node) or ()) == 4:
+                self.normalise(node)
         return [step for node in self.graph.nodes if (step := self.step_of(node)) is not None]
 
     def step_of(self, node: fx.Node) -> Step | None:
