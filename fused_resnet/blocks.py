@@ -109,7 +109,8 @@ def _trained(x: Tensor, block: nn.Module, first, conv: nn.Conv2d, bn: nn.Module,
 
     def run(x: Tensor, statistics: training.Statistics) -> Tensor:
         if block.residual:
-            own = (projected and not pools) or (downsample is None and first[0].in_channels > 1)
+            # What PyTorch's add hands back is the gradient of its other operand, too.
+            own = not pools if projected else downsample is None and not tail and first[0].in_channels > 1
             out, norm, x = training.convolve_shared(x, *first[:2], statistics, own)
         else:
             out, norm = training.convolve(x, training.NOTHING, *first[:2], statistics)

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import fused_resnet
-from fused_resnet import stem, swap_blocks, swap_report
+from fused_resnet import stem, swap_blocks, swap_report, training
 from fused_resnet.timm_blocks import FusedTimmBasicBlock, FusedTimmBottleneck, FusedTimmResNet
 
 # name: blocks that are fused, of how many, a reason of the others
@@ -223,6 +223,23 @@ def test_a_hook_anywhere_is_called_and_heeded(memory, train):
         same(seen(ours, x), seen(block, x))
         for handle in handles:
             handle.remove()
+
+
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        ("resnet26", {}, [True] * 8),
+        ("resnet26d", {}, [False, True] * 4),  # the projection reads what a pool, be it an Identity, makes of x
+        ("seresnet50", {}, [True] + 2 * [False] + [True] + 3 * [False] + [True] + 5 * [False] + [True] + 2 * [False]),
+        ("resnet26", {"drop_path_rate": 0.3}, [True, False] * 4),
+    ],
+)
+def test_whose_gradient_the_shortcut_hands_back(name, options, expected, monkeypatch):
+    """The first convolution adds its product to that of an op of ours only: PyTorch's add and pools may keep theirs."""
+    real, seen = training.convolve_shared, []
+    monkeypatch.setattr(training, "convolve_shared", lambda *a: seen.append(a[-1]) or real(*a))
+    swap_blocks(timm.create_model(name, num_classes=2, **options)).train()(torch.randn(2, 3, 32, 32))
+    assert seen == expected
 
 
 # --- the stem ---------------------------------------------------------------------------------------------------------
