@@ -7,9 +7,10 @@ fused path cannot honour (hooks, parametrizations, foreign norm layers) runs thr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, fx, nn
+from torch.nn.functional import avg_pool2d
 from torch.nn.modules import module as _module
 from torchvision.models.feature_extraction import NodePathTracer
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -44,10 +45,9 @@ class Fused:
         out = x
         for i in range(0, len(first), 2):
             out = conv_bn(out, first[i], first[i + 1])
-        shortcut = _shortcut(x, self, out)
         if not tail:
-            return conv_bn(out, conv, bn, shortcut)
-        return _joined(conv_bn(out, conv, bn, relu=False), self, tail, shortcut)
+            return conv_bn(out, conv, bn, _shortcut(x, self, out))
+        return _joined(conv_bn(out, conv, bn, relu=False), self, tail, lambda: _shortcut(x, self, out))
 
     def _unfused(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -116,26 +116,35 @@ def _trained(x: Tensor, block: nn.Module, first, conv: nn.Conv2d, bn: nn.Module,
             out, norm = training.convolve(x, training.NOTHING, *first[:2], statistics)
         for i in range(2, len(first), 2):
             out, norm = training.convolve(out, norm, first[i], first[i + 1], statistics)
-        if projected:
-            for pool in pools:
-                x = pool(x)
-            shortcut = training.normalised(x, training.NOTHING, into, after, None, statistics, relu=False)
-        else:
-            shortcut = _shortcut(x, block, out)
+
+        def shortcut() -> Tensor | None:
+            if not projected:
+                return _shortcut(x, block, out)
+            return training.normalised(_pooled(x, pools), training.NOTHING, into, after, None, statistics, relu=False)
+
         if not tail:
-            return training.normalised(out, norm, conv, bn, shortcut, statistics)
-        out = training.normalised(out, norm, conv, bn, None, statistics, relu=False)
-        return _joined(out, block, tail, shortcut)
+            return training.normalised(out, norm, conv, bn, shortcut(), statistics)
+        return _joined(training.normalised(out, norm, conv, bn, None, statistics, relu=False), block, tail, shortcut)
 
     if block.memory == "lean" and not tail and (projected or stateless(downsample)):
         return training.lean(run, x, block)
     return run(x, training.Statistics())
 
 
-def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Tensor) -> Tensor:
+def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Callable[[], Tensor]) -> Tensor:
+    """The end of a block by its own modules, in the order of timm's forward; out gives the sum its dtype."""
     for module in tail:
         out = module(out)
-    return block._modules[block.activations[-1]](out + shortcut)
+    return block._modules[block.activations[-1]]((out + shortcut()).to(out.dtype))
+
+
+def _pooled(x: Tensor, pools: list[nn.Module]) -> Tensor:
+    """x as the convolution of a projection reads it. Not by the modules: a lean block comes here twice."""
+    for pool in pools:
+        if type(pool) is nn.AvgPool2d:
+            sizes = pool.kernel_size, pool.stride, pool.padding
+            x = avg_pool2d(x, *sizes, pool.ceil_mode, pool.count_include_pad, pool.divisor_override)
+    return x
 
 
 def not_lean(block: nn.Module) -> str | None:
@@ -189,9 +198,7 @@ def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor | None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
         return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
     *pools, conv, bn = downsample
-    for pool in pools:
-        x = pool(x)
-    return conv_bn(x, conv, bn, relu=False)
+    return conv_bn(_pooled(x, pools), conv, bn, relu=False)
 
 
 def recorded(x: Tensor) -> bool:
@@ -237,7 +244,7 @@ def parts_unfusable(
 def projection_unfusable(downsample: nn.Module) -> str | None:
     """Why a downsample is called as the module it is; None if it is a 1x1 convolution and a BN to be fused.
 
-    An average pool may stand in front of them (He et al., arXiv 1812.01187, figure 2c); it is called.
+    An average pool may stand in front of them (He et al., arXiv 1812.01187, figure 2c).
     """
     plain = type(downsample) is nn.Sequential
     if not plain or not (len(downsample) == 2 or (len(downsample) == 3 and type(downsample[0]) in POOLS)):

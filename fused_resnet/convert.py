@@ -168,8 +168,10 @@ def _timm():
     """The module of timm's fused blocks, if timm's are in use."""
     if not hasattr(sys.modules.get("timm.models.resnet"), "Bottleneck"):
         return None
-    from . import timm_blocks
-
+    try:
+        from . import timm_blocks
+    except ImportError:  # before 0.9 its modules had other places
+        return None
     return timm_blocks
 
 
@@ -198,7 +200,7 @@ def _kind(block: nn.Module) -> type[Fused]:
 def _nothing_to_fuse(model: nn.Module) -> str:
     left = swap_report(model).left
     if not left:
-        return "model: there is no residual block of torchvision or timm in it; nothing was swapped"
+        return "model: there is no residual block of torchvision or timm in it"
     reasons = Counter(block.reason for block in left)
     return f"model: none of its {len(left)} residual blocks could be swapped; first reason: {next(iter(reasons))}"
 

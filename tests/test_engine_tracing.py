@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import parity
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from engine_cases import Net, agree, conv, network_of, ops, randomized
 from torch import nn
 
-from fused_resnet import models, optimize_for_inference
+from fused_resnet import backend, models, optimize_for_inference
 
 X = (5, 3, 11, 13)
 
@@ -84,6 +85,24 @@ def test_nothing_is_decided_by_numbers():
     ):
         with pytest.raises(ValueError, match="Net cannot be traced .*control flow"):
             optimize_for_inference(Net(forward, a=conv()), torch.randn(X), tune="off")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_the_example_is_of_another_dtype(dtype):
+    """It is converted, as inputs are."""
+    model = Net(lambda m, x: m.n(m.a(x)) if x.element_size() == 4 else x, a=conv(), n=Checked(16))
+    x = torch.randn(X).to(dtype)
+    fast = optimize_for_inference(model, x, tune="off")
+    agree(fast(x), model, x.float())
+
+
+def test_inputs_without_names_are_refused():
+    class Many(Net):
+        def forward(self, *xs):
+            return self.a(xs[0]) if xs[0].shape[1] == 3 else xs[1]
+
+    with pytest.raises(ValueError, match="^model: Many reads .xs; give it inputs that have names"):
+        optimize_for_inference(Many(None, a=conv()), torch.randn(X), tune="off")
 
 
 def test_the_model_keeps_what_it_refuses():
@@ -173,6 +192,74 @@ def test_a_norm_used_twice():
     assert fast.plan.flop_share == 1.0 and found.count("conv") == 2
 
 
+class Modulated(nn.BatchNorm2d):
+    """Weight and bias are applied in its own way."""
+
+    def forward(self, x):
+        y = F.batch_norm(x, self.running_mean, self.running_var, None, None, False, 0.1, self.eps)
+        return y * (1 + self.weight.view(1, -1, 1, 1)) + self.bias.view(1, -1, 1, 1)
+
+
+class WithAndWithout(nn.BatchNorm2d):
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias) + F.batch_norm(x, mean, var, None, None)
+
+
+class BiasAlone(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, None, self.bias, False, 0.1, self.eps)
+
+
+@pytest.mark.parametrize("kind", [Modulated, WithAndWithout, BiasAlone])
+def test_a_norm_is_what_its_call_says(kind):
+    """Of the module's tensors those that are given, whatever else is done with the others."""
+    model = norm_net(kind)
+    found, fast = planned(model)
+    assert not any("batch_norm" in layer for s in fast.plan.traced for layer in s.layers)
+    other = copy.deepcopy(model)
+    for t in (other.n.weight, other.n.bias, other.n.running_mean):
+        t.data.mul_(1.25)
+    x = torch.randn(X)
+    agree(fast.refresh(other)(x), other, x)
+
+
+def beside_its_own_call(m, x):
+    n = m.n
+    return n(m.a(x)) + F.batch_norm(m.b(x), n.running_mean, n.running_var, n.weight, n.bias)
+
+
+def beside_its_own_call_without_weights(m, x):
+    return m.n(m.a(x)) + F.batch_norm(m.b(x), m.n.running_mean, m.n.running_var)
+
+
+@pytest.mark.parametrize(
+    "forward", [beside_its_own_call, beside_its_own_call_without_weights], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, Written, "hooked", "hooked and written"])
+def test_a_norm_that_is_called_as_well(kind, forward):
+    norm = Written(16, eps=0.3) if kind in (Written, "hooked and written") else nn.BatchNorm2d(16, eps=0.3)
+    model = randomized(Net(forward, a=conv(), b=conv(), n=norm))
+    if isinstance(kind, str):
+        model.n.register_forward_hook(lambda m, args, y: y * 2)
+    planned(model)
+
+
+def test_a_norm_inside_of_what_is_called_whole():
+    block = nn.Sequential(OrderedDict(c=conv(16), bn=Written(16)))
+    model = randomized(Net(lambda m, x: m.blk.bn(m.a(x)) + m.blk(m.b(x)), a=conv(), b=conv(), blk=block))
+    model.blk.register_forward_hook(lambda *a: None)
+    planned(model)
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (5, 16, 7)], ids=str)
+def test_norms_of_other_dimensions(shape):
+    class AnyDim(nn.BatchNorm2d):
+        def _check_input_dim(self, x): ...
+
+    planned(Net(lambda m, x: m.n(x * 2), n=AnyDim(16)), torch.randn(shape))
+
+
 def test_norms_without_running_statistics():
     found, _ = planned(norm_net(nn.BatchNorm2d, track_running_stats=False))
     assert "traced" in found
@@ -216,13 +303,19 @@ def test_pre_activation_networks_have_nothing_left(device):
 
 @dataclass
 class Output(OrderedDict):
-    """As Hugging Face's: a dictionary of those fields that are not None, and attributes."""
+    """As Hugging Face's: a dictionary of those fields that are not None, and attributes. PyTorch's pytrees do not know
+    it, which theirs registers."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     states: tuple | None = None
+    scale: float = 1.0
+    made = 0
 
     def __post_init__(self):
+        Output.made += 1
+        if self.logits is not None:
+            self.logits = self.logits * self.scale
         for name in ("loss", "logits", "states"):
             if getattr(self, name) is not None:
                 self[name] = getattr(self, name)
@@ -231,18 +324,70 @@ class Output(OrderedDict):
 class Named(Net):
     def forward(self, x=None, labels=None, output_states=None, **kwargs):
         y = self.a(x)
-        return Output(logits=self.b(y), states=(x, y) if output_states else (y,))
+        return Output(logits=self.b(y), states=(x, y) if output_states else (y,), scale=3.0)
 
 
-def test_results_with_names():
-    model, x = Named(None, a=conv(), b=conv(16)), torch.randn(X)
+def test_results_with_names(device):
+    model, x = Named(None, a=conv(), b=conv(16)).to(device), torch.randn(X).to(device)
     fast = optimize_for_inference(model, x, tune="off")
+    made = Output.made
     got = fast(x)
-    assert type(got) is Output and list(got) == ["logits", "states"] and got.loss is None
+    assert type(got) is Output and list(got) == ["logits", "states"] and got.loss is None and got.scale == 3.0
+    assert isinstance(got.states, tuple) and got["logits"] is got.logits and Output.made == made
     want = model(x)
     torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.states[0], want.states[0], rtol=1e-4, atol=1e-4)
-    assert isinstance(got.states, tuple) and got["logits"] is got.logits
+    kept = got.logits.clone(), got.states[0].clone()
+    again = fast(x * 2)
+    assert again.logits is not got.logits
+    assert torch.equal(got.logits, kept[0]) and torch.equal(got.states[0], kept[1])
+
+
+def test_results_with_names_are_judged():
+    model, x = Named(None, a=conv(), b=conv(16)), torch.randn(X)
+    fast = optimize_for_inference(model, x, tune="off")
+    judge = fast._judge(network_of(model, x), (x,))
+    plain = {"logits": model(x).logits, "states": model(x).states}
+    assert judge(plain) is None and "finite" in judge(plain | {"logits": plain["logits"] * float("nan")})
+
+
+@dataclass
+class Unlike(OrderedDict):
+    """An attribute that is none of its items."""
+
+    out: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self["result"] = self.out * 2
+
+
+def test_results_that_cannot_be_made_again_are_dictionaries():
+    model = Net(lambda m, x: Unlike(m.a(x)), a=conv())
+    x = torch.randn(X)
+    got = optimize_for_inference(model, x, tune="off")(x)
+    assert type(got) is dict and list(got) == ["result"]
+    torch.testing.assert_close(got["result"], model(x)["result"], rtol=1e-4, atol=1e-4)
+
+
+def test_classes_are_those_of_their_place():
+    """The same keys in a dictionary and in a record; a record in a record, in a named tuple and in a list."""
+
+    class Pair(NamedTuple):
+        first: object
+        second: object
+
+    def forward(m, x):
+        y = m.a(x)
+        inner = OrderedDict(out=y)
+        return {"out": inner}, OrderedDict(out={"out": m.b(y)}), Pair([inner, y], x * 1), (y, 3)
+
+    model = Net(forward, a=conv(), b=conv(16))
+    _, fast = planned(model)
+    a, b, pair, plain = fast(torch.randn(X))
+    assert type(a) is dict and type(a["out"]) is OrderedDict
+    assert type(b) is OrderedDict and type(b["out"]) is dict
+    assert type(pair) is Pair and type(pair.first) is list and type(pair.first[0]) is OrderedDict
+    assert type(plain) is tuple and plain[1] == 3
 
 
 def test_ordered_results():
@@ -277,6 +422,64 @@ def test_in_place_without_a_copy():
     before = x.clone()
     planned(model, x)
     assert torch.equal(x, before)
+
+
+TURNS = {
+    "transpose_": lambda y: y.transpose_(2, 3),
+    "swapaxes_": lambda y: y.swapaxes_(2, 3),
+    "unsqueeze_": lambda y: y.unsqueeze_(0).squeeze_(0),
+    "as_strided_": lambda y: y.as_strided_(y.shape, y.stride()),
+    "t_": lambda y: y.flatten(1).t_().t_(),
+}
+
+
+@pytest.mark.parametrize("how", TURNS)
+def test_what_changes_shapes_in_place_works_on_a_copy(how):
+    def forward(m, x):
+        y = m.a(x)
+        z = TURNS[how](y)
+        return m.b(z if how == "t_" and z.dim() == 4 else y)
+
+    model = Net(forward, a=conv(), b=nn.Conv2d(16, 8, (3, 1)))
+    x = torch.randn(5, 3, 8, 8)
+    fast = optimize_for_inference(model, x, tune="off")
+    for _ in range(4):
+        agree(fast(x), model, x)
+
+
+def test_first_called_in_inference_mode_and_refreshed():
+    model = Net(lambda m, x: m.b(F.relu(m.n(m.a(x) + x[:, :1])) * m.scale), a=conv(), n=nn.BatchNorm2d(16), b=conv(16),
+                scale=nn.Parameter(torch.ones(1)))  # fmt: skip
+    x = torch.randn(X)
+    for fast in (
+        optimize_for_inference(copy.deepcopy(model).double(), x.double(), tune="off"),
+        optimize_for_inference(model, torch.randn(2, 3, 8, 8), tune="off", new_shapes="eager"),
+    ):
+        with torch.inference_mode():
+            fast(x.double() if fast._dtype is torch.float64 else x)
+        other = randomized(copy.deepcopy(model), seed=3)
+        other.scale.data.fill_(2)
+        agree(fast.refresh(other)(x).float(), other, x)
+
+
+def test_refresh_refuses_another_epsilon():
+    model = Net(lambda m, x: m.n(m.a(x)), a=conv(), n=nn.BatchNorm2d(16))
+    fast = optimize_for_inference(model, torch.randn(X), tune="off")
+    other = copy.deepcopy(model)
+    other.n.eps = 0.1
+    with pytest.raises(ValueError, match="^model: does not fit the plan: n.eps is 0.1, expected 1e-05"):
+        fast.refresh(other)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "cudnn", "reference"])
+def test_a_forced_backend_is_none_of_a_plans_business(name):
+    model = Net(lambda m, x: m.b(F.relu(m.n(m.a(x) + x[:, :1]))), a=conv(), n=nn.BatchNorm2d(16), b=conv(16))
+    x = torch.randn(X)
+    with backend(name):
+        fast = optimize_for_inference(model, x, tune="off")
+        assert any(s.op == "norm" for s in fast.plan.steps)
+        agree(fast(x), model, x)
+    agree(fast(x), model, x)
 
 
 def test_the_input_and_parameters_are_not_changed():

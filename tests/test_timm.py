@@ -82,7 +82,7 @@ def test_what_is_fused_and_what_is_left(name):
 
 
 def test_blocks_of_other_classes_are_none_of_ours():
-    with pytest.warns(UserWarning, match="^model: there is no residual block of torchvision or timm in it; nothing"):
+    with pytest.warns(UserWarning, match="^model: there is no residual block of torchvision or timm in it$"):
         swap_blocks(timm.create_model("resnext26ts"))
 
 
@@ -93,6 +93,29 @@ def test_a_subclass_is_left():
     model = timm_resnet.ResNet(Own, (1, 1, 1, 1))
     with pytest.warns(UserWarning, match="none of its 4 .* Own is not exactly BasicBlock or Bottleneck"):
         swap_blocks(model)
+
+
+def test_a_stem_alone_is_swapped():
+    """Of a network whose blocks are of other classes; the warning is about the blocks."""
+    model = timm.create_model("skresnet18")
+    with pytest.warns(UserWarning, match="^model: there is no residual block of torchvision or timm in it$"):
+        swap_blocks(model)
+    assert type(model) is FusedTimmResNet and type(fused_resnet.restore_blocks(model)) is timm_resnet.ResNet
+
+
+def test_a_timm_that_is_too_old_is_left_alone():
+    program = """
+        import sys, types, torchvision
+        old = types.ModuleType("timm.models.resnet")
+        old.Bottleneck = type("Bottleneck", (), {})
+        sys.modules |= {"timm": types.ModuleType("timm"), "timm.models": types.ModuleType("timm.models")}
+        sys.modules["timm.models.resnet"] = old
+        import fused_resnet
+        model = fused_resnet.swap_blocks(torchvision.models.resnet18())
+        assert len(fused_resnet.swap_report(model).fused) == 8
+        fused_resnet.restore_blocks(model)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
 
 def test_blocks_inside_other_networks():
@@ -240,6 +263,40 @@ def test_whose_gradient_the_shortcut_hands_back(name, options, expected, monkeyp
     monkeypatch.setattr(training, "convolve_shared", lambda *a: seen.append(a[-1]) or real(*a))
     swap_blocks(timm.create_model(name, num_classes=2, **options)).train()(torch.randn(2, 3, 32, 32))
     assert seen == expected
+
+
+@modes
+@pytest.mark.parametrize("attention", ["se", "eca"])
+def test_dtypes_under_autocast(attention, train):
+    """The branch gives the sum its dtype, as in timm's `x += shortcut`."""
+    block = timm_resnet.BasicBlock(16, 16, attn_layer=attention).train(train)
+    ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(torch.randn(2, 16, 8, 8)), block(torch.randn(2, 16, 8, 8))
+    assert type(ours) is FusedTimmBasicBlock and a.dtype is b.dtype is torch.bfloat16
+
+
+def test_numbers_are_drawn_in_timms_order():
+    """A shortcut that drops something, and a branch that does."""
+    block = untouched("resnet26", drop_path_rate=0.5)[0].layer4[0].double()
+    block.drop_path = timm_resnet.DropPath(0.5)
+    block.downsample.append(nn.Dropout(0.5))
+    ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+    x = torch.randn(4, 1024, 5, 5).double()
+    same(seen(ours, x), seen(block, x))
+
+
+def test_a_lean_block_decides_once():
+    """A hook put on the pool between forward and backward is none of that backward's."""
+    block, x = untouched("resnet26d")[0].layer2[0].double(), torch.randn(2, 256, 9, 9).double()
+    grads = []
+    for memory in ("default", "lean"):
+        ours, x = swap_blocks(nn.Sequential(copy.deepcopy(block)), memory=memory)[0], x.detach().requires_grad_()
+        y = ours(x)
+        ours.downsample[0].register_forward_hook(lambda m, a, out: out * 100)
+        y.square().sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
 
 
 # --- the stem ---------------------------------------------------------------------------------------------------------

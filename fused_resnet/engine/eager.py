@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from ..backends import forced
 from .graph import has_hooks, is_in_place
 from .plan import Group, alone
 from .steps import Network, Step, fold
@@ -33,9 +33,10 @@ class Eager:
     def folded(self, step: Step) -> tuple[list[Tensor], Tensor]:
         key = step.convolutions
         if key not in self.weights:
-            weights, bias = fold(step, self.module)
-            cast = [w.to(self.dtype).contiguous(memory_format=torch.channels_last) for w in weights]
-            self.weights[key] = step, cast, bias.to(self.dtype)
+            with torch.inference_mode(False), torch.no_grad():  # refresh() writes into it
+                weights, bias = fold(step, self.module)
+                cast = [w.to(self.dtype).contiguous(memory_format=torch.channels_last) for w in weights]
+                self.weights[key] = step, cast, bias.to(self.dtype)
         return self.weights[key][1:]
 
     def refresh(self) -> None:
@@ -62,11 +63,19 @@ class Eager:
         if step.bn not in self.norms:
             dtype = torch.promote_types(self.dtype, torch.float32)
             found = [self._found(f"{step.bn}.{name}") for name in NORM]
-            self.norms[step.bn] = [None if t is None else t.detach().to(dtype, copy=True) for t in found]
+            with torch.inference_mode(False), torch.no_grad():
+                self.norms[step.bn] = [None if t is None else t.detach().to(dtype, copy=True) for t in found]
         return self.norms[step.bn], self._found(step.bn).eps
+
+    def _norm(self, step: Step, x: Tensor) -> Tensor:
+        (mean, var, weight, bias), eps = self.norm(step)
+        y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
+        return y.relu_() if step.relu else y
 
     def fused_norm(self, step: Step, x: Tensor) -> Tensor:
         """A norm and its ReLU in one pass, by the op of the package."""
+        if forced() is not None:  # that is for calls of ops, not for plans
+            return self._norm(step, x)
         (mean, var, weight, bias), eps = self.norm(step)
         return torch.ops.fused_resnet.bn_act.default(x, mean, var, weight, bias, eps, None, step.relu, False)
 
@@ -74,10 +83,11 @@ class Eager:
         """What a traced node finds under this path of the model, in this dtype: a copy, in memory that stays."""
         if path not in self.cast:
             found = self._found(path)
-            if isinstance(found, nn.Module):
-                found = copy.deepcopy(found).to(self.dtype)
-            elif isinstance(found, Tensor):
-                found = found.detach().to(self.dtype if found.is_floating_point() else found.dtype, copy=True)
+            with torch.inference_mode(False), torch.no_grad():
+                if isinstance(found, nn.Module):
+                    found = copy.deepcopy(found).to(self.dtype)
+                elif isinstance(found, Tensor):
+                    found = found.detach().to(self.dtype if found.is_floating_point() else found.dtype, copy=True)
             self.cast[path] = found
         return self.cast[path]
 
@@ -95,9 +105,7 @@ class Eager:
         if step.op == "avg_pool":
             return x.mean((2, 3), keepdim=True)
         if step.op == "norm":
-            (mean, var, weight, bias), eps = self.norm(step)
-            y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
-            return y.relu_() if step.relu else y
+            return self._norm(step, x)
         if step.op == "max_pool":
             return F.max_pool2d(x, step.pool.kernel, step.pool.stride, step.pool.padding)
         weights, bias = self.folded(step)
@@ -199,10 +207,6 @@ def output_of(network: Network, values: dict[str, object], forbidden: Tensor | N
             return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
         if isinstance(part, list):
             return [put_in(p) for p in part]
-        if isinstance(part, dict):
-            parts = {key: put_in(p) for key, p in part.items()}
-            kind = network.graph.records.get(tuple(part), dict)
-            return kind(parts) if kind in (dict, OrderedDict) else kind(**parts)
-        return part
+        return {key: put_in(p) for key, p in part.items()} if isinstance(part, dict) else part
 
     return put_in(network.returned.args[0])

@@ -10,6 +10,7 @@ import copy
 import inspect
 import operator
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from unittest.mock import patch
 
@@ -28,7 +29,7 @@ IN_PLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
     *(operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
 }
-SIZES = {"size", "dim", "ndimension", "numel", "nelement", "stride", "element_size"}  # methods that yield no tensor
+SIZES = {"size", "dim", "ndimension", "numel", "nelement", "element_size"}  # methods that yield no tensor
 # Return a tensor of their own, whatever they are given; of all else it is assumed that the result may share memory.
 FRESH_MODULES = (
     nn.Conv2d,
@@ -51,6 +52,11 @@ FRESH_FUNCTIONS = {
     *(F.relu, F.conv2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.linear, F.interpolate, F.silu, F.gelu),
     *(torch.relu, torch.cat, torch.add, torch.sub, torch.mul, torch.div, torch.sigmoid, torch.tanh, torch.mean),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.matmul),
+}
+# Of what changes a tensor in place, methods and functions that change its numbers, and never its shape or strides.
+CHANGE_NUMBERS = {
+    *("add_", "sub_", "mul_", "div_", "pow_", "neg_", "exp_", "sqrt_", "clamp_", "clamp_min_", "clamp_max_", "relu_"),
+    *("sigmoid_", "tanh_", "hardtanh_", "leaky_relu_", "elu_", "silu_", "copy_", "fill_", "zero_", "addcmul_"),
 }
 FRESH_METHODS = {"add", "sub", "mul", "div", "pow", "neg", "relu", "sigmoid", "tanh", "mean", "sum", "clone"}
 OTHER_WAY = "for these sizes it takes another way than for the example; plan for them with an example of their own"
@@ -75,13 +81,14 @@ for _function in IN_PLACE_OPERATORS:
 class _Tracer(fx.Tracer):
     """inputs: an example, for what the model decides by sizes; without one it may decide nothing by them.
 
-    records: of dictionaries that are more than that, as models return them, keys and class.
+    returned: what the model returns, with proxies in it.
     """
 
     def __init__(self, inputs: tuple | None = None):
         super().__init__()
         self.inputs = inputs
-        self.records: dict[tuple[str, ...], type] = {}
+        self.returned: object = None
+        self.depth = 0  # of create_arg, which calls itself
         self.values: dict[fx.Node, object] = {}
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -89,9 +96,14 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_arg(self, a):
-        if isinstance(a, OrderedDict) and (type(a) is OrderedDict or is_dataclass(a)):
-            self.records[tuple(a)] = type(a)
-        return super().create_arg(a)
+        # Of a dictionary of a class of its own fx keeps the contents. The last that it asks for is what is returned.
+        if self.depth == 0:
+            self.returned = a
+        self.depth += 1
+        try:
+            return super().create_arg(a)
+        finally:
+            self.depth -= 1
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """What `if` sees: of sizes, what they are in the example, which the graph asserts from then on."""
@@ -122,7 +134,7 @@ class _Tracer(fx.Tracer):
         if node.op == "placeholder":
             i = [n for n in self.graph.nodes if n.op == "placeholder"].index(node)
             value = self.inputs[i] if i < len(self.inputs) else args[0]
-            return self.fake.from_tensor(value) if isinstance(value, Tensor) else value
+            return self.fake.from_tensor(value).to(dtype_of(self.root)) if isinstance(value, Tensor) else value
         if node.op == "call_function":
             return node.target(*args, **kwargs)
         if node.op == "call_method":
@@ -144,13 +156,12 @@ class Graph:
     flops: dict[fx.Node, int] = field(default_factory=dict)
     meta: fx.GraphModule | None = None  # the module without its numbers
     opaque: str = ""  # why nothing may be matched; '' if it may
-    records: dict[tuple[str, ...], type] = field(default_factory=dict)  # classes of dictionaries by their keys
+    dress: Callable[[object], object] | None = None  # makes of Python's dictionaries those that the model returns
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's parameters."""
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+        return dtype_of(self.module)
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -162,6 +173,12 @@ class Graph:
 
     def submodule(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(node.target) if node.op == "call_module" else None
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of its parameters, and of the inputs that it is given."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
 
 def has_hooks(m: nn.Module) -> bool:
@@ -193,15 +210,18 @@ def capture(model: nn.Module, inputs: tuple | None = None) -> Graph:
             "give the part of it that is a fixed sequence of layers, as a detector's `model.backbone`"
         ) from error
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    unused = [n for n in placeholders if n.target.startswith("*") and not n.users]  # *args, **kwargs
-    _drop(traced.graph, [*(n for n, name in zip(placeholders, arguments, strict=False) if name in omitted), *unused])
+    variadic = [n for n in placeholders if n.target.startswith("*")]
+    if used := [n.target for n in variadic if n.users]:
+        raise ValueError(f"model: {type(model).__name__} reads {', '.join(used)}; give it inputs that have names")
+    omitted = [n for n, name in zip(placeholders, arguments, strict=False) if name in omitted]
+    _drop(traced.graph, [*omitted, *variadic])
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
         if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
     _recognise_norms(traced, frozen)
-    graph = Graph(traced, records=tracer.records)
+    graph = Graph(traced, dress=dress_of(tracer.returned))
     graph.opaque = _make_functional(graph)
     if not graph.opaque:  # before, what changes a tensor in place and is read by nobody would be taken for dead
         traced.graph.eliminate_dead_code()
@@ -209,36 +229,98 @@ def capture(model: nn.Module, inputs: tuple | None = None) -> Graph:
     return graph
 
 
-def _recognise_norms(traced: fx.GraphModule, model: nn.Module) -> None:
-    """Batch norms of a class derived from BatchNorm2d, which the tracer went through, become modules to be called.
+def dress_of(returned) -> Callable[[object], object] | None:
+    """A function that turns dictionaries into OrderedDicts, or dataclasses that are one (as Hugging Face's results),
+    where `returned` has those; None if it has none. It calls no code of theirs: what that did is in `returned`."""
+    if isinstance(returned, OrderedDict):
+        kind, inner = type(returned), {key: dress_of(value) for key, value in returned.items()}
+        attributes = _attributes(returned)
+        if attributes is None or not (kind is OrderedDict or is_dataclass(kind)):
+            return None
 
-    traced: changed. What its nodes use of the model, it holds under the same paths; and so does the batch norm.
+        def record(found: dict):
+            values = {key: inner[key](value) if inner[key] else value for key, value in found.items()}
+            result = kind.__new__(kind)
+            for key, value in values.items():
+                OrderedDict.__setitem__(result, key, value)
+            for name, (is_item, what) in attributes.items():
+                object.__setattr__(result, name, values[what] if is_item else what)
+            return result
+
+        return record
+    if isinstance(returned, dict):
+        parts = {key: dress_of(value) for key, value in returned.items()}
+        if any(parts.values()):
+            return lambda found: {key: parts[key](value) if parts[key] else value for key, value in found.items()}
+    if isinstance(returned, (tuple, list)):
+        places = [dress_of(value) for value in returned]
+        if any(places):
+            kind = type(returned)
+            build = kind._make if hasattr(kind, "_make") else tuple if isinstance(returned, tuple) else list
+            return lambda found: build(d(v) if d else v for d, v in zip(places, found, strict=True))
+    return None
+
+
+def _attributes(record: OrderedDict) -> dict[str, tuple[bool, object]] | None:
+    """Each attribute as (True, the key of the item that it is) or (False, its value); None if one is neither."""
+    found: dict[str, tuple[bool, object]] = {}
+    for name, value in vars(record).items():
+        key = next((key for key, item in record.items() if item is value), None)
+        if key is None and _has_proxy(value):
+            return None
+        found[name] = (False, value) if key is None else (True, key)
+    return found
+
+
+def _has_proxy(value) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_proxy, value.values()))
+    if isinstance(value, (tuple, list, set)):
+        return any(map(_has_proxy, value))
+    return isinstance(value, fx.Proxy)
+
+
+class TracedNorm(nn.BatchNorm2d):
+    """A batch norm by running statistics that the model computes by F.batch_norm, of as many dimensions as it likes."""
+
+    def __init__(self, tensors: dict[str, Tensor | None], eps: float):
+        super().__init__(tensors["running_mean"].numel(), eps, affine=False)
+        self.eval()
+        self._parameters |= {name: tensors[name] for name in ("weight", "bias")}
+        self._buffers = {name: tensors[name] for name in ("running_mean", "running_var")} | {
+            "num_batches_tracked": None
+        }
+
+    def _check_input_dim(self, x: Tensor) -> None: ...
+
+
+def _recognise_norms(traced: fx.GraphModule, model: nn.Module) -> None:
+    """What a class derived from BatchNorm2d computes by F.batch_norm becomes a module, as steps.py knows them.
+
+    traced: changed. Beside the tensors of such a norm, which it holds where the model does, it holds the module.
     """
-    norms: dict[str, nn.BatchNorm2d] = {}
+    made: dict[tuple, str] = {}
     for node in traced.graph.find_nodes(op="call_function", target=F.batch_norm):
         given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
         given.apply_defaults()
         x, training, eps = (given.arguments[name] for name in ("input", "training", "eps"))
-        tensors = {name: given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")}
-        path = str(getattr(tensors["running_mean"], "target", "")).rpartition(".")[0]
-        mine = all(getattr(t, "target", None) == f"{path}.{name}" for name, t in tensors.items() if t is not None)
-        if training is not False or not path or not mine or not isinstance(model.get_submodule(path), nn.BatchNorm2d):
+        names = {name: given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")}
+        path = str(getattr(names["running_mean"], "target", "")).rpartition(".")[0]
+        mine = all(t is None or (t.op, t.target) == ("get_attr", f"{path}.{name}") for name, t in names.items())
+        if training is not False or not path or not mine or names["running_var"] is None:
             continue
-        affine = [tensors["weight"] is not None, tensors["bias"] is not None]
-        if tensors["running_var"] is None or any(affine) != all(affine):
+        # Where the module itself is called elsewhere, the tracer has not gone through all of its calls.
+        held = traced.get_submodule(path)
+        if not isinstance(model.get_submodule(path), nn.BatchNorm2d) or type(held) is not nn.Module:
             continue
-        if path not in norms:
-            held = traced.get_submodule(path)
-            norm = norms[path] = nn.BatchNorm2d(held.running_mean.numel(), eps, affine=all(affine)).eval()
-            norm._parameters, norm._buffers, norm._modules = held._parameters, held._buffers, held._modules
-            for name in ("weight", "bias", "num_batches_tracked"):
-                if not hasattr(norm, name):
-                    setattr(norm, name, None)
-            traced.set_submodule(path, norm)
-        if norms[path].eps == eps:
-            with traced.graph.inserting_before(node):
-                node.replace_all_uses_with(traced.graph.call_module(path, (x,)))
-            traced.graph.erase_node(node)
+        key = path, eps, names["weight"] is None, names["bias"] is None
+        if key not in made:
+            tensors = {name: None if t is None else getattr(held, name) for name, t in names.items()}
+            made[key] = f"{path}.traced_norm{len(made)}"
+            traced.add_submodule(made[key], TracedNorm(tensors, eps))
+        with traced.graph.inserting_before(node):
+            node.replace_all_uses_with(traced.graph.call_module(made[key], (x,)))
+        traced.graph.erase_node(node)
 
 
 def _arguments(model: nn.Module, given: int) -> dict[str, tuple]:
@@ -278,6 +360,16 @@ def is_in_place(graph: Graph, node: fx.Node) -> bool:
     return node.target in IN_PLACE_OPERATORS or named or node.kwargs.get("inplace") is True or "out" in node.kwargs
 
 
+def changes_numbers(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node that works in place leaves shape and strides alone, as far as is known."""
+    if node.op == "call_method":
+        return node.target in CHANGE_NUMBERS
+    if node.op == "call_module":
+        return type(graph.submodule(node)) in FRESH_MODULES
+    known = node.target in IN_PLACE_OPERATORS or getattr(node.target, "__name__", "") in CHANGE_NUMBERS
+    return "out" not in node.kwargs and (known or node.target in FRESH_FUNCTIONS)
+
+
 def is_size(node: fx.Node) -> bool:
     """Whether node is a size of a tensor, or reckoned from sizes alone."""
     if node.op == "call_method":
@@ -293,7 +385,7 @@ def may_alias(graph: Graph, node: fx.Node) -> bool:
     """Whether what node yields may share memory with its arguments."""
     if node.op == "call_module":
         m = graph.submodule(node)
-        return type(m) not in FRESH_MODULES or has_hooks(m) or is_in_place(graph, node)
+        return type(m) not in (*FRESH_MODULES, TracedNorm) or has_hooks(m) or is_in_place(graph, node)
     if is_size(node):
         return False
     fresh = FRESH_FUNCTIONS if node.op == "call_function" else FRESH_METHODS if node.op == "call_method" else ()
@@ -366,7 +458,7 @@ def _meta(t: Tensor) -> Tensor:
 def _norm_fits(graph: Graph, node: fx.Node) -> bool:
     """Whether node is a batch norm, by running statistics, of a tensor that it can take."""
     m = graph.submodule(node)
-    if type(m) is not nn.BatchNorm2d or m.running_mean is None or has_hooks(m) or len(node.args) != 1:
+    if type(m) not in (nn.BatchNorm2d, TracedNorm) or m.running_mean is None or has_hooks(m) or len(node.args) != 1:
         return False
     x = graph.fake.get(node.args[0])
     if not isinstance(x, Tensor):
@@ -378,5 +470,5 @@ def _norm_fits(graph: Graph, node: fx.Node) -> bool:
 def _cheap(graph: Graph, node: fx.Node) -> bool:
     """Whether a node multiplies no matrices, so that nothing need be counted."""
     if node.op == "call_module":
-        return type(graph.submodule(node)) in (nn.BatchNorm2d, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d)
+        return type(graph.submodule(node)) in (nn.BatchNorm2d, TracedNorm, FrozenBatchNorm2d, nn.ReLU, nn.MaxPool2d)
     return node.op in ("placeholder", "get_attr", "output") or node.target in CHEAP_FUNCTIONS

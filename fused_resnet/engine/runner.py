@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from . import cpu, gpu
 from .captured import Captured
 from .eager import EagerExecutor
-from .graph import Graph, capture, propagate, words_of
+from .graph import Graph, TracedNorm, capture, propagate, words_of
 from .plan import Plan, describe
 from .steps import Network, match
 
@@ -141,7 +141,8 @@ class OptimizedModel(nn.Module):
                 self._plans.move_to_end(key)
             else:
                 found = self._new(key, self._checked(inputs, "input"))
-            return found[0](inputs)
+            result = found[0](inputs)
+        return result if self._graph.dress is None else self._graph.dress(result)
 
     def refresh(self, model: nn.Module) -> OptimizedModel:
         """Take the weights and statistics of `model`, which must be built like the original, without tuning again.
@@ -162,10 +163,16 @@ class OptimizedModel(nn.Module):
             new = _tensor_at(model, name)
             if new is None and name.startswith("_tensor_constant"):
                 continue  # written in the model's forward
+            if isinstance(_at(module, name.rpartition(".")[0]), TracedNorm):
+                continue  # the same tensors have their names in the model as well
             if new is None or new.shape != mine.shape:
                 what = "is missing" if new is None else f"has shape {list(new.shape)}, expected {list(mine.shape)}"
                 raise ValueError(f"model: does not fit the plan: {name} {what}")
             pairs.append((mine, new))
+        for name, mine in module.named_modules():
+            new = _at(model, name)
+            if hasattr(mine, "eps") and mine.eps != getattr(new, "eps", mine.eps):
+                raise ValueError(f"model: does not fit the plan: {name}.eps is {new.eps}, expected {mine.eps}")
         with self._lock, torch.inference_mode(False), torch.no_grad(), _undisturbed(self._device):
             if self._device.type == "cuda":
                 self._fast.wait()
@@ -334,10 +341,15 @@ def _sample(inputs: tuple[Tensor, ...]) -> list[int] | None:
 
 def _tensor_at(model: nn.Module, path: str) -> Tensor | None:
     """A parameter, buffer or other tensor of a model by its path."""
-    found = model
-    for part in path.split("."):
-        found = getattr(found, part, None)
+    found = _at(model, path)
     return found if isinstance(found, Tensor) else None
+
+
+def _at(model: nn.Module, path: str):
+    found = model
+    for part in path.split(".") if path else ():
+        found = getattr(found, part, None)
+    return found
 
 
 def _is_nhwc(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..folding import scale_shift
-from .graph import Graph, has_hooks, is_in_place, is_size, may_alias
+from .graph import Graph, TracedNorm, changes_numbers, has_hooks, is_in_place, is_size, may_alias
 
 RELU_FUNCTIONS = {F.relu, torch.relu, F.relu_, torch.relu_}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
@@ -147,7 +147,8 @@ class Network:
                 return False
             return not may_alias(self.graph, node) or (is_in_place(self.graph, node) and alone(node.args[0]))
 
-        return {n.name for n in self.graph.nodes if is_in_place(self.graph, n) and n.args and alone(n.args[0])}
+        nodes = [n for n in self.graph.nodes if is_in_place(self.graph, n) and changes_numbers(self.graph, n)]
+        return {n.name for n in nodes if n.args and alone(n.args[0])}
 
     def releases(self, groups: Sequence[Sequence[Step]]) -> list[list[str]]:
         """For groups of steps in the order they run: the values that nothing reads after each."""
@@ -184,7 +185,7 @@ class _Matcher:
         return m if shape is not None and len(shape) == 4 and 0 not in shape else None
 
     def norm(self, node: fx.Node) -> bool:
-        m = self.module(node, nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
+        m = self.module(node, nn.BatchNorm2d, TracedNorm, FrozenBatchNorm2d, nn.SyncBatchNorm)
         return m is not None and m.running_mean is not None and m.running_var is not None
 
     def relu(self, node: fx.Node) -> bool:
