@@ -132,11 +132,7 @@ class Cpu:
             given.add(name)
         for piece in program.segments:
             if isinstance(piece, Step):
-                norm = piece.op == "norm"
-                x = values[network.source(piece.x)] if norm else None
-                values[piece.output] = (
-                    self.eager.fused_norm(piece, x) if norm else self.eager.run(piece, network, values)
-                )
+                values[piece.output] = self.eager.fused(piece, network, values)
                 continue
             buffers = [b if isinstance(b, Tensor) else _dense(values[b], b in given) for b in piece.buffers]
             seconds = torch.zeros(len(piece.owners), dtype=torch.float64, device="cpu") if times is not None else None

@@ -67,16 +67,12 @@ class Eager:
                 self.norms[step.bn] = [None if t is None else t.detach().to(dtype, copy=True) for t in found]
         return self.norms[step.bn], self._found(step.bn).eps
 
-    def _norm(self, step: Step, x: Tensor) -> Tensor:
+    def fused(self, step: Step, network: Network, values: dict[str, object]):
+        """As `run`; a norm and its ReLU in one pass, by the op of the package. A forced backend has no say in plans."""
+        if step.op != "norm" or forced() is not None:
+            return self.run(step, network, values)
         (mean, var, weight, bias), eps = self.norm(step)
-        y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
-        return y.relu_() if step.relu else y
-
-    def fused_norm(self, step: Step, x: Tensor) -> Tensor:
-        """A norm and its ReLU in one pass, by the op of the package."""
-        if forced() is not None:  # that is for calls of ops, not for plans
-            return self._norm(step, x)
-        (mean, var, weight, bias), eps = self.norm(step)
+        x = values[network.source(step.x)]
         return torch.ops.fused_resnet.bn_act.default(x, mean, var, weight, bias, eps, None, step.relu, False)
 
     def attribute(self, path: str):
@@ -105,7 +101,9 @@ class Eager:
         if step.op == "avg_pool":
             return x.mean((2, 3), keepdim=True)
         if step.op == "norm":
-            return self._norm(step, x)
+            (mean, var, weight, bias), eps = self.norm(step)
+            y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
+            return y.relu_() if step.relu else y
         if step.op == "max_pool":
             return F.max_pool2d(x, step.pool.kernel, step.pool.stride, step.pool.padding)
         weights, bias = self.folded(step)

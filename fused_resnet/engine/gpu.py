@@ -476,10 +476,7 @@ class Program:
             seen = values
             if step.op != "traced":
                 seen = {self.network.source(name): self._value(values, name) for name in step.reads}
-            if step.op == "norm":
-                values[step.output] = self.eager.fused_norm(step, *seen.values())
-            else:
-                values[step.output] = self.eager.run(step, self.network, seen)
+            values[step.output] = self.eager.fused(step, self.network, seen)
 
         return run
 

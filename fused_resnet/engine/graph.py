@@ -61,8 +61,6 @@ CHANGE_NUMBERS = {
 FRESH_METHODS = {"add", "sub", "mul", "div", "pow", "neg", "relu", "sigmoid", "tanh", "mean", "sum", "clone"}
 OTHER_WAY = "for these sizes it takes another way than for the example; plan for them with an example of their own"
 CHEAP_FUNCTIONS = {F.relu, torch.relu, F.max_pool2d, torch.cat, torch.add, operator.add, operator.mul}
-
-
 _MODULE = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__")}
 
 
@@ -286,10 +284,9 @@ class TracedNorm(nn.BatchNorm2d):
     def __init__(self, tensors: dict[str, Tensor | None], eps: float):
         super().__init__(tensors["running_mean"].numel(), eps, affine=False)
         self.eval()
+        self.num_batches_tracked = None
         self._parameters |= {name: tensors[name] for name in ("weight", "bias")}
-        self._buffers = {name: tensors[name] for name in ("running_mean", "running_var")} | {
-            "num_batches_tracked": None
-        }
+        self._buffers |= {name: tensors[name] for name in ("running_mean", "running_var")}
 
     def _check_input_dim(self, x: Tensor) -> None: ...
 
