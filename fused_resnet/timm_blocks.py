@@ -23,9 +23,8 @@ class _FusedTimm(Fused):
             module = block._modules.get(name)
             if module is None:
                 continue
-            later = type(module) in _RANDOM and not isinstance(
-                block, Fused
-            )  # in eval mode a swapped block can be fused
+            # What drops at random does nothing in eval mode, where a block that is swapped can be fused.
+            later = type(module) in _RANDOM and not isinstance(block, Fused)
             if not (_idle(module) or later):
                 return f"{name}: {type(module).__name__} stands between a batch norm and the next convolution"
             if reason := tampered(module):
