@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     weights, labels = named_weights(options.model, options.weights)
-    model = torchvision.models.get_model(options.model, weights=weights).to(options.device)
+    model = network(options.model, weights).to(options.device)
     transform = (weights or torchvision.models.get_model_weights(options.model).DEFAULT).transforms()
     example = transform(Image.new("RGB", (320, 240))).expand(options.batch, -1, -1, -1).contiguous()
     fast = fused_resnet.optimize_for_inference(model, example.to(options.device), dtype=getattr(torch, options.dtype))
@@ -108,6 +108,13 @@ def named_weights(model: str, name: str):
     if name not in enum.__members__:
         raise SystemExit(f"--weights: {model} has {', '.join(enum.__members__)} or none, not {name}")
     return enum[name], enum[name].meta["categories"]
+
+
+def network(model: str, weights) -> torch.nn.Module:
+    try:
+        return torchvision.models.get_model(model, weights=weights)
+    except OSError as error:  # no network, or a full disk
+        raise SystemExit(f"--weights: they could not be fetched ({error}); `--weights none` tries without") from None
 
 
 def labelled(fast, names: list[str], transform, labels: list[str], options) -> Iterator[list[dict]]:

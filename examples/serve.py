@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 import torchvision
-from label_folder import DTYPES, named_weights, positive
+from label_folder import DTYPES, named_weights, network, positive
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
@@ -166,7 +166,7 @@ class Server(ThreadingHTTPServer):
 def serving(options: argparse.Namespace) -> Server:
     """A server that is ready, its batcher running."""
     weights, labels = named_weights(options.model, options.weights)
-    model = torchvision.models.get_model(options.model, weights=weights).to(options.device)
+    model = network(options.model, weights).to(options.device)
     transform = (weights or torchvision.models.get_model_weights(options.model).DEFAULT).transforms()
     example = transform(Image.new("RGB", (320, 240))).to(options.device)
     batcher = Batcher(model, example, options.batch, options.wait / 1e3, getattr(torch, options.dtype))

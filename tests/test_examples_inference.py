@@ -133,6 +133,15 @@ def test_a_folder_without_pictures_and_arguments_that_cannot_be(tmp_path, capsys
         label_folder.named_weights("resnet18", "v9")
 
 
+def test_weights_that_cannot_be_fetched(pictures, tmp_path, monkeypatch):
+    def offline(name, weights=None):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.models, "get_model", offline)
+    with pytest.raises(SystemExit, match="^--weights: they could not be fetched .*no network.*`--weights none`"):
+        label_folder.main([str(pictures), str(tmp_path / "out.jsonl"), "--device", "cpu"])
+
+
 # --- a server ---------------------------------------------------------------------------------------------------------
 
 
