@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 import fused_resnet
+from fused_resnet.cli import positive, upright
 
 DTYPES = ("float16", "bfloat16", "float32")
 KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -39,9 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if not todo:
         return 0
 
-    weights, labels = named_weights(options.model, options.weights)
-    model = network(options.model, weights).to(options.device)
-    transform = (weights or torchvision.models.get_model_weights(options.model).DEFAULT).transforms()
+    model, transform, labels = classifier(options)
     example = transform(Image.new("RGB", (320, 240))).expand(options.batch, -1, -1, -1).contiguous()
     fast = fused_resnet.optimize_for_inference(model, example.to(options.device), dtype=getattr(torch, options.dtype))
     print(str(fast.plan).splitlines()[0])
@@ -81,13 +80,6 @@ def folder(text: str) -> Path:
     return path
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
-
-
 def finished(path: Path) -> set[str]:
     """Names that the output has. A last line that a crash cut short is taken away, and its picture done again."""
     if not path.exists():
@@ -110,11 +102,15 @@ def named_weights(model: str, name: str):
     return enum[name], enum[name].meta["categories"]
 
 
-def network(model: str, weights) -> torch.nn.Module:
+def classifier(options: argparse.Namespace):
+    """(the network on its device, what makes a picture its input, the name of each class)."""
+    weights, labels = named_weights(options.model, options.weights)
     try:
-        return torchvision.models.get_model(model, weights=weights)
+        model = torchvision.models.get_model(options.model, weights=weights)
     except OSError as error:  # no network, or a full disk
         raise SystemExit(f"--weights: they could not be fetched ({error}); `--weights none` tries without") from None
+    transform = (weights or torchvision.models.get_model_weights(options.model).DEFAULT).transforms()
+    return model.to(options.device), transform, labels
 
 
 def labelled(fast, names: list[str], transform, labels: list[str], options) -> Iterator[list[dict]]:
@@ -159,11 +155,11 @@ def grouped(pool: ThreadPoolExecutor, names: list[str], transform, options) -> I
         yield group, [future.result() for future in futures]
 
 
-def picture(path: Path, transform) -> Tensor | str:
-    """A picture as the network wants it, upright; or why it cannot be read."""
+def picture(file, transform) -> Tensor | str:
+    """A picture as the network wants it; or why it cannot be read. file: its path, or a file that is open."""
     try:
-        with Image.open(path) as image:
-            return transform(ImageOps.exif_transpose(image).convert("RGB"))
+        with Image.open(file) as image:
+            return transform(upright(image))
     except Exception as error:  # whatever a broken file makes a decoder raise: the others go on
         return f"{type(error).__name__}: {error}"
 

@@ -22,12 +22,12 @@ from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
-import torchvision
-from label_folder import DTYPES, named_weights, network, positive
-from PIL import Image, ImageOps
+from label_folder import DTYPES, classifier, picture
+from PIL import Image
 from torch import Tensor, nn
 
 import fused_resnet
+from fused_resnet.cli import positive
 
 LARGEST = 32 << 20  # bytes of a picture
 PATIENCE = 60  # seconds that a request waits for its answer, or for its own bytes
@@ -109,13 +109,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # its body has not been read
             return self._send(413 if length.isdigit() and int(length) else 411, {"error": f"1 to {LARGEST} bytes"})
         body = self.rfile.read(int(length))
+        found = picture(io.BytesIO(body), self.server.transform)
+        if isinstance(found, str):
+            return self._send(400, {"error": f"not a picture that can be read: {found.partition(':')[0]}"})
         try:
-            with Image.open(io.BytesIO(body)) as image:
-                picture = self.server.transform(ImageOps.exif_transpose(image).convert("RGB"))
-        except Exception as error:  # whatever a broken file makes a decoder raise
-            return self._send(400, {"error": f"not a picture that can be read: {type(error).__name__}"})
-        try:
-            scores = self.server.batcher.submit(picture).result(PATIENCE).softmax(0)
+            scores = self.server.batcher.submit(found).result(PATIENCE).softmax(0)
         except Exception as error:
             return self._send(503, {"error": f"{type(error).__name__}: {error}"})
         values, classes = scores.topk(min(5, len(scores)))
@@ -165,9 +163,7 @@ class Server(ThreadingHTTPServer):
 
 def serving(options: argparse.Namespace) -> Server:
     """A server that is ready, its batcher running."""
-    weights, labels = named_weights(options.model, options.weights)
-    model = network(options.model, weights).to(options.device)
-    transform = (weights or torchvision.models.get_model_weights(options.model).DEFAULT).transforms()
+    model, transform, labels = classifier(options)
     example = transform(Image.new("RGB", (320, 240))).to(options.device)
     batcher = Batcher(model, example, options.batch, options.wait / 1e3, getattr(torch, options.dtype))
     server = Server((options.host, options.port), batcher, transform, labels)

@@ -201,13 +201,18 @@ def classify(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """In RGB, and as the camera was held."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda v: v / 257, "L")  # conversion would cut off all above 255
+    return image.convert("RGB")
+
+
 def _open(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # upright, as the camera was held
-            if image.mode.startswith("I;16"):
-                image = image.point(lambda v: v / 257, "L")  # conversion would cut off all above 255
-            return image.convert("RGB")
+            return upright(image)
     except UnidentifiedImageError:
         raise CliError(f"IMAGE: {path} is not an image that Pillow can read") from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:

@@ -121,7 +121,7 @@ def test_a_folder_without_pictures_and_arguments_that_cannot_be(tmp_path, capsys
     assert label_folder.main([str(tmp_path), str(tmp_path / "out.jsonl")]) == 0
     for wrong, words in (
         ([str(tmp_path / "none"), "out"], "is no folder"),
-        ([str(tmp_path), "out", "--batch", "0"], "expected at least 1, got 0"),
+        ([str(tmp_path), "out", "--batch", "0"], "argument --batch: expected an integer of at least 1, got '0'"),
         ([str(tmp_path), "out", "--dtype", "int8"], "invalid choice"),
     ):
         with pytest.raises(SystemExit):
@@ -131,6 +131,13 @@ def test_a_folder_without_pictures_and_arguments_that_cannot_be(tmp_path, capsys
         SystemExit, match="--weights: resnet18 has IMAGENET1K_V1, DEFAULT or none, not v9|has .* or none"
     ):
         label_folder.named_weights("resnet18", "v9")
+
+
+def test_pictures_of_sixteen_bits(tmp_path):
+    grey = np.asarray(photo(3).convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    found = label_folder.picture(tmp_path / "deep.png", TRANSFORM)
+    torch.testing.assert_close(found, TRANSFORM(Image.fromarray(grey).convert("RGB")))
 
 
 def test_weights_that_cannot_be_fetched(pictures, tmp_path, monkeypatch):

@@ -24,6 +24,20 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ..convert import restore_blocks
 
+
+class TracedNorm(nn.BatchNorm2d):
+    """A batch norm by running statistics that the model computes by F.batch_norm, of as many dimensions as it likes."""
+
+    def __init__(self, tensors: dict[str, Tensor | None], eps: float):
+        super().__init__(tensors["running_mean"].numel(), eps, affine=False)
+        self.eval()
+        self.num_batches_tracked = None
+        self._parameters |= {name: tensors[name] for name in ("weight", "bias")}
+        self._buffers |= {name: tensors[name] for name in ("running_mean", "running_var")}
+
+    def _check_input_dim(self, x: Tensor) -> None: ...
+
+
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IN_PLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
@@ -34,6 +48,7 @@ SIZES = {"size", "dim", "ndimension", "numel", "nelement", "element_size"}  # me
 FRESH_MODULES = (
     nn.Conv2d,
     nn.BatchNorm2d,
+    TracedNorm,
     nn.SyncBatchNorm,
     FrozenBatchNorm2d,
     nn.ReLU,
@@ -278,19 +293,6 @@ def _has_proxy(value) -> bool:
     return isinstance(value, fx.Proxy)
 
 
-class TracedNorm(nn.BatchNorm2d):
-    """A batch norm by running statistics that the model computes by F.batch_norm, of as many dimensions as it likes."""
-
-    def __init__(self, tensors: dict[str, Tensor | None], eps: float):
-        super().__init__(tensors["running_mean"].numel(), eps, affine=False)
-        self.eval()
-        self.num_batches_tracked = None
-        self._parameters |= {name: tensors[name] for name in ("weight", "bias")}
-        self._buffers |= {name: tensors[name] for name in ("running_mean", "running_var")}
-
-    def _check_input_dim(self, x: Tensor) -> None: ...
-
-
 def _recognise_norms(traced: fx.GraphModule, model: nn.Module) -> None:
     """What a class derived from BatchNorm2d computes by F.batch_norm becomes a module, as steps.py knows them.
 
@@ -382,7 +384,7 @@ def may_alias(graph: Graph, node: fx.Node) -> bool:
     """Whether what node yields may share memory with its arguments."""
     if node.op == "call_module":
         m = graph.submodule(node)
-        return type(m) not in (*FRESH_MODULES, TracedNorm) or has_hooks(m) or is_in_place(graph, node)
+        return type(m) not in FRESH_MODULES or has_hooks(m) or is_in_place(graph, node)
     if is_size(node):
         return False
     fresh = FRESH_FUNCTIONS if node.op == "call_function" else FRESH_METHODS if node.op == "call_method" else ()

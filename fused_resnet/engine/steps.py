@@ -308,20 +308,20 @@ class _Matcher:
             step = replace(step, layers=layers, segment=(projection.x, projection.conv))
         else:
             step = replace(step, residual=other.name)
-        step = self.extend(step, node)
+        self.finish(self.extend(step, node), node)
+
+    def finish(self, step: Step, node: fx.Node) -> Step:
+        """Take a step that yields node, and the ReLU after it."""
         user = self.only_user(node)
         if user is not None and self.relu(user):
             step, node = self.extend(step, user, relu=True), user
         self.taken[node] = step
+        return step
 
     def normalise(self, node: fx.Node) -> None:
         """A batch norm that no convolution could take in, a pre-activation block's first, and the ReLU after it."""
         step = Step("norm", (node.name,), node.all_input_nodes[0].name, node.name, bn=node.target)
-        user = self.only_user(node)
-        if user is not None and self.relu(user):
-            step, node = self.extend(step, user, relu=True), user
-        self.covered.update(step.layers)
-        self.taken[node] = step
+        self.covered.update(self.finish(step, node).layers)
 
     def match(self) -> list[Step]:
         for node in self.graph.nodes:
