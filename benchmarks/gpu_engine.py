@@ -36,7 +36,7 @@ MODELS = (
 )  # fmt: skip
 TARGETS_S = {"cold": 300, "warm": 60}  # ResNet-50, one shape: with nothing compiled before, and with everything
 FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
-TUNE_S, BENCH_TUNE_S, SMOKE_TUNE_S = 75, 45, 40  # of tuning in a case; what was measured is kept for the next
+TUNE_S, BENCH_TUNE_S, SMOKE_TUNE_S = 75, 75, 40  # of tuning in a case; what was measured is kept for the next
 ROUNDS = 11
 
 _CONV = dict(n=2, c=32, h=7, w=9, k=48, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), relu=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -29,6 +31,15 @@ needs_kernel = pytest.mark.skipif(not compiled, reason=f"{library.build_facts().
 
 def rows(shape=SHAPE, dtype=torch.float16, arch=90, sms=132, k=64, **more):
     return [c["rows"] for c in compiled_stem.configs(shape, dtype, arch, sms, k, **more)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("kernel", ["compiled_stem.launch({'rows': 1}, x, x, x, x)", "compiled_pool.launch(x, x)"])
+def test_a_process_that_is_handed_a_candidate_has_its_kernel(kernel):
+    """As the tuner's child is: it never asks which candidates there are."""
+    code = f"import torch\nfrom fused_resnet.engine import compiled_pool, compiled_stem\nx = torch.ones(1)\n{kernel}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "with arguments from the 'CPU' backend" in found.stderr, found.stderr
 
 
 @needs_kernel

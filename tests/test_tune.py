@@ -277,6 +277,22 @@ def test_a_budget_leaves_the_rest_untried_and_uncached(no_child):
     assert not caches.folder().exists()
 
 
+def test_what_had_too_little_time_gets_what_others_left(no_child, monkeypatch):
+    """The first problem runs out of its share, the second does not need all of its own."""
+    seen, measure = [], tuning._Tuner._measure
+
+    def short_at_first(self, problem, case, failed, until, bar):
+        seen.append(problem.key)
+        return measure(self, problem, case, failed, 0.0 if seen == ["first"] else until, bar)
+
+    monkeypatch.setattr(tuning._Tuner, "_measure", short_at_first)
+    wanted = [trusted(key="first"), trusted(key="second")]
+    results = tune(wanted, budget_s=60)
+    assert seen == ["first", "second", "first"]
+    assert all(t.reason is None for r in results.values() for t in r.trials)
+    assert all(r.source == "cache" for r in tune(wanted, "cached").values())
+
+
 # --- modes and the cache ----------------------------------------------------------------------------------------------
 
 

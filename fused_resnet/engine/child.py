@@ -55,6 +55,12 @@ class Child:
         self._used = False  # whether the running process has had any candidate
         self._at: tuple[Problem | None, int | None] = (None, None)  # what the running process has open and loaded
 
+    def warm_up(self) -> None:
+        """Start the process, if it can be, before anything is opened."""
+        if self.pid is None:
+            with contextlib.suppress(Unusable):
+                self._start()
+
     def open(self, problem: Problem) -> None:
         self.problem, self.seed = problem, None
         self._catch_up()

@@ -30,4 +30,5 @@ def launch(
     out: Tensor,  # [N, C, 1, 1]
 ) -> None:
     """out = the mean of each channel over the map, on the current stream of x's device. Allocates nothing."""
+    library.load()  # a process that was handed the candidate has not asked whether there is a kernel
     torch.ops.fused_resnet_cuda.avg_pool_out(x, out)

@@ -85,4 +85,5 @@ def launch(
     out: Tensor,  # [N, K, P, Q], channels_last
 ) -> None:
     """out = max_pool(relu(conv(x, weight) + bias)) on the current stream of x's device. Allocates nothing."""
+    library.load()  # a process that was handed the config has not asked whether there is a kernel
     torch.ops.fused_resnet_cuda.stem_out(x, weight, bias, config["rows"], out)

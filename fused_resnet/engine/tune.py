@@ -170,16 +170,29 @@ class _Tuner:
             left = {key: work[key] for key, result in results.items() if result is None}
             if self.device.type == "cuda" and left:
                 torch.cuda.empty_cache()  # the child needs room beside this process
-            failed = self._compile(left, jobs, bar) if mode == "full" else {}
-            for i, (key, (problem, case)) in enumerate(left.items()):
-                bar.tell(key)
-                start, now = bar.count, time.monotonic()
-                until = now + max(0.0, self.deadline - now) / (len(left) - i)
-                if mode == "full":
-                    results[key] = self._measure(problem, case, failed, until, bar)
-                else:
+            if mode != "full":
+                for key, (problem, case) in left.items():
+                    bar.tell(key)
                     results[key] = self._first(problem, case)
-                bar.advance(start + units[key] - bar.count)
+                    bar.advance(units[key])
+                return results
+            failed = self._compile(left, jobs, bar)
+            if any(not case.trusted for _, case in left.values()):
+                self.child.warm_up()  # the first problem has no more to do than the others
+            # A second turn for those that had too little time, while others had some to spare.
+            for _ in range(2):
+                todo = list(left.items())
+                for i, (key, (problem, case)) in enumerate(todo):
+                    bar.tell(key)
+                    start, now = bar.count, time.monotonic()
+                    until = now + max(0.0, self.deadline - now) / (len(todo) - i)
+                    results[key], complete = self._measure(problem, case, failed, until, bar)
+                    bar.advance(start + units[key] - bar.count)
+                    if complete:
+                        left.pop(key)
+                if not left or time.monotonic() > self.deadline or self.deadline == float("inf"):
+                    break
+                bar.extend(sum(units[key] for key in left))
         return results
 
     def _bench(self, case: Case) -> Bench | Child:
@@ -244,7 +257,8 @@ class _Tuner:
             self.local.close()
         return self._fall_back(problem, case, trials)
 
-    def _measure(self, problem: Problem, case: Case, failed: dict, until: float, bar: Bar) -> Result:
+    def _measure(self, problem: Problem, case: Case, failed: dict, until: float, bar: Bar) -> tuple[Result, bool]:
+        """The result, and whether there was time for it."""
         bench = self._bench(case)
         trials = {c.id: Trial(c, None, failed.get((problem.id, c.id))) for c in distinct(case)}
         complete = True
@@ -266,7 +280,7 @@ class _Tuner:
         # What failed for want of memory may not, another time.
         if complete and not any(t.reason and "OutOfMemoryError" in t.reason for t in trials.values()):
             self.cache.store({problem.id: _entry(result, case)})
-        return result
+        return result, complete
 
     def _verify_and_time(self, bench: Bench | Child, trials: dict[str, Trial], until: float, bar: Bar) -> bool:
         """Fills in the trials; whether there was time enough."""
