@@ -249,14 +249,14 @@ def test_larger_problems_get_larger_tiles():
     assert tile(128, 64, 56, 80) == (128, 64) and tile(1, 256, 14, 80) == (64, 64)
     assert tile(128, 128, 28, 80) in ((128, 128), (256, 128))
     of(90)
-    assert tile(128, 64, 56, 90) == (128, 64) and tile(128, 128, 28, 90)[1] == 128
+    assert tile(128, 64, 56, 90) == (56, 64) and tile(128, 128, 28, 90)[1] == 128  # by lines
     if library.build_facts()["cutlass"]:
         assert tile(128, 256, 14, 90) == tile(128, 512, 7, 90) == (192, 128)  # two tiles, one tile a multiprocessor
 
 
 @needs_instances
 def test_lines_are_for_maps_that_fill_them():
-    """By what they cost, until it is measured: a short line takes as long as a whole one, a few lines as three each."""
+    """By what they cost: a short line takes as long as a whole one, a few lines as three each."""
     of(90)
     lines = [i for i in cuda_conv.candidates(convolution(), torch.float16, 90, 132) if i.by_lines]
     assert [i.name for i in lines] == ["sm90 lines 64 -> 64"]
@@ -265,7 +265,7 @@ def test_lines_are_for_maps_that_fill_them():
         return cuda_conv._cost(instance, convolution(x_size=(n, 64, size, size)), 132)
 
     tiles = next(i for i in cuda_conv.runs_on(90) if i.tile[:2] == (128, 64) and i.dtype is torch.float16)
-    assert cost(lines[0], 128, 56) < 1.5 * cost(tiles, 128, 56)
+    assert cost(lines[0], 128, 56) < 0.75 * cost(tiles, 128, 56)  # on an H100 58.5 us for 91.2
     for n, size in ((100, 8), (2, 56), (128, 28)):
         assert cost(lines[0], n, size) > cost(tiles, n, size)
     for n, size in ((100, 8), (2, 56)):

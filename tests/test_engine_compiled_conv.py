@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import replace
 
 import pytest
@@ -321,6 +322,80 @@ def test_conv_bn_act_of_the_cuda_backend(layout, monkeypatch):
     for y in (cuda.conv_bn_act(*args), cuda.prepare("conv_bn_act", *args)(*args)):
         assert (y - expected).float().norm() < 1e-3 * expected.float().norm()
         assert y.is_contiguous(memory_format=output_format(x, weight))
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["expand", "projection"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pointwise_bn_act_of_the_cuda_backend(layout, projection, monkeypatch):
+    """One compiled convolution behind the statistics of its input; those are Triton's, and stand-ins here."""
+    from fused_resnet.backends import composed, triton
+    from fused_resnet.backends import reference as blocks
+    from fused_resnet.backends.layout import output_format
+
+    def op(index, x, weight, bias, scale, residual, x2, weight2, stride2, stride, padding, dilation, relu):
+        assert x2 is None and weight2 is None and all(t.dtype is torch.float32 for t in (bias, scale))
+        for t in (x, weight, *([] if residual is None else [residual])):
+            assert t.is_contiguous(memory_format=torch.channels_last)
+        y = torch.conv2d(x.float(), weight.float(), None, stride, padding, dilation)
+        y = y * scale.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1) + (0 if residual is None else residual)
+        return (y.relu() if relu else y).to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+    def bn_act(x, mean, var, weight, bias, eps, residual, relu):
+        return blocks.bn_act(x, mean, var, weight, bias, eps, residual, relu, True)
+
+    def gram(a, mean, var, weight, bias, eps, relu, stride):
+        assert mean is None
+        return composed.covariance(blocks.rows_of(a, stride))
+
+    def statistics(weight, a_mean, a_cov, out_weight, out_bias, eps):
+        mean, var = composed.statistics_of_product(weight, a_mean, a_cov)
+        scale = out_weight.float() / (var + eps).sqrt()
+        return mean, var, scale, out_bias.float() - mean * scale
+
+    torch.manual_seed(0)
+    size = (2, 32, 7, 9) if projection else (2, 64, 7, 9)
+    x, weight, residual = (
+        torch.randn(size).bfloat16().contiguous(memory_format=layout)
+        for size in (size, (96, size[1], 1, 1), (2, 96, 7, 9))
+    )
+    bn, out = ([torch.rand(n).add(0.5).bfloat16() for _ in range(2)] for n in (size[1], 96))
+    if projection:
+        args = (x, weight, *[None] * 4, 0.0, True, *out, 1e-5, None, [2, 2], False)
+    else:
+        args = (x, weight, *blocks.bn_stats(x), *bn, 1e-5, True, *out, 1e-5, residual, [1, 1], True)
+    expected = blocks.pointwise_bn_act(*args)
+    monkeypatch.setattr(cuda, "chip", lambda device: (90, 132))
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "prepared_training", {"gram": gram, "product_statistics": statistics}.get)
+    assert cuda.variant("pointwise_bn_act", *args) == cuda.variant("conv_bn_act", *_as_convolution(args))
+    serve = cuda.prepare("pointwise_bn_act", *args)
+    monkeypatch.setattr(torch.ops, "fused_resnet_cuda", types.SimpleNamespace(conv_bias_act=op, bn_act=bn_act))
+    for found in (serve(*args), serve(*args)):
+        for v, e in zip(found, expected, strict=True):
+            assert (v - e).float().norm() < 1e-2 * e.float().norm()
+        assert found[0].is_contiguous(memory_format=output_format(x, weight))
+
+
+def _as_convolution(args):
+    """The call of conv_bn_act that runs the same convolution."""
+    x, weight, residual, stride = *args[:2], args[11], args[12]
+    return (x, weight, *[None] * 4, 1e-5, residual, stride, [0, 0], [1, 1], 1, True)
+
+
+def test_what_falls_back_to_passes_around_a_convolution(monkeypatch):
+    """Without Triton, in float32, or where no convolution was compiled for the channels."""
+    from fused_resnet.backends import triton
+
+    def args(dtype=torch.float16, k=96):
+        x, weight = torch.zeros(2, 64, 7, 9, dtype=dtype), torch.zeros(k, 64, 1, 1, dtype=dtype)
+        return (x, weight, *[None] * 4, 0.0, True, *[None] * 2, 1e-5, None, [1, 1], False)
+
+    monkeypatch.setattr(cuda, "chip", lambda device: (90, 132))
+    assert not cuda._compiles_pointwise(*args())  # this machine has no GPU for Triton
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    assert cuda._compiles_pointwise(*args())
+    assert not cuda._compiles_pointwise(*args(torch.float32)) and not cuda._compiles_pointwise(*args(k=20))
+    assert cuda.variant("pointwise_bn_act", *args(k=20)) is None
 
 
 # Chains

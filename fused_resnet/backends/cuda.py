@@ -12,7 +12,8 @@ import types
 import torch
 from torch import Tensor
 
-from . import aten, composed, cuda_conv, cudnn, pooled
+from . import aten, composed, cuda_conv, cudnn, pooled, triton
+from . import stem_conv as stem
 from .layout import as_float32_vectors, as_rows, output_format
 from .library import FACTS, build_facts, chip, covers, load
 
@@ -22,6 +23,7 @@ OPS = (
     *("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", "conv_bn_act_bwd"),
     *composed.OPS,
     *pooled.OPS,
+    "stem_conv",
 )
 
 
@@ -74,6 +76,8 @@ def declines(op: str, x: Tensor, *args) -> str | None:
         return "has conv_bn_act_bwd for a ReLU only"
     if reason := _lacks_code_for(x.device.index):
         return reason
+    if op == "stem_conv":
+        return stem.declines(x, *args)
     return _declines_conv(x, *args) if op == "conv_bn_act" else None
 
 
@@ -102,14 +106,22 @@ def variant(op: str, x: Tensor, *args) -> tuple | None:
     if op in pooled.OPS:
         h, w = (args[0] if op == "bn_act_pool_bwd" else x).shape[2:]
         return h % 2, w % 2, pooled.size(h, w)[0] % 8 > 0  # 8 windows: a whole walk of csrc/kernels/bn_act_pool.cuh
-    if op != "conv_bn_act":
+    if op == "stem_conv":
+        return stem.variant(x, *args)
+    places = None
+    if op == "conv_bn_act":
+        places = args[7:10]
+    elif op == "pointwise_bn_act" and _compiles_pointwise(x, *args):
+        places = (args[11], *_POINTWISE)
+    if places is None:
         return None
-    instance, shape = _instance(x, *args)
+    instance, shape = _instance(x, args[0], *places)
     return instance.name, cuda_conv.plan(instance.index, shape, chip(x.device)[1]) > 0
 
 
-def _instance(x: Tensor, weight: Tensor, *args) -> tuple[cuda_conv.Instance, cuda_conv.Shape]:
-    shape = cuda_conv.shape_of(x.shape, weight.shape, *args[6:9])
+def _instance(x: Tensor, weight: Tensor, *places) -> tuple[cuda_conv.Instance, cuda_conv.Shape]:
+    """places: stride, padding, dilation."""
+    shape = cuda_conv.shape_of(x.shape, weight.shape, *places)
     return cuda_conv.candidates(shape, x.dtype, *chip(x.device))[0], shape
 
 
@@ -117,7 +129,7 @@ class _Convolution:
     """conv_bn_act for calls of one kind: the instance is chosen once."""
 
     def __init__(self, x, weight, *rest):
-        self.instance, _ = _instance(x, weight, *rest)
+        self.instance, _ = _instance(x, weight, *rest[6:9])
         self.format = output_format(x, weight)
 
     def __call__(self, x, weight, *rest):
@@ -129,7 +141,45 @@ class _Convolution:
 
 def prepare(op: str, *args):
     """The function for this call and for all of the same shapes, strides, alignments, dtypes and options."""
-    return _Convolution(*args) if op == "conv_bn_act" else globals()[op]
+    if op == "conv_bn_act":
+        return _Convolution(*args)
+    if op == "pointwise_bn_act" and _compiles_pointwise(*args):
+        return _Pointwise(*args)
+    return globals()[op]
+
+
+_POINTWISE = [0, 0], [1, 1]  # padding, dilation
+
+
+def _compiles_pointwise(x: Tensor, weight: Tensor, *args) -> bool:
+    """Whether `_Pointwise` can run this call of pointwise_bn_act: what it takes of Triton is there, and a convolution
+    with a batch norm in its epilogue."""
+    if x.dtype not in cuda_conv.DTYPES or triton.unavailable() is not None or triton.interpreting():
+        return False
+    residual, stride, out_relu = args[9:]
+    return _declines_conv(x, weight, *[None] * 5, residual, stride, *_POINTWISE, 1, out_relu) is None
+
+
+class _Pointwise:
+    """pointwise_bn_act for calls of one kind: what the convolution reads is written once; its covariance, and from that
+    the statistics of what is never stored, come from Triton's kernels; the compiled convolution does all else."""
+
+    def __init__(self, x, weight, *args):
+        stride = args[-2]
+        self.instance, _ = _instance(x, weight, stride, *_POINTWISE)
+        self.format = output_format(x, weight)
+        self.gram, self.statistics = triton.prepared_training("gram"), triton.prepared_training("product_statistics")
+
+    def __call__(self, x, weight, mean, var, bn_weight, bn_bias, eps, relu, *after):
+        out_weight, out_bias, out_eps, residual, stride, out_relu = after
+        a = as_rows(x if mean is None else bn_act(x, mean, var, bn_weight, bn_bias, eps, None, relu, True))
+        a_mean, a_cov = self.gram(a, *[None] * 4, 0.0, False, stride)
+        y_mean, y_var, scale, shift = self.statistics(weight, a_mean, a_cov, out_weight, out_bias, out_eps)
+        y = torch.ops.fused_resnet_cuda.conv_bias_act(
+            self.instance.index, a, as_rows(weight), shift, scale, as_rows(residual), None, None, 1, stride,
+            *_POINTWISE, out_relu,
+        )  # fmt: skip
+        return _laid_out(y, self.format), y_mean, y_var, a_mean, a_cov
 
 
 def _laid_out(t: Tensor, format: torch.memory_format) -> Tensor:
@@ -203,6 +253,10 @@ def bn_act_pool_bwd(grad, x, winner, mean, var, bn_weight, eps, output_mask):
         dweight if need_weight else None,
         dbias if need_bias else None,
     )
+
+
+def stem_conv(x, weight):
+    return _laid_out(stem.stem_conv(x, weight), output_format(x, weight))
 
 
 def conv_bn_act_bwd(grad, y, x, weight, *rest):
