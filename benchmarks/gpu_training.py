@@ -44,12 +44,21 @@ POOLS = {
     "pool-72-channels": (3, 72, 8, 7, 72, 3, 2, 1, True),
 }
 POOLS_OF_A_RESNET = {"stem-pool": (32, 64, 112, 112, 64, 3, 2, 1, True)}
-OPS = (*composed.OPS, *pooled.OPS)
+# The same, of a stem: three channels, nothing to load through; tiles that are ragged, and more than one.
+STEMS = {
+    "stem": (2, 3, 34, 38, 64, 7, 2, 3, False),
+    "stem-odd-height": (3, 3, 37, 40, 64, 7, 2, 3, False),
+    "stem-128-filters": (1, 3, 33, 254, 128, 7, 2, 3, False),
+}
+STEMS_OF_A_RESNET = {"stem-224": (32, 3, 224, 224, 64, 7, 2, 3, False)}
+OPS = (*composed.OPS, *pooled.OPS, "stem_conv")
 
 
 def specs(op: str, on_gpu: bool) -> dict[str, tuple]:
     if op in pooled.OPS:
         return POOLS | (POOLS_OF_A_RESNET if on_gpu else {})
+    if op == "stem_conv":
+        return STEMS | (STEMS_OF_A_RESNET if on_gpu else {})
     if op.startswith("pointwise"):
         return POINTWISE | (POINTWISE_OF_A_RESNET if on_gpu else {})
     return CONVOLUTIONS | (CONVOLUTIONS_OF_A_RESNET if on_gpu else {})
@@ -74,6 +83,8 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
         _, winner = reference.bn_act_pool(x, *bn, 1e-5)
         return maps(winner.shape, 3), x, winner, *bn[:3], 1e-5, [True] * 3
     weight = (maps((k, c, kernel, kernel), 2).float() / (c * kernel * kernel) ** 0.5).to(dtype)
+    if op == "stem_conv":
+        return x, weight.contiguous(memory_format=torch.channels_last)  # pictures come in either layout
     weight = weight.contiguous(memory_format=format)
     loaded = (*(reference.bn_stats(x) if normalised else (None, None)), *(affine(c) if normalised else (None, None)))
     loaded = (*loaded, 1e-5, True)
@@ -98,6 +109,7 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
 # --- whole steps ------------------------------------------------------------------------------------------------------
 
 SECONDS = 5  # of timing
+STEPS = 4  # in a row, as in a training: the host is ahead of the GPU
 KERNELS = 100  # of a profile, those that take longest
 
 
@@ -121,10 +133,17 @@ def _speed(name: str, dtype: str, batch: int, device) -> dict:
         peak[how] = None if "captured" in how else measure.peak_memory(step, device)
         steps[how] = step
     found = {"profile": profile(steps.get("fused, captured", steps["fused"]), device), "kernels": chosen()}
-    seconds, _ = measure.interleave(steps, device, SECONDS if on_gpu else 0)
+    in_a_row = {how: functools.partial(_repeat, step) for how, step in steps.items()}
+    seconds, _ = measure.interleave(in_a_row, device, SECONDS if on_gpu else 0)
+    seconds = {how: [s / STEPS for s in t] for how, t in seconds.items()}
     cuts = {how: [1e3 * q for q in measure.quantiles(t)] for how, t in seconds.items()}
     speed = {how: round(batch / statistics.median(t), 1) for how, t in seconds.items()}
     return {"images_per_s": speed, "p20_p50_p80_ms": cuts, "peak_mib": peak, "ready_s": ready} | found
+
+
+def _repeat(step: Callable[[], None]) -> None:
+    for _ in range(STEPS):
+        step()
 
 
 def training_step(name: str, how: str, dtype: torch.dtype, batch: int, size: int, device) -> Callable[[], None]:

@@ -1,5 +1,5 @@
-// Launchers of bn_stats, bn_act, bn_act_bwd, bn_act_bwd_input, relu_bwd_sum, bn_act_pool and bn_act_pool_bwd: check,
-// guard the device, allocate, launch, check the launch.
+// Launchers of bn_stats, bn_act, bn_act_bwd, bn_relu_bwd, bn_act_bwd_input, relu_bwd_sum, bn_act_pool and
+// bn_act_pool_bwd: check, guard the device, allocate, launch, check the launch.
 
 #include "bn_act.h"
 
@@ -88,6 +88,14 @@ void with_bool(bool value, const F& f) {
   value ? f(Bool<true>{}) : f(Bool<false>{});
 }
 
+template <Mask M>
+using MaskOf = std::integral_constant<Mask, M>;
+
+template <typename F>
+void with_mask(bool of_y, bool of_x, const F& f) {
+  of_x ? f(MaskOf<kMaskOfX>{}) : of_y ? f(MaskOf<kMaskOfY>{}) : f(MaskOf<kNoMask>{});
+}
+
 const void* address(const Tensor& t) { return t.const_data_ptr(); }
 const void* address(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
@@ -114,10 +122,18 @@ void finish(const char* op, const Device& device, const Geometry& geometry, cons
   });
 }
 
+// What a mask is made of where it comes from x.
+struct Affine {
+  std::optional<Tensor> weight, bias;
+};
+
 BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const std::optional<Tensor>& y,
                  const std::optional<Tensor>& x, const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
-                 double eps, const Tensor& g) {
-  const Geometry geometry = geometry_of(op, grad, {address(grad), address(y), address(x), address(g), address(mean)},
+                 double eps, const Tensor& g, const std::optional<Affine>& affine = std::nullopt) {
+  const Affine of_x = affine.value_or(Affine{});
+  const Geometry geometry = geometry_of(op, grad,
+                                        {address(grad), address(y), address(x), address(g), address(mean),
+                                         address(var), address(of_x.weight), address(of_x.bias)},
                                         kReductionBlocks * device.multiprocessors);
   const int words = x.has_value() ? 2 : 1;
   const Tensor partial = new_floats(grad, words * geometry.splits() * static_cast<int64_t>(geometry.channels));
@@ -128,11 +144,12 @@ BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const
     const auto first = [&](auto mask, auto center) {
       launch(op, device, geometry.grid, geometry.block,
              bn_bwd_partial_kernel<T, V, decltype(mask)::value, decltype(center)::value>, data<T>(grad), data<T>(y),
-             data<T>(x), data<float>(mean), g.numel() ? mutable_data<T>(g) : nullptr, mutable_data<float>(partial),
+             data<T>(x), data<float>(mean), data<float>(var), data<float>(of_x.weight), data<float>(of_x.bias),
+             static_cast<float>(eps), g.numel() ? mutable_data<T>(g) : nullptr, mutable_data<float>(partial),
              geometry.rows, geometry.channels, geometry.rows_per_block);
     };
-    if (!x.has_value()) return first(Bool<true>{}, Bool<false>{});
-    with_bool(y.has_value(), [&](auto mask) { first(mask, Bool<true>{}); });
+    if (!x.has_value()) return first(MaskOf<kMaskOfY>{}, Bool<false>{});
+    with_mask(y.has_value(), affine.has_value(), [&](auto mask) { first(mask, Bool<true>{}); });
   });
   finish(op, device, geometry, partial, var, eps, sums);
   return sums;
@@ -142,23 +159,25 @@ BwdSums bwd_sums(const char* op, const Device& device, const Tensor& grad, const
 Tensor bwd_input(const char* op, const Device& device, const Tensor& grad, const std::optional<Tensor>& y,
                  const Tensor& x, const Tensor& mean, const std::optional<Tensor>& var,
                  const std::optional<Tensor>& weight, const Tensor& sum_g, const Tensor& dweight, float share,
-                 double eps, bool batch) {
+                 double eps, bool batch, const std::optional<Affine>& affine = std::nullopt) {
   const Tensor dx = torch::stable::empty_like(x);
+  const std::optional<Tensor> bias = affine.has_value() ? affine->bias : std::nullopt;
   const Geometry geometry = geometry_of(op, x,
                                         {address(grad), address(y), address(x), address(dx), address(mean),
-                                         address(var), address(weight), address(sum_g), address(dweight)},
+                                         address(var), address(weight), address(bias), address(sum_g),
+                                         address(dweight)},
                                         kStreamBlocks * device.multiprocessors);
   with_type(op, x, geometry, [&](auto element, auto vector) {
     using T = decltype(element);
-    with_bool(y.has_value(), [&](auto mask) {
-      with_bool(batch, [&](auto of_batch) {
-        launch(op, device, geometry.grid, geometry.block,
-               bn_bwd_input_kernel<T, decltype(vector)::value, decltype(mask)::value, decltype(of_batch)::value>,
-               data<T>(grad), data<T>(y), data<T>(x), data<float>(mean), data<float>(var), data<float>(weight),
-               data<float>(sum_g), data<float>(dweight), share, static_cast<float>(eps), mutable_data<T>(dx),
-               geometry.rows, geometry.channels, geometry.rows_per_block);
-      });
-    });
+    const auto run = [&](auto mask, auto of_batch) {
+      launch(op, device, geometry.grid, geometry.block,
+             bn_bwd_input_kernel<T, decltype(vector)::value, decltype(mask)::value, decltype(of_batch)::value>,
+             data<T>(grad), data<T>(y), data<T>(x), data<float>(mean), data<float>(var), data<float>(weight),
+             data<float>(bias), data<float>(sum_g), data<float>(dweight), share, static_cast<float>(eps),
+             mutable_data<T>(dx), geometry.rows, geometry.channels, geometry.rows_per_block);
+    };
+    if (affine.has_value()) return run(MaskOf<kMaskOfX>{}, Bool<true>{});
+    with_mask(y.has_value(), false, [&](auto mask) { with_bool(batch, [&](auto of_batch) { run(mask, of_batch); }); });
   });
   return dx;
 }
@@ -279,6 +298,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(const Tensor& grad, const 
                    sums.dweight, share, eps, batch_stats);
   }
   return {dx, sums.dweight, sums.sum_g, g};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_bwd(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                               const Tensor& var, const std::optional<Tensor>& weight,
+                                               const std::optional<Tensor>& bias, double eps, bool need_x) {
+  const char* op = "bn_relu_bwd";
+  check_map(op, "x", x);
+  check_map_like(op, "grad", grad, x);
+  check_batch_norm(op, x, mean, var, weight, bias);
+  const Device device(x);
+  const Affine affine{weight, bias};
+  Tensor dx = new_floats(x, 0);
+  const BwdSums sums = bwd_sums(op, device, grad, std::nullopt, x, mean, var, eps, dx, affine);
+  if (need_x) {
+    const float share = 1.0f / static_cast<float>(x.numel() / x.size(1));
+    dx = bwd_input(op, device, grad, std::nullopt, x, mean, var, weight, sums.sum_g, sums.dweight, share, eps, true,
+                   affine);
+  }
+  return {dx, sums.dweight, sums.sum_g};
 }
 
 Tensor bn_act_bwd_input(const Tensor& grad, const std::optional<Tensor>& y, const Tensor& x, const Tensor& mean,

@@ -26,6 +26,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_bwd(const Tensor& grad, const 
                                                       const std::optional<Tensor>& weight, double eps, bool batch_stats,
                                                       bool need_x, bool need_sums, bool need_g);
 
+// dx, dweight, dbias of relu((x - mean) / sqrt(var + eps) * weight + bias), mean and var being x's own. The ReLU's mask
+// comes from x, so that its output is not read. dx comes back empty unless need_x.
+std::tuple<Tensor, Tensor, Tensor> bn_relu_bwd(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                               const Tensor& var, const std::optional<Tensor>& weight,
+                                               const std::optional<Tensor>& bias, double eps, bool need_x);
+
 // (grad under y's mask - mean_g - (x - mean) * slope) * scale; y is the output where a ReLU was applied, else absent
 Tensor bn_act_bwd_input(const Tensor& grad, const std::optional<Tensor>& y, const Tensor& x, const Tensor& mean,
                         const Tensor& scale, const Tensor& mean_g, const Tensor& slope);

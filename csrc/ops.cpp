@@ -59,6 +59,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
       "batch_stats, "
       "bool need_x, bool need_sums, bool need_g) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "bn_relu_bwd(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, "
+      "bool need_x) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "bn_act_bwd_input(Tensor grad, Tensor? y, Tensor x, Tensor mean, Tensor scale, Tensor mean_g, Tensor slope) -> "
       "Tensor");
   m.def("relu_bwd_sum(Tensor grad, Tensor y) -> (Tensor, Tensor)");
@@ -86,6 +89,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
       "Tensor? var, float eps, Tensor? residual, int[] stride, int[] padding, int[] dilation, bool relu) -> Tensor");
   m.def("avg_pool_out(Tensor x, Tensor(a!) y) -> ()");
   m.def("stem_out(Tensor x, Tensor weight, Tensor bias, int rows, Tensor(a!) y) -> ()");
+  m.def("stem_conv(Tensor x, Tensor weight, int rows) -> Tensor");
 }
 
 #ifdef FUSED_RESNET_WITH_CUDA
@@ -93,6 +97,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("bn_stats", TORCH_BOX(&fused_resnet::bn_stats));
   m.impl("bn_act", TORCH_BOX(&fused_resnet::bn_act));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
+  m.impl("bn_relu_bwd", TORCH_BOX(&fused_resnet::bn_relu_bwd));
   m.impl("bn_act_bwd_input", TORCH_BOX(&fused_resnet::bn_act_bwd_input));
   m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
   m.impl("bn_act_pool", TORCH_BOX(&fused_resnet::bn_act_pool));
@@ -103,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("conv_bn_act", TORCH_BOX(&fused_resnet::conv_bn_act));
   m.impl("avg_pool_out", TORCH_BOX(&fused_resnet::avg_pool_out));
   m.impl("stem_out", TORCH_BOX(&fused_resnet::stem_out));
+  m.impl("stem_conv", TORCH_BOX(&fused_resnet::stem_conv));
 }
 
 // What needs no device.

@@ -1,4 +1,4 @@
-// Launcher of stem: check, guard the device, launch, check the launch.
+// Launchers of stem and stem_conv: check, guard the device, allocate, launch, check the launch.
 
 #include "stem.h"
 
@@ -10,24 +10,9 @@
 namespace fused_resnet {
 namespace {
 
-template <class T>
-cudaError_t run(const conv::StemParams& p, unsigned blocks, cudaStream_t stream) {
-  const auto kernel = conv::stem_kernel<T>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, conv::Stem::kShared);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(conv::Stem::kThreads);
-  config.dynamicSmemBytes = conv::Stem::kShared;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, p);
-}
-
-}  // namespace
-
-void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t rows, Tensor& y) {
-  const char* op = "stem";
+// All but y and the bias.
+template <bool Pools>
+conv::StemParams params_of(const char* op, const Tensor& x, const Tensor& weight, int64_t rows) {
   check(x.dim() == 4 && x.size(1) == 3, op, ": x must be [N, 3, H, W]");
   check(x.numel() > 0, op, ": x must not be empty");
   const ScalarType dtype = x.scalar_type();
@@ -54,15 +39,11 @@ void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t
   p.p1 = static_cast<int>((h - 1) / 2 + 1), p.q1 = static_cast<int>((w - 1) / 2 + 1);
   p.p = (p.p1 - 1) / 2 + 1, p.q = (p.q1 - 1) / 2 + 1;
   p.k = size_of(op, "K", k, 1);
-  check_sized_map(op, "y", y, {x.size(0), k, p.p, p.q}, x);
-  check_vector(op, "bias", bias, y, false);
-  for (const auto& [name, t] : {std::pair("x", x), std::pair("weight", weight), std::pair("bias", bias)})
-    check_apart(op, "y", y, name, t);
 
   check(rows >= 1, op, ": rows must be at least 1, got ", rows);
   p.rows = static_cast<int>(rows < p.p ? rows : p.p);
   p.parts = conv::ceil_div(p.p, p.rows);
-  p.tiles = conv::ceil_div(p.q, conv::Stem::kTile);
+  p.tiles = conv::ceil_div(p.q, conv::StemTile<Pools>::kTile);
   p.groups = p.k / conv::Stem::kChannels;
   const int64_t of_image = int64_t{p.parts} * p.tiles * p.groups;
   check(x.size(0) <= std::numeric_limits<int32_t>::max() / of_image, op, ": needs less than 2^31 blocks, got ",
@@ -73,18 +54,60 @@ void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t
   p.advance = conv::Stem::kFetch * p.row;
   p.plane = nchw ? h * p.row : 4;
   p.image = 6 * h * w;
-  p.row_of_y = int64_t{2} * p.q * p.k;
+  p.row_of_y = int64_t{2} * (Pools ? p.q : p.q1) * p.k;
   p.ones = 0xffffffffu;
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
-  p.bias = data<float>(bias);
-  p.y = y.mutable_data_ptr();
+  return p;
+}
+
+template <class T, bool Pools>
+cudaError_t run(const conv::StemParams& p, unsigned blocks, cudaStream_t stream) {
+  const auto kernel = conv::stem_kernel<T, Pools>;
+  constexpr int shared = conv::StemTile<Pools>::kShared;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(conv::Stem::kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <bool Pools>
+void launch_stem(const char* op, const Device& device, const conv::StemParams& p, const Tensor& x) {
+  const unsigned blocks = static_cast<unsigned>(x.size(0) * p.parts * p.tiles * p.groups);
+  check_launch(op, "the kernel",
+               x.scalar_type() == ScalarType::Half ? run<__half, Pools>(p, blocks, device.stream)
+                                                   : run<__nv_bfloat16, Pools>(p, blocks, device.stream));
+}
+
+}  // namespace
+
+void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t rows, Tensor& y) {
+  const char* op = "stem";
+  conv::StemParams p = params_of<true>(op, x, weight, rows);
+  check_sized_map(op, "y", y, {x.size(0), p.k, p.p, p.q}, x);
+  check_vector(op, "bias", bias, y, false);
+  for (const auto& [name, t] : {std::pair("x", x), std::pair("weight", weight), std::pair("bias", bias)})
+    check_apart(op, "y", y, name, t);
   const Device device(x);
   check_arch(op, "the kernel", 80, device);
-  const unsigned blocks = static_cast<unsigned>(x.size(0) * of_image);
-  check_launch(
-      op, "the kernel",
-      dtype == ScalarType::Half ? run<__half>(p, blocks, device.stream) : run<__nv_bfloat16>(p, blocks, device.stream));
+  p.bias = data<float>(bias);
+  p.y = y.mutable_data_ptr();
+  launch_stem<true>(op, device, p, x);
+}
+
+Tensor stem_conv(const Tensor& x, const Tensor& weight, int64_t rows) {
+  const char* op = "stem_conv";
+  conv::StemParams p = params_of<false>(op, x, weight, rows);
+  const Device device(x);
+  check_arch(op, "the kernel", 80, device);
+  const Tensor y_rows = torch::stable::new_empty(x, {x.size(0), p.p1, p.q1, p.k});
+  p.y = y_rows.mutable_data_ptr();
+  launch_stem<false>(op, device, p, x);
+  return torch::stable::transpose(torch::stable::transpose(y_rows, 2, 3), 1, 2);
 }
 
 }  // namespace fused_resnet

@@ -13,4 +13,8 @@ using torch::stable::Tensor;
 // rows: pooled rows that a block walks.
 void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t rows, Tensor& y);
 
+// The convolution alone, in channels_last: [N, K, (H - 1) / 2 + 1, (W - 1) / 2 + 1]. rows: pairs of its rows that a
+// block walks.
+Tensor stem_conv(const Tensor& x, const Tensor& weight, int64_t rows);
+
 }  // namespace fused_resnet

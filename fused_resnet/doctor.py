@@ -35,6 +35,7 @@ OPS = (
     "bn_act_bwd_input",
     *composed.OPS,
     *pooled.OPS,
+    "stem_conv",
 )
 
 
@@ -131,6 +132,7 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
     pointwise = torch.rand(64, 64, 1, 1, device=device).to(dtype)
     winners = torch.zeros(2, 64, 4, 4, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
     covariance = torch.eye(64, device=device)
+    images, filters = (torch.rand(n, 3, size, size, device=device).to(dtype) for n, size in ((2, 8), (64, 7)))
     return {
         "conv_bn_act": (maps(), weight, *bn, 1e-5, maps(), *conv),
         "conv_bn_act_bwd": (maps(), maps(), maps(), weight, *bn[:3], 1e-5, *conv, [True] * 5),
@@ -147,6 +149,7 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
         ),
         "bn_act_pool": (maps(), *bn, 1e-5),
         "bn_act_pool_bwd": (maps()[:, :, ::2, ::2], maps(), winners, *bn[:3], 1e-5, [True] * 3),
+        "stem_conv": (images, filters),
     }[op]
 
 

@@ -7,7 +7,7 @@
     conv_bn_act_bwd, bn_act_bwd
     bn_act_bwd_input        dx of bn_act from sums over a batch that is not all here (sync.py)
     bn_act_conv, pointwise_bn_act   and their backwards, in training_ops.py
-    bn_act_pool             and its backward, in pool_ops.py
+    stem_conv, bn_act_pool  and the backward of the latter, in pool_ops.py
 
 To autograd, the statistics of a batch are constants: the op that normalises with them (`bn_act(..., batch_stats=True)`,
 `bn_act_conv`, `pointwise_bn_act`) carries their derivative. The `_bwd` ops are differentiable in turn, through the

@@ -1,5 +1,6 @@
 """The ops of a stem in training, torch.ops.fused_resnet.*:
 
+    stem_conv        y = convolution 7x7 stride 2 padding 3 of x; its backward is PyTorch's convolution_backward
     bn_act_pool      (y, winner) of y = max_pool 3x3 stride 2 padding 1 of relu(BN(x)), with x's own statistics
     bn_act_pool_bwd
 
@@ -13,15 +14,18 @@ import torch
 
 from . import backends
 from .backends import pooled, reference
-from .backends.layout import output_format
+from .backends.layout import output_format, with_strides_of
 from .backends.reference import accumulator
+from .backends.stem_conv import KERNEL, PLACES
 from .ops import (
     as_given,
     check_4d,
     check_given,
+    check_places,
     check_values,
     check_vectors,
     empty,
+    lowered,
     optional,
     register,
     register_autocast,
@@ -30,11 +34,49 @@ from .ops import (
 )
 
 _SCHEMAS = {
+    "stem_conv": "(Tensor x, Tensor weight) -> Tensor",
     "bn_act_pool": "(Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, float eps) "
     "-> (Tensor, Tensor)",
     "bn_act_pool_bwd": "(Tensor grad, Tensor x, Tensor winner, Tensor mean, Tensor var, Tensor? bn_weight, float eps, "
     "bool[] output_mask) -> (Tensor, Tensor, Tensor)",
 }
+
+
+def _check_stem_conv(x, weight):
+    shape = check_places(x, weight, *PLACES)
+    if weight.shape[2:] != KERNEL:
+        raise RuntimeError(f"weight: expected a 7x7 convolution's [K, C, 7, 7], got {list(weight.shape)}")
+    return shape
+
+
+def _stem_conv(x, weight):
+    check_given(x=x, weight=weight)
+    return backends.run("stem_conv", x, weight, check=_check_stem_conv)
+
+
+def _stem_conv_fake(x, weight):
+    check_given(x=x, weight=weight)
+    return empty(_check_stem_conv(x, weight), x, output_format(x, weight))
+
+
+def _stem_conv_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _stem_conv_backward(ctx, grad):
+    mask = [*ctx.needs_input_grad[:2], False]
+    if grad is None or not any(mask):
+        return None, None
+    x, weight = ctx.saved_tensors
+    *places, groups = PLACES
+    dx, dweight, _ = torch.ops.aten.convolution_backward.default(
+        grad, x, weight, None, *places, False, [0, 0], groups, mask
+    )
+    return dx if mask[0] else None, with_strides_of(weight, dweight) if mask[1] else None
+
+
+def _cast_stem_conv(dtype, args):
+    return tuple(lowered(t, dtype) for t in args)
 
 
 def _check(x, mean, var, bn_weight, bn_bias, eps) -> None:
@@ -99,9 +141,12 @@ def _bwd_from_input(grad, x, winner, mean, var, *args):
     return reference.bn_act_pool_bwd(grad, x, winner, *reference.bn_stats(x), *args)
 
 
+register("stem_conv", _SCHEMAS["stem_conv"], _stem_conv, _stem_conv_fake)
 register("bn_act_pool", _SCHEMAS["bn_act_pool"], _bn_act_pool, _bn_act_pool_fake)
 register("bn_act_pool_bwd", _SCHEMAS["bn_act_pool_bwd"], _bn_act_pool_bwd, _bn_act_pool_bwd_fake)
+register_autograd("stem_conv", _stem_conv_setup, _stem_conv_backward)
 register_autograd("bn_act_pool", _setup, _backward)
 register_double_backward("bn_act_pool_bwd", _bwd_from_input, (0, 1, 5))
+register_autocast("stem_conv", _cast_stem_conv)
 register_autocast("bn_act_pool", as_given)
 register_autocast("bn_act_pool_bwd", as_given)

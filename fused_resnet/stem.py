@@ -1,4 +1,5 @@
-"""The stem of an ImageNet ResNet in training: batch norm, ReLU and max-pool in one pass, on a GPU.
+"""The stem of an ImageNet ResNet in training: batch norm, ReLU and max-pool in one pass, on a GPU, and in 16 bits a
+convolution of three channels by a kernel of its own.
 
 Between the first convolution and the pool lie a network's largest maps. PyTorch's kernels go over them four times in
 the forward and four in the backward; `bn_act_pool` reads them once and twice. torch.compile fuses the modules itself.
@@ -11,8 +12,10 @@ from torch import Tensor, fx, nn
 from torchvision.models.resnet import ResNet
 
 from .backends import cuda, forced, objection, refuses, triton
-from .blocks import on_own_batch, parts_unfusable, tampered
+from .backends.stem_conv import KERNEL, PLACES
+from .blocks import convolution_unfusable, on_own_batch, parts_unfusable, tampered
 from .functional import update_running_stats
+from .ops import lowered
 
 _ops = torch.ops.fused_resnet
 POOL = dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, return_indices=False)
@@ -25,13 +28,41 @@ def pooled_stem(network: nn.Module, x: Tensor, relu: str = "relu") -> Tensor | N
     """
     if unpoolable(network, relu) is not None or not _worth_it(x):
         return None
-    y, bn = network.conv1(x), network.bn1
+    y, bn = _convolved(network.conv1, x), network.bn1
     mean, var = _ops.bn_stats.default(y)
     args = (y, mean, var, bn.weight, bn.bias, bn.eps)
     if y.is_cuda and all(refuses(b, "bn_act_pool", args) or objection(b, "bn_act_pool", args)[0] for b in _own()):
         return network.maxpool(network._modules[relu](bn(y)))
     update_running_stats(bn, y, mean, var)
     return _ops.bn_act_pool.default(*args)[0]
+
+
+def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), by the kernel for three channels where it may serve."""
+    if _is_plain(conv) and type(x) is Tensor:
+        operands = x, conv.weight
+        if torch.is_autocast_enabled("cuda") and x.is_cuda:
+            operands = tuple(lowered(t, torch.get_autocast_dtype("cuda")) for t in operands)  # as the op would
+        if _has_kernel(*operands):
+            return _ops.stem_conv.default(*operands)
+    return conv(x)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether this is the convolution that the op computes, and its module need not be called."""
+    if convolution_unfusable(conv) is not None or type(conv.weight) not in (Tensor, nn.Parameter):
+        return False
+    places = conv.stride, conv.padding, conv.dilation, conv.groups
+    return conv.in_channels == 3 and conv.kernel_size == KERNEL and places == PLACES
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel of this package can convolve these, and agreed with the reference. Whether it is faster than
+    PyTorch's is the op's question."""
+    args = x, weight
+    if forced() not in (None, cuda.NAME) or refuses(cuda, "stem_conv", args) is not None:
+        return False
+    return objection(cuda, "stem_conv", args)[0] is None
 
 
 def unpoolable(network: nn.Module, relu: str = "relu") -> str | None:

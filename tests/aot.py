@@ -78,13 +78,15 @@ def convolution(host, n, c, size, k, taps, stride, groups, precision, residual=T
 
 
 def batch_norm(host, n, c, size, precision):
-    """Statistics, forward, and the backwards: batch statistics, frozen, and from sums over several processes."""
+    """Statistics, forward, and the backwards: batch statistics, frozen, with the mask of x, and from sums over several
+    processes."""
     x = meta(n, c, size, size, dtype=DTYPES[precision])
     mean, var, gamma, beta = (meta(c) for _ in range(4))
     host.bn_stats(x)
     host.bn_act(x, mean, var, gamma, beta, 1e-5, x, True, True)
     host.bn_act_bwd(x, x, x, mean, var, gamma, 1e-5, True, True, [True] * 4)
     host.bn_act_bwd(x, x, x, mean, var, gamma, 1e-5, True, False, [True] * 4)
+    host.bn_act_bwd(x, None, x, mean, var, gamma, 1e-5, True, True, [True, True, True, False], beta)
     host.bn_act_bwd_input(x, x, x, mean, var, gamma, beta, True)
 
 

@@ -145,6 +145,28 @@ def test_bn_act_bwd(shape, dtype, misaligned, relu, batch_stats, mask):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("shape, misaligned", SHAPES)
+@pytest.mark.parametrize("affine", [False, True], ids=["bn", "affine"])
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, True)], ids=["all", "sums"])
+def test_bn_relu_bwd(shape, dtype, misaligned, affine, needs):
+    """The mask that comes from x is that of the output, to the bit of every sum."""
+    x, _, grad, weight, bias = case(shape, dtype, misaligned, mean=2.0)
+    if x[:, 0].numel() == 1:
+        pytest.skip("one value per channel")
+    mean, var = (s.float() for s in exact_stats(x))
+    weight, bias = (weight, bias) if affine else (None, None)
+    got = cuda._bn_relu_bwd(grad, x, mean, var, weight, bias, EPS, needs)
+    y = cuda.bn_act(x, mean, var, weight, bias, EPS, None, True, True)
+    by_output = cuda.bn_act_bwd(grad, y, x, mean, var, weight, EPS, True, True, [*needs, False])
+    wide = (t if t is None else t.double() for t in (grad, y, x, mean, var, weight))
+    expected = reference.bn_act_bwd(*wide, EPS, True, True, [*needs, False])
+    for needed, g, o, e, tolerance in zip(needs, got, by_output, expected, [bound(dtype), 2e-6, 2e-6], strict=False):
+        assert (g is None) == (not needed)
+        if needed:
+            assert torch.equal(g, o) and error(g, e) <= tolerance and g.stride() == o.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("shape, misaligned", SHAPES)
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 def test_bn_act_bwd_input(shape, dtype, misaligned, relu):
     x, y, grad, scale, slope = case(shape, dtype, misaligned, mean=2.0)
@@ -176,16 +198,17 @@ def test_a_parameter_may_lie_anywhere(dtype, which):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bn", [False, True], ids=["plain", "bn"])
-def test_conv_bn_act_bwd(groups, bn):
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+def test_conv_bn_act_bwd(groups, bn, relu):
     x = torch.randn(2, 6, 7, 9).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(10, 6 // groups, 3, 3)
     gamma, mean, var = (torch.randn(10), torch.randn(10), torch.rand(10) + 0.5) if bn else (None, None, None)
     conv = ([2, 2], [1, 1], [1, 1], groups)
-    y = reference.conv_bn_act(x, weight, gamma, None, mean, var, EPS, None, *conv, True)
+    y = reference.conv_bn_act(x, weight, gamma, None, mean, var, EPS, None, *conv, relu)
     mask = [True, True, bn, bn, True]
-    args = (torch.randn_like(y), y, x, weight, gamma, mean, var)
-    got = cuda.conv_bn_act_bwd(*args, EPS, *conv, True, mask)
-    expected = reference.conv_bn_act_bwd(*(t if t is None else t.double() for t in args), EPS, *conv, True, mask)
+    args = (torch.randn_like(y), y if relu else None, x, weight, gamma, mean, var)
+    got = cuda.conv_bn_act_bwd(*args, EPS, *conv, relu, mask)
+    expected = reference.conv_bn_act_bwd(*(t if t is None else t.double() for t in args), EPS, *conv, relu, mask)
     for g, e in zip(got, expected, strict=True):
         assert (g is None and e is None) or error(g, e) < 2e-6
 

@@ -1,5 +1,5 @@
-"""The stem of csrc/conv, kernel and launcher, executed on the CPU: tests/cuda_emulation has its instructions by the
-letter of the manual. Against PyTorch in float64.
+"""The stem of csrc/conv, with its pool and without, kernels and launchers, executed on the CPU: tests/cuda_emulation
+has their instructions by the letter of the manual. Against PyTorch in float64.
 
 Shared memory and y hold NaN first; every input lies between NaNs.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fused_resnet.backends import cuda, stem_conv
+from fused_resnet.backends import reference as backends_reference
 from fused_resnet.engine import compiled_stem, reference, triton_stem
 from fused_resnet.engine.guard import ELEMENTWISE, errors
 from fused_resnet.engine.problem import TOLERANCE
-from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error
+from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error, nan_filled
 
 ops = torch.ops.fused_resnet_cuda
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -189,3 +192,114 @@ def test_the_launcher_refuses_with_a_sentence(changes, sentence):
         changes = {"y": changes["y"].contiguous(memory_format=torch.channels_last)}
     with pytest.raises(RuntimeError, match=f"stem: {sentence}"):
         ops.stem_out(*call.arguments(**changes).values())
+
+
+# --- the convolution alone --------------------------------------------------------------------------------------------
+
+
+def convolution(call, rows=2):
+    with nan_filled():
+        return ops.stem_conv(call.x, compiled_stem.pack(call.weight), rows)
+
+
+def expected_convolution(call):
+    return F.conv2d(call.x.double(), call.weight.double(), None, 2, 3)
+
+
+def check_convolution(call, rows):
+    y, expected = convolution(call, rows), expected_convolution(call)
+    assert y.shape == expected.shape and y.dtype is call.x.dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert error(y, expected) < torch.finfo(y.dtype).eps / 2  # a rounding to nearest of each value, no more
+    norm, element, strays = errors(y, expected)
+    assert norm <= (limit := TOLERANCE[y.dtype]) and element <= ELEMENTWISE * limit and not strays
+
+
+# 124 columns are a whole tile of it; 248 of x.
+CONVOLUTIONS = SHAPES | {
+    "odd-rows-and-columns": (2, 34, 38),
+    "whole-tile": (1, 7, 248),
+    "one-column-further": (1, 6, 250),
+    "two-columns-further": (1, 5, 252),
+    "one-row": (2, 1, 40),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 99])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolution(machine, shape, dtype, layout, rows):
+    machine(4, rows == 2)
+    check_convolution(Call(*shape, dtype=dtype, layout=layout), rows)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convolution_of_several_tiles_and_blocks_of_channels(layout):
+    check_convolution(Call(2, 33, 254, k=128, layout=layout), 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_order_of_threads_and_copies_changes_no_bit_of_the_convolution(machine, layout):
+    call, results = Call(2, 35, 38, layout=layout), []
+    for backwards, rows in ((False, 5), (True, 5), (False, 1), (True, 9)):
+        machine(4, backwards)
+        results.append(convolution(call, rows))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_sums_of_the_convolution_are_those_of_the_filter(dtype):
+    call = Call(1, 21, 26, k=128, dtype=dtype)
+    call.x.copy_(torch.randint(-2, 3, call.x.shape))
+    call.weight.copy_(torch.randint(-1, 2, call.weight.shape))
+    assert torch.equal(convolution(call, 3).double(), expected_convolution(call))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_finite_comes_out_of_the_convolution_where_pytorch_has_it(layout, value):
+    for at in ((0, 0), (11, 7), (11, 8), (20, 25), (12, 24), (0, 25)):
+        call = Call(1, 21, 26, layout=layout)
+        call.weight.abs_()
+        call.x.abs_()[0, 1, at[0], at[1]] = float(value)
+        y, expected = convolution(call, 3), expected_convolution(call)
+        assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+        assert not y.isfinite().all() and y.isfinite().any()
+        assert error(y.nan_to_num(0, 0), expected.nan_to_num(0, 0)) < 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_x_of_the_convolution_may_begin_at_any_pair(layout):
+    call = Call(1, 9, 12, layout=layout)
+    expected = convolution(call)
+    shelf = torch.empty(call.x.numel() + 2, dtype=torch.float16)
+    call.x = shelf[2:].as_strided(call.x.shape, call.x.stride()).copy_(call.x)
+    assert call.x.data_ptr() % 16 and torch.equal(convolution(call), expected)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(x=torch.zeros(1, 4, 9, 12).half()), r"x must be \[N, 3, H, W\]"),
+        (dict(x=torch.zeros(1, 3, 9, 13).half()), "x must have an even width, got 13"),
+        (dict(weight=torch.zeros(64, 224).bfloat16()), "weight must have the dtype of x"),
+        (dict(weight=torch.zeros(96, 224).half()), "K must be a multiple of 64, got 96"),
+        (dict(rows=0), "rows must be at least 1, got 0"),
+    ],
+)
+def test_the_convolutions_launcher_refuses_with_a_sentence(changes, sentence):
+    given = dict(x=torch.zeros(1, 3, 9, 12).half(), weight=torch.zeros(64, 224).half(), rows=2) | changes
+    with pytest.raises(RuntimeError, match=f"stem_conv: {sentence}"):
+        ops.stem_conv(*given.values())
+
+
+@pytest.mark.parametrize("layout_of_weight", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_backends_function_is_the_reference(monkeypatch, layout, layout_of_weight):
+    """Filters packed, rows chosen, and the memory layout that every backend gives."""
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 4))
+    call = Call(3, 35, 38, k=128, dtype=torch.bfloat16, layout=layout)
+    weight = call.weight.contiguous(memory_format=LAYOUTS[layout_of_weight])
+    y, expected = cuda.stem_conv(call.x, weight), backends_reference.stem_conv(call.x, weight)
+    assert y.stride() == expected.stride() and error(y, expected) < 1e-3

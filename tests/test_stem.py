@@ -1,10 +1,11 @@
-"""The stem's batch norm, ReLU and pool in one op, and the networks that use it. A CPU calls the modules: the tests make
-it believe that the op pays."""
+"""The stem's convolution as an op, its batch norm, ReLU and pool in another, and the networks that use them. A CPU
+calls the modules: the tests make it believe that the ops pay."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torchvision.models.resnet import ResNet
 
 import fused_resnet
 from fused_resnet import stem
-from fused_resnet.backends import pooled, reference, verify
+from fused_resnet.backends import cuda, pooled, reference, stem_conv, verify
 from fused_resnet.stem import FusedResNet
 from tests import parity
 
@@ -47,7 +48,7 @@ def given(shape, dtype=torch.float64, format=CL, seed=0):
     return x, *(v.requires_grad_() for v in vectors)
 
 
-# --- the op -----------------------------------------------------------------------------------------------------------
+# --- bn_act_pool ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", [CL, torch.contiguous_format])
@@ -112,6 +113,131 @@ def test_bad_arguments(change, message):
     )
     with pytest.raises((RuntimeError, ValueError), match=message):
         ops.bn_act_pool(**(given | change))
+
+
+# --- stem_conv --------------------------------------------------------------------------------------------------------
+
+
+def convolution(shape=(2, 3, 9, 12), k=4, dtype=torch.float64, format=torch.contiguous_format, weight_format=CL):
+    """x and weight of stem_conv."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(k, shape[1], 7, 7).to(dtype)
+    x, weight = x.contiguous(memory_format=format), weight.contiguous(memory_format=weight_format)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+@pytest.mark.parametrize("weight_format", [CL, torch.contiguous_format])
+@pytest.mark.parametrize("format", [CL, torch.contiguous_format])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 12), (1, 3, 1, 5), (3, 5, 8, 7), (0, 3, 8, 8)])
+def test_the_convolution_is_pytorchs(shape, format, weight_format):
+    args = convolution(shape, format=format, weight_format=weight_format)
+    y, wanted = ops.stem_conv(*args), F.conv2d(*args, None, 2, 3)
+    last = CL in (format, weight_format)
+    assert not y.numel() or y.is_contiguous(memory_format=CL if last else torch.contiguous_format)
+    grad = torch.randn_like(wanted)
+    found, expected = (torch.autograd.grad(v, args, grad) for v in (y, wanted))
+    for got, want in zip((y, *found), (wanted, *expected), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert found[1].stride() == args[1].stride(), "a weight's gradient lies in memory as the weight"
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["x", "weight"])
+def test_a_single_gradient_of_the_convolution(wanted):
+    args = tuple(t.requires_grad_(on) for t, on in zip(convolution(), wanted, strict=True))
+    grads = torch.autograd.grad(ops.stem_conv(*args).sum(), [t for t in args if t.requires_grad])
+    (index,) = (i for i, on in enumerate(wanted) if on)
+    both = convolution()
+    expected = torch.autograd.grad(F.conv2d(*both, None, 2, 3).sum(), both)[index]
+    torch.testing.assert_close(grads[0], expected)
+
+
+def test_gradcheck_of_the_convolution():
+    args = convolution((1, 3, 5, 6), k=2)
+    assert torch.autograd.gradcheck(ops.stem_conv, args)
+    assert torch.autograd.gradgradcheck(ops.stem_conv, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("format", [CL, torch.contiguous_format])
+def test_opcheck_of_the_convolution(format):
+    torch.library.opcheck(ops.stem_conv.default, convolution(dtype=torch.float32, format=format))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_backends_agree_on_the_convolution(dtype):
+    args = tuple(t.detach() for t in convolution((3, 3, 21, 34), 64, dtype))
+    with fused_resnet.backend("cpu"):
+        found = ops.stem_conv(*args)
+    assert verify.difference(found, reference.stem_conv(*args)) <= verify.TOLERANCE[dtype]
+
+
+def test_autocast_lowers_the_convolution():
+    x, weight = convolution(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.stem_conv(x, weight)
+    y.float().sum().backward()
+    assert y.dtype is torch.bfloat16 and x.grad.dtype is weight.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 9, 12)}, "x: expected 4D input"),
+        ({"x": torch.zeros(1, 4, 9, 12)}, "x: expected 3 channels"),
+        ({"weight": torch.zeros(64, 3, 5, 5)}, r"weight: expected a 7x7 convolution's \[K, C, 7, 7\], got"),
+        ({"weight": torch.zeros(64, 3, 7, 7).double()}, "weight: expected torch.float32"),
+    ],
+)
+def test_bad_arguments_of_the_convolution(change, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        ops.stem_conv(**(dict(x=torch.zeros(1, 3, 9, 12), weight=torch.zeros(64, 3, 7, 7)) | change))
+
+
+def halves(*shape):
+    return torch.zeros(shape, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "sentence"),
+    [
+        (halves(1, 3, 9, 12).float(), halves(64, 3, 7, 7).float(), "has stem_conv for float16 and bfloat16, got"),
+        (halves(1, 3, 9, 12), halves(64, 3, 7, 7).float(), "needs weight in torch.float16, got torch.float32"),
+        (halves(1, 4, 9, 12), halves(64, 4, 7, 7), "has stem_conv for 3 channels, got 4"),
+        (halves(1, 3, 9, 12), halves(64, 3, 3, 3), "has stem_conv for kernels of 7x7, got 3x3"),
+        (halves(1, 3, 9, 12), halves(96, 3, 7, 7), "has stem_conv for a multiple of 64 output channels, got 96"),
+        (halves(1, 3, 9, 13), halves(64, 3, 7, 7), "has stem_conv for an even width, got 13"),
+        (halves(325)[1:].view(1, 3, 9, 12), halves(64, 3, 7, 7), "needs x at a multiple of 4 bytes"),
+        (halves(1, 3, 1, 1).expand(1, 3, 2**15, 2**15), halves(64, 3, 7, 7), r"has stem_conv for images of less"),
+        (halves(1, 3, 9, 12), halves(64, 3, 7, 7), None),
+    ],
+    ids=["float32", "mixed", "4-channels", "3x3", "96-filters", "odd-width", "misaligned", "large", "it-runs"],
+)  # fmt: skip
+def test_the_kernel_declines_with_a_sentence(monkeypatch, x, weight, sentence):
+    if not hasattr(torch.ops.fused_resnet_cuda, "stem_conv"):
+        pytest.skip("the compiled library is absent")
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 132))
+    found = stem_conv.declines(x, weight)
+    assert found is None if sentence is None else re.match(sentence, found)
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (75, 40))
+    assert stem_conv.declines(x, weight) == "has stem_conv for compute capability 8.0 or newer, got 7.5"
+
+
+def test_the_rows_of_a_block_fill_the_chip_and_no_more():
+    assert stem_conv._rows(1, 224, 224, 64, 90, 132) == 1
+    for batch in (64, 256):
+        rows = stem_conv._rows(batch, 224, 224, 64, 90, 132)
+        assert rows > 4 and batch * -(-56 // rows) >= 0.9 * 2 * 132
+    assert stem_conv._rows(4, 7, 30, 64, 90, 1) <= 2
+
+
+def test_what_is_verified_apart(monkeypatch):
+    """What the kernel does at edges, and beyond its first pair of rows and its first tile."""
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 132))
+    weight = halves(64, 3, 7, 7)
+    shapes = [(256, 224, 224), (256, 222, 224), (256, 224, 222), (256, 223, 224), (256, 224, 256), (1, 224, 224)]
+    found = [stem_conv.variant(torch.empty(n, 3, h, w, device="meta"), weight) for n, h, w in shapes]
+    assert len(set(found)) == len(shapes)
+    sample = torch.empty(41, 3, 224, 224, device="meta")
+    assert stem_conv.variant(sample, weight) == found[0], "or the whole batch would be compared"
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -187,6 +313,94 @@ def test_what_the_op_cannot_honour_is_called(worth_it, change, reason):
     found = stem.unpoolable(model)
     assert found is None if reason is None else found.startswith(reason)
     assert stem.pooled_stem(model, torch.zeros(2, 3, 32, 32).double()) is None or reason is None
+
+
+@pytest.fixture
+def has_kernel(monkeypatch):
+    """Which dtypes came where a kernel for three channels would serve."""
+    seen = []
+    monkeypatch.setattr(stem, "_has_kernel", lambda x, weight: seen.append((x.dtype, weight.dtype)) or True)
+    return seen
+
+
+def test_a_resnet_whose_convolution_is_the_op_trains_as_torchvisions(worth_it, has_kernel):
+    model = network()
+    fused = fused_resnet.swap_blocks(copy.deepcopy(model))
+    x = torch.randn(3, 3, 33, 40, dtype=torch.float64)
+    judge = parity.observe(model, x)
+    parity.check(parity.errors(parity.observe(fused, x), judge), dict.fromkeys(judge, 0.0), torch.float64)
+    assert has_kernel
+
+
+def test_the_op_is_differentiable_twice_in_a_network(worth_it, has_kernel):
+    def twice(model):
+        torch.manual_seed(0)
+        x = torch.randn(2, 3, 33, 40, dtype=torch.float64)
+        wanted = [model.conv1.weight, model.bn1.weight]
+        once = torch.autograd.grad(model(x).pow(2).sum(), wanted, create_graph=True)
+        return *once, *torch.autograd.grad(sum(g.pow(2).sum() for g in once), wanted)
+
+    model = network()
+    fused = fused_resnet.swap_blocks(copy.deepcopy(model))
+    for got, want in zip(twice(fused), twice(model), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+    assert has_kernel
+
+
+def _replaced(**options):
+    def replace(model):
+        model.conv1 = nn.Conv2d(3, 64, **(dict(kernel_size=7, stride=2, padding=3, bias=False) | options)).double()
+
+    return replace
+
+
+def _watched(model):
+    model.conv1.register_forward_hook(lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _watched,
+        lambda m: setattr(m.conv1, "forward", lambda x: F.conv2d(x, m.conv1.weight, None, 2, 3)),
+        lambda m: nn.utils.parametrize.register_parametrization(m.conv1, "weight", nn.Identity()),
+        _replaced(bias=True),
+        _replaced(stride=1),
+        _replaced(padding=2),
+        _replaced(padding=6, dilation=2),
+        _replaced(kernel_size=5, padding=3),
+        _replaced(padding_mode="circular"),
+        lambda m: setattr(m, "conv1", nn.Sequential(m.conv1)),
+    ],
+    ids="hook forward parametrized bias stride padding dilation kernel circular sequential".split(),
+)
+def test_what_is_no_plain_convolution_is_called(worth_it, has_kernel, change):
+    model = fused_resnet.swap_blocks(network())
+    change(model)
+    assert stem.pooled_stem(model, torch.randn(2, 3, 32, 32).double()) is not None and not has_kernel
+
+
+def test_on_a_cpu_the_convolution_is_called(worth_it, monkeypatch):
+    model, called = fused_resnet.swap_blocks(network()), []
+    real = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: called.append(conv) or real(conv, x))
+    stem.pooled_stem(model, torch.randn(2, 3, 32, 32).double())
+    assert called == [model.conv1] and cuda.declines("stem_conv", torch.ones(1, 3, 8, 8), model.conv1.weight)
+
+
+def test_the_kernel_serves_where_it_agreed_and_nothing_else_is_forced(monkeypatch):
+    reasons = {"refuses": None, "objection": None}
+    monkeypatch.setattr(stem, "refuses", lambda *args: reasons["refuses"])
+    monkeypatch.setattr(stem, "objection", lambda *args: (reasons["objection"], True))
+    args = halves(1, 3, 8, 8), halves(64, 3, 7, 7)
+    assert stem._has_kernel(*args)
+    for name, serves in {"cuda": True, "triton": False, "cudnn": False, "reference": False}.items():
+        with fused_resnet.backend(name):
+            assert stem._has_kernel(*args) is serves
+    for which in reasons:
+        monkeypatch.setitem(reasons, which, "cuda: a reason")
+        assert not stem._has_kernel(*args)
+        monkeypatch.setitem(reasons, which, None)
 
 
 def test_feature_extractors_see_the_modules(worth_it):

@@ -54,6 +54,10 @@ __device__ inline float relu_of(float v) { return v <= 0.0f ? 0.0f : v; }
 // The gradient where the ReLU let it through; an output that is NaN lets it through.
 __device__ inline float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
+// Where a ReLU's mask comes from: there is none, the ReLU's output, or the batch norm of x, computed again in the same
+// way, whose sign is the output's.
+enum Mask { kNoMask, kMaskOfY, kMaskOfX };
+
 // Count, mean and sum of squared distances from the mean.
 struct Moments {
   static constexpr int kWords = 3;
@@ -310,25 +314,32 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 // partial: [1 or 2, splits, channels]: sum of g and, with kCenter, sum of g * (x - mean), where g is grad under the
-// ReLU's mask (kMask) or grad itself. g_out, unless null, receives g.
-template <typename T, int V, bool kMask, bool kCenter>
+// ReLU's mask or grad itself. g_out, unless null, receives g. var, weight and bias are read for kMaskOfX only, which
+// needs kCenter.
+template <typename T, int V, Mask kMask, bool kCenter>
 __global__ void __launch_bounds__(kThreads, 3)
     bn_bwd_partial_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
-                          const float* __restrict__ mean, T* __restrict__ g_out, float* __restrict__ partial,
-                          int64_t rows, int channels, int64_t rows_per_block) {
+                          const float* __restrict__ mean, const float* __restrict__ var,
+                          const float* __restrict__ weight, const float* __restrict__ bias, float eps,
+                          T* __restrict__ g_out, float* __restrict__ partial, int64_t rows, int channels,
+                          int64_t rows_per_block) {
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   Sums<kCenter ? 2 : 1> sums[V];
   if (slice.active) {
-    float center[V];
-    load_parameters(center, mean, slice.channel, 0.0f);
+    float center[V], scale[V], shift[V];
+    if (kMask == kMaskOfX) {
+      load_normalization(center, scale, shift, mean, var, weight, bias, eps, slice.channel);
+    } else {
+      load_parameters(center, mean, slice.channel, 0.0f);
+    }
     for (int64_t row = slice.row; row < slice.end; row += kRows * slice.step) {
       Pack<T, V> g[kRows], out[kRows], in[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int64_t at = slice.within(row + r * slice.step) * channels + slice.channel;
         g[r] = load<V>(grad, at);
-        if (kMask) out[r] = load<V>(y, at);
+        if (kMask == kMaskOfY) out[r] = load<V>(y, at);
         if (kCenter) in[r] = load<V>(x, at);
       }
 #pragma unroll
@@ -336,13 +347,13 @@ __global__ void __launch_bounds__(kThreads, 3)
         if (row + r * slice.step >= slice.end) break;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          float v = to_float(g[r].value[j]);
-          if (kMask) {
-            v = masked(v, to_float(out[r].value[j]));
-            g[r].value[j] = from_float<T>(v);
-          }
+          float v = to_float(g[r].value[j]), distance = 0.0f;
+          if constexpr (kCenter) distance = to_float(in[r].value[j]) - center[j];
+          if (kMask == kMaskOfX) v = masked(v, distance * scale[j] + shift[j]);
+          if (kMask == kMaskOfY) v = masked(v, to_float(out[r].value[j]));
+          if (kMask != kNoMask) g[r].value[j] = from_float<T>(v);
           sums[j].word[0] += v;
-          if constexpr (kCenter) sums[j].word[1] += v * (to_float(in[r].value[j]) - center[j]);
+          if constexpr (kCenter) sums[j].word[1] += v * distance;
         }
         if (g_out != nullptr) store<V>(g_out, (row + r * slice.step) * channels + slice.channel, g[r]);
       }
@@ -377,17 +388,18 @@ __global__ void __launch_bounds__(kThreads)
 
 // dx = weight * inv * g, and with kBatch, where mean and var are functions of x,
 // dx = weight * inv * (g - sum_g * share - (x - mean) * inv * dweight * share), inv = 1 / sqrt(var + eps), share being
-// one over the number of rows behind the sums. Where there is no var it is 1.
-template <typename T, int V, bool kMask, bool kBatch>
+// one over the number of rows behind the sums. Where there is no var, inv is 1. kMaskOfX needs kBatch, and alone reads the
+// bias.
+template <typename T, int V, Mask kMask, bool kBatch>
 __global__ void __launch_bounds__(kThreads, 3)
     bn_bwd_input_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                         const float* __restrict__ mean, const float* __restrict__ var, const float* __restrict__ weight,
-                        const float* __restrict__ sum_g, const float* __restrict__ dweight, float share, float eps,
+                        const float* __restrict__ bias, const float* __restrict__ sum_g, const float* __restrict__ dweight, float share, float eps,
                         T* __restrict__ dx, int64_t rows, int channels, int64_t rows_per_block) {
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   if (!slice.active) return;
-  float scale[V], center[V], flat[V], slope[V], variance[V];
+  float scale[V], center[V], flat[V], slope[V], shift[V], variance[V];
   load_parameters(variance, var, slice.channel, 1.0f);
   load_parameters(scale, weight, slice.channel, 1.0f);
   if (kBatch) {
@@ -395,6 +407,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     load_parameters(flat, sum_g, slice.channel, 0.0f);
     load_parameters(slope, dweight, slice.channel, 0.0f);
   }
+  if (kMask == kMaskOfX) load_parameters(shift, bias, slice.channel, 0.0f);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const float inv = rsqrtf(variance[j] + eps);
@@ -410,7 +423,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int r = 0; r < kRows; ++r) {
       const int64_t at = slice.within(row + r * slice.step) * channels + slice.channel;
       g[r] = load<V>(grad, at);
-      if (kMask) out[r] = load<V>(y, at);
+      if (kMask == kMaskOfY) out[r] = load<V>(y, at);
       if (kBatch) in[r] = load<V>(x, at);
     }
 #pragma unroll
@@ -418,9 +431,11 @@ __global__ void __launch_bounds__(kThreads, 3)
       Pack<T, V> result;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        float v = to_float(g[r].value[j]);
-        if (kMask) v = masked(v, to_float(out[r].value[j]));
-        if (kBatch) v = v - flat[j] - (to_float(in[r].value[j]) - center[j]) * slope[j];
+        float v = to_float(g[r].value[j]), distance = 0.0f;
+        if (kBatch) distance = to_float(in[r].value[j]) - center[j];
+        if (kMask == kMaskOfX) v = masked(v, distance * scale[j] + shift[j]);
+        if (kMask == kMaskOfY) v = masked(v, to_float(out[r].value[j]));
+        if (kBatch) v = v - flat[j] - distance * slope[j];
         result.value[j] = from_float<T>(v * scale[j]);
       }
       store<V>(dx, slice.within(row + r * slice.step) * channels + slice.channel, result);

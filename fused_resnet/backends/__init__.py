@@ -32,7 +32,7 @@ logger = logging.getLogger("fused_resnet")
 
 BACKENDS = {b.NAME: b for b in (cuda, triton, cudnn, cpu, reference)}
 ORDER = {"cuda": (cuda, triton, cudnn), "cpu": (cpu,)}
-MEASURED = {*composed.OPS, *pooled.OPS}  # the backends fuse different things into these
+MEASURED = {*composed.OPS, *pooled.OPS, "stem_conv"}  # the backends fuse different things into these
 TRUSTED = {cpu}  # PyTorch's own kernels, probed once; all others are compared with the reference first
 ENVIRONMENT = "FUSED_RESNET_BACKEND"
 MOST_READY = 4096  # kinds of calls remembered: more than a network has, fewer than an endless stream of sizes brings

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..folding import fold
 from .layout import as_channels, output_format, with_strides_of
 from .reference import accumulator, inverse_and_scale
+from .stem_conv import PLACES
 
 _aten = torch.ops.aten
 CACHED = 2**16  # elements in float64
@@ -49,6 +50,10 @@ def relu_bwd_sum(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient that the ReLU lets through, and its sum per channel."""
     g = relu_bwd(grad, y, True)
     return g, g.sum((0, 2, 3), dtype=accumulator(g.dtype))
+
+
+def stem_conv(x, weight):
+    return torch.conv2d(x, weight, None, *PLACES).contiguous(memory_format=output_format(x, weight))
 
 
 def conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_mask):

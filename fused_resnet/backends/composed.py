@@ -17,7 +17,8 @@ Where the channels of a hardly differ and W takes their differences, digits canc
 hundredth of the common part the variance, in 16 bits on a GPU, is good to three digits.
 
 `backend` below is a module with bn_stats, bn_act, bn_act_bwd, conv_bn_act, conv_gradients and relu_bwd_sum. If it has
-them, it also lends bn_act_ and bn_act_bwd_, which may write their result over the first argument.
+them, it also lends bn_act_ and bn_act_bwd_, which may write their result over the first argument, and bn_relu_bwd,
+which takes the ReLU's mask from x.
 """
 
 from __future__ import annotations
@@ -60,14 +61,18 @@ def bn_act_conv_bwd(backend, grad, x, weight, mean, var, bn_weight, bn_bias, eps
     da, dweight = backend.conv_gradients(grad, a, weight, *places, [need_x or any(need_bn), need_weight])
     if mean is None:
         return da if da is None else da.contiguous(memory_format=format), dweight, None, None
-    dx, dbn_weight, dbn_bias = _through_bn(backend, da, a, x, mean, var, bn_weight, eps, relu, [need_x, *need_bn])
+    bn = (mean, var, bn_weight, bn_bias, eps, relu)
+    dx, dbn_weight, dbn_bias = _through_bn(backend, da, a, x, bn, [need_x, *need_bn])
     return dx if dx is None else dx.contiguous(memory_format=format), dweight, dbn_weight, dbn_bias
 
 
-def _through_bn(backend, da, a, x, mean, var, bn_weight, eps, relu, needs):
+def _through_bn(backend, da, a, x, bn: tuple, needs):
     if da is None:
         return None, None, None
     da = da.contiguous(memory_format=output_format(x))
+    mean, var, bn_weight, bn_bias, eps, relu = bn
+    if relu and hasattr(backend, "bn_relu_bwd"):
+        return backend.bn_relu_bwd(da, x, mean, var, bn_weight, bn_bias, eps, needs)
     bn_act_bwd = getattr(backend, "bn_act_bwd_", backend.bn_act_bwd)
     return bn_act_bwd(da, a, x, mean, var, bn_weight, eps, relu, True, [*needs, False])[:3]
 
@@ -200,7 +205,8 @@ def pointwise_bn_act_bwd(backend, grad, y, x, weight, mean, var, bn_weight, bn_b
             dx = da
         else:
             needs = [need_x, need_bn_weight, need_bn_bias]
-            dx, dbn_weight, dbn_bias = _through_bn(backend, da, a, x, mean, var, bn_weight, eps, relu, needs)
+            bn = (mean, var, bn_weight, bn_bias, eps, relu)
+            dx, dbn_weight, dbn_bias = _through_bn(backend, da, a, x, bn, needs)
         dx = dx.contiguous(memory_format=format) if need_x else None
     of_out = inv * moment if need_out_weight else None, sum_g if need_out_bias else None
     return dx, dweight, dbn_weight, dbn_bias, *of_out, dresidual

@@ -72,8 +72,6 @@ def declines(op: str, x: Tensor, *args) -> str | None:
         return f"needs {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {x.dtype}"
     if x.numel() == 0:
         return "needs a non-empty batch"
-    if op == "conv_bn_act_bwd" and not args[-2]:
-        return "has conv_bn_act_bwd for a ReLU only"
     if reason := _lacks_code_for(x.device.index):
         return reason
     if op == "stem_conv":
@@ -98,6 +96,8 @@ def defers(op: str, *args) -> str | None:
     """Why an automatic choice passes over this call, though it can run here."""
     if op == "conv_bn_act":
         return "its convolutions are the tuner's, which tries them in a process of its own"
+    if op == "conv_bn_act_bwd" and not args[-2]:
+        return "without a ReLU all of it is PyTorch's"
     return None
 
 
@@ -230,6 +230,18 @@ def bn_act_bwd(grad, y, x, mean, var, bn_weight, eps, relu, batch_stats, output_
     )
 
 
+def _bn_relu_bwd(grad, x, mean, var, bn_weight, bn_bias, eps, needs):
+    """(dx, dbn_weight, dbn_bias) of relu(BN(x)) with x's own statistics: the mask comes from x."""
+    need_x, need_weight, need_bias = needs
+    vectors = as_float32_vectors(mean, var, bn_weight, bn_bias)
+    dx, dweight, dbias = torch.ops.fused_resnet_cuda.bn_relu_bwd(as_rows(grad), as_rows(x), *vectors, eps, need_x)
+    return (
+        _laid_out(dx, output_format(x)) if need_x else None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+    )
+
+
 def bn_act_bwd_input(grad, y, x, mean, scale, mean_g, slope, relu):
     vectors = as_float32_vectors(mean, scale, mean_g, slope)
     y = as_rows(y) if relu else None
@@ -261,6 +273,8 @@ def stem_conv(x, weight):
 
 def conv_bn_act_bwd(grad, y, x, weight, *rest):
     """The mask and the sum of the masked gradient in one pass; the convolution's gradients by PyTorch's own kernels."""
+    if not rest[-2]:
+        return aten.conv_bn_act_bwd(grad, y, x, weight, *rest)
     g, sum_g = torch.ops.fused_resnet_cuda.relu_bwd_sum(as_rows(grad), as_rows(y))
     g = g.contiguous(memory_format=output_format(x, weight))
     return aten.conv_bn_act_bwd_masked(g, sum_g, x, weight, *rest)
@@ -271,6 +285,7 @@ _parts = types.SimpleNamespace(
     bn_stats=bn_stats,
     bn_act=bn_act,
     bn_act_bwd=bn_act_bwd,
+    bn_relu_bwd=_bn_relu_bwd,
     conv_bn_act=cudnn.conv_bn_act,
     conv_gradients=aten.conv_gradients,
     relu_bwd_sum=lambda grad, y: torch.ops.fused_resnet_cuda.relu_bwd_sum(as_rows(grad), as_rows(y)),

@@ -17,6 +17,7 @@ from .aten import (  # noqa: F401  (the backend's functions)
     conv_bn_act_bwd,
     conv_gradients,
     relu_bwd_sum,
+    stem_conv,
 )
 from .layout import output_format
 

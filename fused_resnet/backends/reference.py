@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import pooled
 from .layout import as_channels, output_format, with_strides_of
+from .stem_conv import PLACES
 
 NAME = "reference"
 
@@ -232,6 +233,12 @@ def pointwise_bn_act_bwd(
     if need_residual:
         dresidual = dresidual.to(x.dtype).contiguous(memory_format=output_format(x, weight))
     return *gradients, dout_weight, dout_bias, dresidual
+
+
+def stem_conv(x, weight):
+    acc = accumulator(x.dtype)
+    y = torch.conv2d(x.to(acc), weight.to(acc), None, *PLACES).to(x.dtype)
+    return y.contiguous(memory_format=output_format(x, weight))
 
 
 bn_act_pool, _ = pooled.pooled_of(sys.modules[__name__])

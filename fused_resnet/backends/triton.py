@@ -592,20 +592,23 @@ def bn_act_bwd(
     relu: bool,
     batch_stats: bool,
     output_mask: list[bool],
+    bn_bias: Tensor | None = None,
     *,
     launch=_dispatch,
 ) -> tuple[Tensor | None, ...]:
     """(dx: [N, C, H, W], dbn_weight: [C], dbn_bias: [C], dresidual: [N, C, H, W]); None where output_mask is off.
 
     With batch_stats, mean and var are those of x and dx carries their derivative: two passes over the rows, else one.
+    With relu but without y, the mask is that of the batch norm of x, for which bn_bias is: no pass reads y.
     """
     need_x, need_bn_weight, need_bn_bias, need_residual = output_mask
     with _device_of(x):
         format = output_format(x)
         dx = _output(need_x, x.shape, format, x)
         dresidual = _output(need_residual, x.shape, format, x)
-        grad, x, y = _channels_last(grad), _channels_last(x), _channels_last(y) if relu else None
-        mean, var, bn_weight = map(_per_channel, (mean, var, bn_weight))
+        of_x = relu and y is None
+        grad, x, y = _channels_last(grad), _channels_last(x), _channels_last(y) if relu and not of_x else None
+        mean, var, bn_weight, bn_bias = map(_per_channel, (mean, var, bn_weight, bn_bias))
         c = x.shape[1]
         m = x.numel() // c
         need_gx = need_bn_weight or (need_x and batch_stats)
@@ -619,10 +622,11 @@ def bn_act_bwd(
             (blocks_c, tile.splits),
             grad,
             y,
-            x if need_gx else None,
+            x if need_gx or of_x else None,
             mean,
             var,
             bn_weight,
+            bn_bias,
             _rows(dresidual),
             None if batch_stats else _rows(dx),
             partial_g,
@@ -631,6 +635,7 @@ def bn_act_bwd(
             m,
             c,
             tile.steps,
+            MASK_OF_X=of_x,
             BLOCK_R=tile.block_r,
             BLOCK_C=tile.block_c,
             ALIGN=tile.align,
@@ -640,7 +645,8 @@ def bn_act_bwd(
             sum_g, sum_gx, dbn_weight = _finish(launch, partial_g, partial_gx, var, eps)
         if need_x and batch_stats:
             masked = (grad, y) if dresidual is None else (dresidual.rows, None)
-            _launch_bwd_input(launch, *masked, x, mean, var, bn_weight, sum_g, sum_gx, dx, eps)
+            of_x = of_x and dresidual is None
+            _launch_bwd_input(launch, *masked, x, mean, var, bn_weight, sum_g, sum_gx, dx, eps, bn_bias, of_x)
         return (
             _result(dx),
             dbn_weight if need_bn_weight else None,
@@ -670,7 +676,9 @@ def bn_act_bwd_input(
         return dx.result()
 
 
-def _launch_bwd_input(launch, grad, y, x, mean, var, bn_weight, sum_g, sum_gx, dx: _Output, eps: float) -> None:
+def _launch_bwd_input(
+    launch, grad, y, x, mean, var, bn_weight, sum_g, sum_gx, dx: _Output, eps: float, bn_bias=None, mask_of_x=False
+) -> None:
     """dx.rows from channels_last tensors; var None: scale, mean of g and slope stand for the three after it."""
     c = x.shape[1]
     m = x.numel() // c
@@ -684,12 +692,14 @@ def _launch_bwd_input(launch, grad, y, x, mean, var, bn_weight, sum_g, sum_gx, d
         mean,
         var,
         bn_weight,
+        bn_bias,
         sum_g,
         sum_gx,
         dx.rows,
         eps,
         m,
         c,
+        MASK_OF_X=mask_of_x,
         BLOCK_R=tile.block_r,
         BLOCK_C=tile.block_c,
         ALIGN=tile.align,

@@ -51,6 +51,12 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1).contiguous()
 
 
+def _reduced(k: int, c: int) -> int:
+    """Values of a reduction a step, where an operand is in two parts. Rows that no vector load fits take a register for
+    each value's address, and would spill."""
+    return _TILE if math.gcd(k, c) % 16 == 0 else _TILE // 2
+
+
 def product_statistics(
     weight: Tensor, a_mean: Tensor, a_cov: Tensor, out_weight, out_bias, eps: float, *, launch=_dispatch
 ) -> tuple[Tensor, ...]:
@@ -71,7 +77,7 @@ def product_statistics(
         c,
         BLOCK_K=_ROWS,
         BLOCK_C=_TILE,
-        BLOCK_J=_TILE // 2,
+        BLOCK_J=_reduced(k, c),
     )
     return tuple(found)
 
@@ -170,7 +176,7 @@ def pointwise_bn_act_bwd(
             else:
                 needs = [need_x, need_bn_weight, need_bn_bias, False]
                 dx, dbn_weight, dbn_bias, _ = _base.bn_act_bwd(
-                    da, a, x, mean, var, bn_weight, eps, relu, True, needs, launch=launch
+                    da, None, x, mean, var, bn_weight, eps, relu, True, needs, bn_bias, launch=launch
                 )
             dx = dx.contiguous(memory_format=output_format(x, weight)) if need_x else None
         of_out = dout_weight if need_out_weight else None, sum_g if need_out_bias else None
@@ -190,7 +196,7 @@ def _turn(launch, w: Tensor, slope: Tensor, folded: Tensor, a_mean: Tensor, sum_
         turn,
         k,
         c,
-        BLOCK_K=_TILE // 2,  # with all of _TILE two operands in two parts take all registers there are, and spill
+        BLOCK_K=_TILE // 2,  # with all of _TILE two operands in two parts take all registers that sm_80 has
         BLOCK_C=_TILE,
     )
     launch(

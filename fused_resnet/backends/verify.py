@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import pooled, reference
+from . import pooled, reference, stem_conv
 from .layout import conv_output_size
 
 # Of |v - e| / (|e| + rms(e)), elementwise, so that one wrong tile among thousands cannot hide in a norm. Rounding is
@@ -28,6 +28,7 @@ WEIGHT_AT = {
     "bn_act_conv_bwd": 2,
     "pointwise_bn_act": 1,
     "pointwise_bn_act_bwd": 3,
+    "stem_conv": 1,
 }
 MAX_SAMPLE = 2**25  # elements of the largest tensor compared: a training may have left little memory beside it
 CHUNK = 2**22  # elements compared at once, in float64
@@ -135,6 +136,8 @@ def _sample(op: str, args: tuple, limit: float = MAX_SAMPLE) -> tuple:
         per_image = max(per_image, math.prod(conv_output_size(first, args[1], *args[8:11])[1:]))
     elif op == "pointwise_bn_act":
         per_image = max(per_image, math.prod(conv_output_size(first, args[1], args[12], [0, 0], [1, 1])[1:]))
+    elif op == "stem_conv":
+        per_image = max(per_image, math.prod(conv_output_size(first, args[1], *stem_conv.PLACES[:3])[1:]))
     batch = max(1, int(min(first.shape[0], limit // max(1, per_image))))
     mean = 1 if op == "bn_stats" else 0  # a mean of zero is all rounding
 

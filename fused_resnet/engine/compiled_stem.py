@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda_conv, library
-from ..kernels.tiles import ceil_div, family
+from ..backends.stem_conv import CHANNELS, pack, rows_by_cost  # noqa: F401  (pack: for who launches)
+from ..kernels.tiles import ceil_div
 from . import triton_stem
 
 _TILE = 56  # pooled columns of a block
-_CHANNELS = 64  # of a block
-_ROWS = (1, 2, 4, 7, 14, 28, 56)
 _START = 1.5  # what a block does before its first pooled row, in pooled rows: a row of the convolution, and to wait
 _MOST_CONFIGS = 3
 
@@ -37,44 +36,30 @@ def declines(
         return f"needs 3 input channels, got {c}"
     if min(n, h, w) < 1:
         return f"needs a non-empty input, got {n} x {h}x{w}"
-    if k % _CHANNELS or k < 1:
-        return f"needs a multiple of {_CHANNELS} output channels, got {k}"
+    if k % CHANNELS or k < 1:
+        return f"needs a multiple of {CHANNELS} output channels, got {k}"
     if w % 2:
         return f"needs an even width, got {w}"
-    if 3 * h * w >= 2**31 or _blocks(shape, 1, k) >= 2**31:
+    if 3 * h * w >= 2**31 or triton_stem.sizes(h, w)[2] * _across(shape, k) >= 2**31:
         return f"needs images of less than 2^31 elements, and less than 2^31 blocks, got {n} x {h}x{w}"
     return None
 
 
-def _blocks(shape, rows: int, k: int) -> int:
+def _across(shape, k: int) -> int:
+    """Blocks side by side: of images, columns and channels."""
     n, _, h, w = shape
-    _, _, p, q = triton_stem.sizes(h, w)
-    return n * ceil_div(p, rows) * ceil_div(q, _TILE) * (k // _CHANNELS)
+    return n * ceil_div(triton_stem.sizes(h, w)[3], _TILE) * (k // CHANNELS)
 
 
 def configs(
     shape, dtype: torch.dtype, arch: int, sms: int, k: int = 64, *, input_dtype: torch.dtype | None = None
 ) -> list[dict]:
-    """What is worth trying: how many pooled rows a block walks, the most promising first. The more, the less is
-    computed twice; fewer blocks than the chip holds leave it idle."""
+    """What is worth trying: how many pooled rows a block walks, the most promising first."""
     if declines(shape, dtype, arch, k, input_dtype=input_dtype) is not None:
         return []
     p = triton_stem.sizes(*shape[2:])[2]
-    resident = sms * (1 if family(arch) == 89 else 2)  # by their shared memory, 68 KiB
-
-    def cost(rows: int) -> float:
-        return ceil_div(_blocks(shape, rows, k), resident) * (rows + _START)
-
-    return [{"rows": rows} for rows in sorted({min(p, rows) for rows in _ROWS}, key=cost)[:_MOST_CONFIGS]]
-
-
-def pack(weight: Tensor) -> Tensor:
-    """weight: [K, 3, 7, 7] as the kernel reads it, [K, 224]: 7 rows of 8 columns, the first of zeros, of 4 channels,
-    the last of zeros. Filters are in the order in which a thread's sums are eight neighbours of y, twice."""
-    k = weight.shape[0]
-    taps = torch.nn.functional.pad(weight, (1, 0, 0, 0, 0, 1)).permute(0, 2, 3, 1)  # [K, 7, 8, 4]
-    # A filter's number is 32 i + 8 q + 2 j + e, its place 32 i + 8 j + 2 q + e: e of lane q's pair in the tile 4 i + j.
-    return taps.reshape(-1, 2, 4, 4, 2, 224).transpose(2, 3).reshape(k, 224)
+    rows = rows_by_cost(p, _across(shape, k), _START, arch, sms)
+    return [{"rows": r} for r in rows[:_MOST_CONFIGS]]
 
 
 def launch(

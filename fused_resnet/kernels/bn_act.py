@@ -28,6 +28,15 @@ def _inverse_and_scale(bn_weight_ptr, var, c, ok, eps):
     return inv, scale
 
 
+@triton.jit
+def _let_through(g, centred, scale, bn_bias_ptr, c, ok):
+    """g where the ReLU behind the batch norm of x let it through; centred: x - mean. The sums are the forward's."""
+    y = centred * scale[None, :]
+    if bn_bias_ptr is not None:
+        y += tl.load(bn_bias_ptr + c, mask=ok, other=0.0).to(tl.float32)[None, :]
+    return tl.where(y <= 0, tl.zeros_like(g), g)
+
+
 @triton.jit(do_not_specialize=["M", "steps"])
 def _bn_stats_partial_kernel(
     x_ptr,  # [M, C]
@@ -150,11 +159,12 @@ def _bn_act_fwd_kernel(
 @triton.jit(do_not_specialize=["M", "steps"])
 def _bn_act_bwd_reduce_kernel(
     grad_ptr,  # [M, C]
-    y_ptr,  # [M, C] or None: no ReLU
+    y_ptr,  # [M, C] or None: no ReLU, or one whose mask comes from x
     x_ptr,  # [M, C], or None with partial_gx
     mean_ptr,  # [C], or None with partial_gx
     var_ptr,  # [C], or None with dx
     bn_weight_ptr,  # [C] or None
+    bn_bias_ptr,  # [C] or None; read for MASK_OF_X
     g_ptr,  # [M, C] or None: grad * mask, which is dresidual; the second pass then reads it in place of grad and y
     dx_ptr,  # [M, C] or None: complete where mean and var are constants, so that frozen statistics take one pass
     partial_g_ptr,  # [splits, C] float32: sum of g, or None
@@ -163,6 +173,7 @@ def _bn_act_bwd_reduce_kernel(
     M,
     C,
     steps,  # row blocks of one split
+    MASK_OF_X: tl.constexpr,  # the ReLU lets through what the batch norm of x makes positive
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # what divides C, up to 16: Triton finds out only whether 16 does
@@ -173,7 +184,7 @@ def _bn_act_bwd_reduce_kernel(
     split = tl.program_id(1)
     if x_ptr is not None:
         mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    if dx_ptr is not None:
+    if MASK_OF_X or dx_ptr is not None:
         var = tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32)
         _, scale = _inverse_and_scale(bn_weight_ptr, var, c, c < C, eps)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
@@ -183,6 +194,10 @@ def _bn_act_bwd_reduce_kernel(
         at = m[:, None] * C + c[None, :]
         ok = (m < M)[:, None] & (c < C)[None, :]
         g = _masked(grad_ptr, y_ptr, at, ok)
+        if x_ptr is not None:
+            centred = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) - mean[None, :]
+        if MASK_OF_X:
+            g = _let_through(g, centred, scale, bn_bias_ptr, c, c < C)
         if g_ptr is not None:
             tl.store(g_ptr + at, g, mask=ok)
         g = g.to(tl.float32)
@@ -191,9 +206,8 @@ def _bn_act_bwd_reduce_kernel(
         if partial_g_ptr is not None:
             sum_g += g
         if partial_gx_ptr is not None:
-            x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
             # A row that is not there has g = 0, but 0 * (0 - mean) is NaN where the mean is not finite.
-            sum_gx += tl.where(ok, g * (x - mean[None, :]), 0.0)
+            sum_gx += tl.where(ok, g * centred, 0.0)
     at = split.to(tl.int64) * C + c
     if partial_g_ptr is not None:
         tl.store(partial_g_ptr + at, tl.sum(sum_g, axis=0), mask=c < C)
@@ -236,17 +250,19 @@ def _bn_act_bwd_finish_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _bn_act_bwd_input_kernel(
     grad_ptr,  # [M, C]
-    y_ptr,  # [M, C] or None: no ReLU, or grad already masked
+    y_ptr,  # [M, C] or None: no ReLU, grad already masked, or a mask that comes from x
     x_ptr,  # [M, C]
     mean_ptr,  # [C]
     var_ptr,  # [C], or None: what follows from it is given in place of what it follows from
     bn_weight_ptr,  # [C] or None; without var the scale
+    bn_bias_ptr,  # [C] or None; read for MASK_OF_X, which needs var
     sum_g_ptr,  # [C] float32; without var the mean of g
     sum_gx_ptr,  # [C] float32; without var the slope
     dx_ptr,  # [M, C]
     eps,
     M,
     C,
+    MASK_OF_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # what divides C, up to 16: Triton finds out only whether 16 does
@@ -270,6 +286,8 @@ def _bn_act_bwd_input_kernel(
         mean_g = tl.load(sum_g_ptr + c, mask=c < C, other=0.0)
         slope = tl.load(sum_gx_ptr + c, mask=c < C, other=0.0)
     g = _masked(grad_ptr, y_ptr, at, ok).to(tl.float32)
-    x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    dx = (g - mean_g[None, :] - (x - mean[None, :]) * slope[None, :]) * scale[None, :]
+    centred = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) - mean[None, :]
+    if MASK_OF_X:
+        g = _let_through(g, centred, scale, bn_bias_ptr, c, c < C)
+    dx = (g - mean_g[None, :] - centred * slope[None, :]) * scale[None, :]
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)

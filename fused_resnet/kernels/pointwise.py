@@ -20,7 +20,7 @@ def _product(a, b, acc):
     return tl.dot(a, b - upper, acc, input_precision="tf32")
 
 
-@triton.jit(do_not_specialize=["K", "C"])
+@triton.jit
 def _product_statistics_kernel(
     weight_ptr,  # [K, C] of 16 bits
     a_mean_ptr,  # [C] float32
@@ -65,7 +65,7 @@ def _product_statistics_kernel(
     tl.store(shift_ptr + k, shift, mask=ok)
 
 
-@triton.jit(do_not_specialize=["K", "C"])
+@triton.jit
 def _pointwise_bwd_rows_kernel(
     product_ptr,  # [K, C] float32: g^T a
     sum_g_ptr,  # [K] float32
@@ -103,7 +103,7 @@ def _pointwise_bwd_rows_kernel(
     tl.store(dout_weight_ptr + k, inv * moment, mask=ok)
 
 
-@triton.jit(do_not_specialize=["K", "C"])
+@triton.jit
 def _pointwise_bwd_weight_kernel(
     product_ptr,  # [K, C] float32: g^T a
     sum_g_ptr,  # [K] float32
@@ -142,7 +142,7 @@ def _pointwise_bwd_weight_kernel(
     tl.store(dweight_ptr + at, dweight.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["K", "C"])
+@triton.jit
 def _pointwise_bwd_turn_kernel(
     weight_ptr,  # [K, C] of 16 bits
     slope_ptr,  # [K] float32
@@ -166,7 +166,7 @@ def _pointwise_bwd_turn_kernel(
     tl.store(turn_ptr + i[:, None] * C + c[None, :], (-turn).to(turn_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["K", "C"])
+@triton.jit
 def _pointwise_bwd_shift_kernel(
     turn_ptr,  # [C, C], as it is stored
     folded_ptr,  # [K, C], as it is stored

@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
   m.impl("bn_stats", TORCH_BOX(&fused_resnet::bn_stats));
   m.impl("bn_act", TORCH_BOX(&fused_resnet::bn_act));
   m.impl("bn_act_bwd", TORCH_BOX(&fused_resnet::bn_act_bwd));
+  m.impl("bn_relu_bwd", TORCH_BOX(&fused_resnet::bn_relu_bwd));
   m.impl("bn_act_bwd_input", TORCH_BOX(&fused_resnet::bn_act_bwd_input));
   m.impl("relu_bwd_sum", TORCH_BOX(&fused_resnet::relu_bwd_sum));
   m.impl("bn_act_pool", TORCH_BOX(&fused_resnet::bn_act_pool));

@@ -1,4 +1,4 @@
-// Registers the launcher of csrc/stem.cu, compiled against the stand-ins beside this file, for CPU tensors.
+// Registers the launchers of csrc/stem.cu, compiled against the stand-ins beside this file, for CPU tensors.
 
 #include <torch/csrc/stable/library.h>
 
@@ -6,4 +6,7 @@
 //
 #include "stem.h"
 
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) { m.impl("stem_out", TORCH_BOX(&fused_resnet::stem_out)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
+  m.impl("stem_out", TORCH_BOX(&fused_resnet::stem_out));
+  m.impl("stem_conv", TORCH_BOX(&fused_resnet::stem_conv));
+}

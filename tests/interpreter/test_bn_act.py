@@ -199,6 +199,21 @@ def test_backward_variants(layout, relu, affine, batch_stats):
     check_bwd((5, 6, 7, 9), layout=layout, relu=relu, affine=affine, batch_stats=batch_stats)
 
 
+@pytest.mark.parametrize("affine", [False, True], ids=["no_affine", "affine"])
+@pytest.mark.parametrize("mask", [(True, True, True, False), (False, False, True, True), (True,) * 4])
+@pytest.mark.parametrize("shape, dtype", [("3ch", torch.float32), ("70ch", torch.bfloat16), ("1x1_map", torch.float16)])
+def test_backward_with_the_mask_of_x(shape, dtype, mask, affine, tile):
+    """The gradients are those with the mask of the output, to the bit."""
+    x, grad = (rand(*SHAPES[shape], seed=seed, dtype=dtype).contiguous(memory_format=CL) for seed in (1, 2))
+    gamma, beta = bn_params(SHAPES[shape][1])[:2] if affine else (None, None)
+    var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    y = backend.bn_act(x, mean, var, gamma, beta, EPS, None, True, True)
+    bn = (x, mean, var, gamma, EPS, True, True, list(mask))
+    found, wanted = backend.bn_act_bwd(grad, None, *bn, beta), backend.bn_act_bwd(grad, y, *bn)
+    for needed, f, w in zip(mask, found, wanted, strict=True):
+        assert (f is None) == (not needed) and (f is None or torch.equal(f, w))
+
+
 @pytest.mark.parametrize("batch_stats", [False, True], ids=["frozen", "batch"])
 def test_backward_every_output_mask(batch_stats):
     for mask in itertools.product((False, True), repeat=4):
