@@ -1,5 +1,5 @@
-"""The stem of an ImageNet ResNet in training: batch norm, ReLU and max-pool in one pass, on a GPU, and in 16 bits a
-convolution of three channels by a kernel of its own.
+"""Both ends of an ImageNet ResNet in training, on a GPU: of the stem batch norm, ReLU and max-pool in one pass, and in
+16 bits a convolution of three channels by a kernel of its own; of the last average a gradient that costs no pass.
 
 Between the first convolution and the pool lie a network's largest maps. PyTorch's kernels go over them four times in
 the forward and four in the backward; `bn_act_pool` reads them once and twice. torch.compile fuses the modules itself.
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.resnet import ResNet
 
 from .backends import cuda, forced, objection, refuses, triton
+from .backends.layout import is_channels_last
 from .backends.stem_conv import KERNEL, PLACES
 from .blocks import convolution_unfusable, on_own_batch, parts_unfusable, tampered
 from .functional import update_running_stats
@@ -102,4 +103,26 @@ class FusedResNet(ResNet):
         if stem is None:
             return super()._forward_impl(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(torch.flatten(averaged(self.avgpool, x), 1))
+
+
+def averaged(pool: nn.Module, x: Tensor) -> Tensor:
+    """pool(x); an average over whole channels_last maps with the gradient that `_Average` has."""
+    whole = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1)) and tampered(pool) is None
+    if not whole or type(x) is not Tensor or torch.compiler.is_compiling() or not is_channels_last(x):
+        return pool(x)
+    return _Average.apply(x)
+
+
+class _Average(torch.autograd.Function):
+    """The mean over a map. Its gradient is a view of one value a channel. PyTorch writes it out, in contiguous maps that
+    the next backward has to turn into channels_last ones."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.mean((2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)

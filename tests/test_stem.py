@@ -4,6 +4,7 @@ calls the modules: the tests make it believe that the ops pay."""
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
 
@@ -456,3 +457,30 @@ def test_a_shortcuts_gradient_is_added_by_the_product(monkeypatch, memory):
     for got, want in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_average_and_its_gradient_are_those_of_pytorch(dtype):
+    pool = torch.nn.AdaptiveAvgPool2d((1, 1))
+    x = torch.randn(3, 5, 7, 9, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y, expected = stem.averaged(pool, x), pool(x)
+    assert torch.equal(y, expected) and "_Average" in type(y.grad_fn).__name__
+    grad = torch.randn_like(expected)
+    (dx,), (wanted,) = (torch.autograd.grad(v, x, grad) for v in (y, expected))
+    assert torch.equal(dx, wanted) and dx.stride()[2:] == (0, 0)  # no memory behind it but one value a channel
+
+
+def test_second_gradients_of_the_average():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    function = functools.partial(stem.averaged, torch.nn.AdaptiveAvgPool2d(1))
+    assert torch.autograd.gradcheck(function, x) and torch.autograd.gradgradcheck(lambda x: function(x.sin()), x)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "2x2", "hooked"])
+def test_other_averages_are_called(kind):
+    pool, seen = torch.nn.AdaptiveAvgPool2d(2 if kind == "2x2" else 1), []
+    if kind == "hooked":
+        pool.register_forward_hook(lambda *args: seen.append(1))
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    x = x if kind == "contiguous" else x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(stem.averaged(pool, x), pool(x)) and len(seen) == (2 if kind == "hooked" else 0)
