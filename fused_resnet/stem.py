@@ -115,8 +115,8 @@ def averaged(pool: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Average(torch.autograd.Function):
-    """The mean over a map. Its gradient is a view of one value a channel. PyTorch writes it out, in contiguous maps that
-    the next backward has to turn into channels_last ones."""
+    """The mean over a map, whose gradient is a view of one value a channel. PyTorch writes it out, in contiguous maps
+    that the next backward has to turn into channels_last ones."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
