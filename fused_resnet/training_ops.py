@@ -14,7 +14,7 @@ import torch
 
 from . import backends
 from .backends import reference
-from .backends.layout import output_format
+from .backends.layout import in_dtypes, output_format
 from .backends.reference import accumulator
 from .ops import (
     PLACES,
@@ -126,12 +126,13 @@ def _bn_act_conv_backward(ctx, grad, *_):
     dx, dweight, dbn_weight, dbn_bias = torch.ops.fused_resnet.bn_act_conv_bwd.default(
         grad, *tensors, bn_weight, bn_bias, *ctx.options, mask
     )
+    vectors = dbn_weight if mask[2] else None, dbn_bias if mask[3] else None
+    dtypes = (None if v is None else v.dtype for v in (bn_weight, bn_bias))
     return (
         dx if mask[0] else None,
         dweight if mask[1] else None,
         *none[2:4],
-        dbn_weight.to(bn_weight.dtype) if mask[2] else None,
-        dbn_bias.to(bn_bias.dtype) if mask[3] else None,
+        *in_dtypes(vectors, list(dtypes), not torch.is_grad_enabled()),
         *none[6:],
     )
 
@@ -195,15 +196,15 @@ def _pointwise_backward(ctx, grad, *_):
     dx, dweight, dbn_weight, dbn_bias, dout_weight, dout_bias, dresidual = (
         g if on else None for g, on in zip(gradients, mask, strict=True)
     )
+    dtypes = [*(None if v is None else v.dtype for v in (bn_weight, bn_bias, out_weight)), ctx.bias_dtype]
+    vectors = in_dtypes((dbn_weight, dbn_bias, dout_weight, dout_bias), dtypes, not torch.is_grad_enabled())
     return (
         dx,
         dweight,
         *none[2:4],
-        dbn_weight if dbn_weight is None else dbn_weight.to(bn_weight.dtype),
-        dbn_bias if dbn_bias is None else dbn_bias.to(bn_bias.dtype),
+        *vectors[:2],
         *none[6:8],
-        dout_weight if dout_weight is None else dout_weight.to(out_weight.dtype),
-        dout_bias if dout_bias is None else dout_bias.to(ctx.bias_dtype),
+        *vectors[2:],
         None,
         dresidual if out_relu or not needs[11] else grad,
         *none[12:],

@@ -579,3 +579,26 @@ def test_the_pointwise_backward_by_way_of_the_raw_result(stride, normalised, dty
         if want is not None:
             limit = 1e-10 if dtype is torch.float64 else verify.TOLERANCE[dtype]
             assert got.dtype == want.dtype and verify.difference(got, want) <= limit
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_vectors_are_converted_together_or_one_by_one(together, monkeypatch):
+    from fused_resnet.backends.layout import in_dtypes
+
+    calls = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: calls.append(len(args[0])) or copy(*args))
+    half, wide = torch.randn(6).bfloat16()[::2], torch.randn(3)
+    given, dtypes = (half, None, wide, half), (torch.float32, torch.float32, torch.float32, torch.float16)
+    found = in_dtypes(given, dtypes, together)
+    assert found[1] is None and found[2] is wide and [t.dtype for t in (found[0], found[3])] == [dtypes[0], dtypes[3]]
+    assert torch.equal(found[0], half.float()) and torch.equal(found[3], half.half())
+    assert calls == [2] * together
+
+
+def test_vectors_that_need_gradients_are_converted_with_them():
+    from fused_resnet.backends.layout import in_dtypes
+
+    v = torch.randn(3, requires_grad=True)
+    found = in_dtypes((v, v * 2), (torch.float64, torch.float64), not torch.is_grad_enabled())
+    assert all(t.requires_grad for t in found)

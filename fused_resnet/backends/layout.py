@@ -42,7 +42,21 @@ def as_rows(t: Tensor | None) -> Tensor | None:
 
 def as_float32_vectors(*tensors: Tensor | None) -> list[Tensor | None]:
     """Per-channel vectors as the compiled kernels read them."""
-    return [t if t is None else t.to(torch.float32).contiguous() for t in tensors]
+    return [t if t is None else t.contiguous() for t in in_dtypes(tensors, [torch.float32] * len(tensors))]
+
+
+def in_dtypes(tensors, dtypes, together: bool = True) -> list[Tensor | None]:
+    """Each in its dtype. together: those that have to be converted take one kernel, of which autograd knows nothing."""
+    found = list(tensors)
+    other = [i for i, (t, dtype) in enumerate(zip(tensors, dtypes, strict=True)) if t is not None and t.dtype != dtype]
+    if len(other) < 2 or not together:
+        for i in other:
+            found[i] = tensors[i].to(dtypes[i])
+    else:
+        for i in other:
+            found[i] = torch.empty_like(tensors[i], dtype=dtypes[i], requires_grad=False)
+        torch._foreach_copy_([found[i] for i in other], [tensors[i] for i in other])
+    return found
 
 
 def with_strides_of(like: Tensor, t: Tensor) -> Tensor:
