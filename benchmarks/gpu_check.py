@@ -46,6 +46,8 @@ SANITIZED = [
         ("bn_act_bwd_input", "batch"),
         ("bn_act_pool", "pool"),
         ("bn_act_pool_bwd", "pool"),
+        ("stem_conv", "stem"),
+        ("pointwise_bn_act", "expand"),
         ("conv_bn_act", "7x7-stem"),
         ("conv_bn_act", "1x1-stride2"),
     )

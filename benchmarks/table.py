@@ -127,6 +127,7 @@ def _training_table(result: dict) -> str:
     ways = list(result["training"][0]["images_per_s"])
     about = _gpu(result) + "images/s by the median of alternating rounds; below, the most MiB a step adds."
     ours = {"fused": "**fused_resnet**", "fused lean": "**fused_resnet**, lean"}
+    ours["fused, captured"] = "**fused_resnet**, captured"
     lines = [about, "", _row(["", *(ours.get(way, way) for way in ways)]), _row(["---", *["--:"] * len(ways)])]
     for case in result["training"]:
         model, dtype, batch = case["case"].split("/")[2:]
@@ -148,7 +149,22 @@ def _engine_table(result: dict) -> str:
         off = f"{max(case['error'].values()):.1e} ({case['torchvision']:.1e})"
         speeds = [f"{case['images_per_s'][way]:,.0f}" for way in ways]
         lines.append(_row([f"{model}, batch {batch}, {dtype}", *speeds, off]))
+    if "convolutions" in result:
+        lines += ["", *_convolutions(result["convolutions"])]
     return "\n".join(lines)
+
+
+def _convolutions(measured: dict) -> list[str]:
+    """The 3x3 convolutions that the tuner timed there: microseconds, and TFLOP/s of ours."""
+    about = f"Its 3x3 convolutions with bias and ReLU, {measured['dtype']}, batch {measured['batch']}, "
+    about += "by the tuner's medians:"
+    header = ["channels, map", "PyTorch, µs", "Triton, µs", "**compiled**, µs", "TFLOP/s"]
+    lines = [about, "", _row(header), _row(["---", *["--:"] * (len(header) - 1)])]
+    for row in measured["rows"]:
+        what = f"{row['c']}, {row['maps']}×{row['maps']}" + (f", stride {row['stride']}" if row["stride"] > 1 else "")
+        times = [f"{row['us'][name]:.1f}" for name in ("pytorch", "triton", "compiled")]
+        lines.append(_row([what, *times, f"{row['tflops']['compiled']:.0f}"]))
+    return lines
 
 
 def _about(result: dict) -> str:
