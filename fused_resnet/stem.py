@@ -40,7 +40,7 @@ def pooled_stem(network: nn.Module, x: Tensor, relu: str = "relu") -> Tensor | N
 
 def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x), by the kernel for three channels where it may serve."""
-    if _is_plain(conv) and type(x) is Tensor:
+    if type(x) is Tensor and x.shape[-1] % 2 == 0 and _is_plain(conv):
         operands = x, conv.weight
         if torch.is_autocast_enabled("cuda") and x.is_cuda:
             operands = tuple(lowered(t, torch.get_autocast_dtype("cuda")) for t in operands)  # as the op would

@@ -367,7 +367,8 @@ def test_pointwise_bn_act_of_the_cuda_backend(layout, projection, monkeypatch):
     monkeypatch.setattr(cuda, "chip", lambda device: (90, 132))
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     monkeypatch.setattr(triton, "prepared_training", {"gram": gram, "product_statistics": statistics}.get)
-    assert cuda.variant("pointwise_bn_act", *args) == cuda.variant("conv_bn_act", *_as_convolution(args))
+    instance = cuda.variant("conv_bn_act", *_as_convolution(args))
+    assert cuda.variant("pointwise_bn_act", *args) == (*instance, triton.gram_variant(x, args[12]))
     serve = cuda.prepare("pointwise_bn_act", *args)
     monkeypatch.setattr(torch.ops, "fused_resnet_cuda", types.SimpleNamespace(conv_bias_act=op, bn_act=bn_act))
     for found in (serve(*args), serve(*args)):

@@ -235,6 +235,7 @@ def test_what_is_verified_apart(monkeypatch):
     monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 132))
     weight = halves(64, 3, 7, 7)
     shapes = [(256, 224, 224), (256, 222, 224), (256, 224, 222), (256, 223, 224), (256, 224, 256), (1, 224, 224)]
+    shapes += [(512, 8, 16)]  # all of its rows by one block
     found = [stem_conv.variant(torch.empty(n, 3, h, w, device="meta"), weight) for n, h, w in shapes]
     assert len(set(found)) == len(shapes)
     sample = torch.empty(41, 3, 224, 224, device="meta")
@@ -483,4 +484,6 @@ def test_other_averages_are_called(kind):
         pool.register_forward_hook(lambda *args: seen.append(1))
     x = torch.randn(2, 3, 4, 5, requires_grad=True)
     x = x if kind == "contiguous" else x.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(stem.averaged(pool, x), pool(x)) and len(seen) == (2 if kind == "hooked" else 0)
+    y = stem.averaged(pool, x)
+    assert torch.equal(y, pool(x)) and len(seen) == (2 if kind == "hooked" else 0)
+    assert "_Average" not in type(y.grad_fn).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import pytest
@@ -596,9 +597,75 @@ def test_vectors_are_converted_together_or_one_by_one(together, monkeypatch):
     assert calls == [2] * together
 
 
-def test_vectors_that_need_gradients_are_converted_with_them():
-    from fused_resnet.backends.layout import in_dtypes
+def test_second_gradients_go_through_converted_vectors():
+    """Vectors of 16 bits get their gradients converted, where the conversion is differentiated in turn."""
+    case = [t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in pointwise_case("last", torch.bfloat16)]
+    for i in (2, 3, 4, 5):
+        case[i] = case[i].detach().bfloat16().requires_grad_()
+    y = run_pointwise(*case)[0]
+    first = torch.autograd.grad(y.float().square().sum(), case[2:6], create_graph=True)
+    assert all(g.dtype is torch.bfloat16 and g.grad_fn is not None for g in first)
+    (second,) = torch.autograd.grad(sum(g.float().square().sum() for g in first), case[0])
+    assert second.isfinite().all() and second.float().norm() > 0
 
-    v = torch.randn(3, requires_grad=True)
-    found = in_dtypes((v, v * 2), (torch.float64, torch.float64), not torch.is_grad_enabled())
-    assert all(t.requires_grad for t in found)
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Launches of Triton's host side on tensors without data: (kernel, whether the tensors' device was the current)."""
+    from fused_resnet.backends import triton, triton_pointwise, triton_train
+
+    seen, depth = [], [0]
+
+    @contextlib.contextmanager
+    def device_of(x):
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    for module in (triton, triton_pointwise):
+        monkeypatch.setattr(module, "_device_of", device_of)
+    launch = lambda kernel, *args, **more: seen.append((kernel.fn.__name__, depth[0] > 0))  # noqa: E731
+    return seen, launch, triton_train
+
+
+def _meta(*shape, dtype=torch.bfloat16):
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def test_every_piece_is_launched_on_its_tensors_device(guarded):
+    pytest.importorskip("triton")
+    seen, launch, host = guarded
+    vectors = [_meta(16) for _ in range(2)]
+    host.gram(_meta(2, 16, 5, 7), *[None] * 4, 0.0, False, [1, 1], launch=launch)
+    statistics = _meta(16, dtype=torch.float32), _meta(16, 16, dtype=torch.float32)
+    host.product_statistics(_meta(32, 16, 1, 1), *statistics, _meta(32), _meta(32), 1e-5, launch=launch)
+    norm = (*(_meta(16, dtype=torch.float32) for _ in range(2)), *vectors, 1e-5, True)
+    host.pointwise_bn_act(
+        _meta(2, 16, 5, 7), _meta(32, 16, 1, 1), *norm, None, None, 1e-5, None, [1, 1], True, launch=launch
+    )
+    assert len(seen) > 6 and all(inside for _, inside in seen), seen
+
+
+def test_a_gradient_that_is_a_view_of_one_value_a_channel_is_laid_out_once(guarded, monkeypatch):
+    pytest.importorskip("triton")
+    from fused_resnet.backends import triton, triton_pointwise
+
+    _, launch, _ = guarded
+    layouts, bn_act_bwd = [], triton.bn_act_bwd
+
+    def recorded(grad, *args, **more):
+        layouts.append(grad.is_contiguous(memory_format=torch.channels_last))
+        return bn_act_bwd(grad, *args, **more)
+
+    monkeypatch.setattr(triton, "bn_act_bwd", recorded)
+    monkeypatch.setattr(triton_pointwise, "_inner", lambda g, a: _meta(32, 16, dtype=torch.float32))
+    x, y, weight = _meta(2, 16, 5, 7), _meta(2, 32, 5, 7), _meta(32, 16, 1, 1)
+    grad = torch.empty(2, 32, 1, 1, dtype=torch.bfloat16, device="meta").expand(y.shape)
+    of_a = _meta(16, dtype=torch.float32), _meta(16, 16, dtype=torch.float32)
+    norm = (*(_meta(16, dtype=torch.float32) for _ in range(2)), _meta(16), _meta(16), 1e-5, True)
+    statistics = (_meta(32), *(_meta(32, dtype=torch.float32) for _ in range(2)), 1e-5, *of_a)
+    found = triton_pointwise.pointwise_bn_act_bwd(
+        grad, y, x, weight, *norm, *statistics, [1, 1], True, [True] * 7, launch=launch
+    )
+    assert layouts == [True, True] and found[-1].is_contiguous(memory_format=torch.channels_last)

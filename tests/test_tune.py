@@ -277,20 +277,65 @@ def test_a_budget_leaves_the_rest_untried_and_uncached(no_child):
     assert not caches.folder().exists()
 
 
-def test_what_had_too_little_time_gets_what_others_left(no_child, monkeypatch):
-    """The first problem runs out of its share, the second does not need all of its own."""
-    seen, measure = [], tuning._Tuner._measure
+@pytest.fixture
+def short_at_first(no_child, monkeypatch):
+    """The first problem has no time at its first turn; what else happens is up to `then`. Says who was measured."""
+    seen, then, measure = [], {}, tuning._Tuner._measure
 
-    def short_at_first(self, problem, case, failed, until, bar):
+    def measured(self, problem, case, failed, until, bar):
         seen.append(problem.key)
-        return measure(self, problem, case, failed, 0.0 if seen == ["first"] else until, bar)
+        until = 0.0 if seen == ["first"] else until
+        if problem.key in then and len(seen) > 2:
+            return then[problem.key](self, problem, case, failed, until, bar)
+        return measure(self, problem, case, failed, until, bar)
 
-    monkeypatch.setattr(tuning._Tuner, "_measure", short_at_first)
+    monkeypatch.setattr(tuning._Tuner, "_measure", measured)
+    return seen, then, measure
+
+
+def test_what_had_too_little_time_gets_what_others_left(short_at_first):
     wanted = [trusted(key="first"), trusted(key="second")]
     results = tune(wanted, budget_s=60)
-    assert seen == ["first", "second", "first"]
+    assert short_at_first[0] == ["first", "second", "first"]
     assert all(t.reason is None for r in results.values() for t in r.trials)
     assert all(r.source == "cache" for r in tune(wanted, "cached").values())
+
+
+def test_a_second_turn_that_fails_leaves_what_the_first_found(short_at_first):
+    seen, then, _ = short_at_first
+
+    def fails(*args):
+        raise RuntimeError("first: no candidate is right")
+
+    then["first"] = fails
+    result = tune([trusted(key="first"), trusted(key="second")], budget_s=60)["first"]
+    assert seen == ["first", "second", "first"]
+    assert result.source == "measured" and result.chosen == candidate("plain") and result.verified
+
+
+def test_a_second_turn_that_times_fewer_candidates_does_not_count(short_at_first):
+    seen, then, measure = short_at_first
+    then["first"] = lambda self, problem, case, failed, until, bar: measure(self, problem, case, failed, 0.0, bar)
+    results = tune([trusted(key="first"), trusted(key="second")], budget_s=60)
+    assert seen == ["first", "second", "first"] and results["first"].seconds
+
+
+@pytest.mark.parametrize("budget_s", [None, 0])
+def test_without_time_to_spare_there_is_no_second_turn(short_at_first, budget_s):
+    tune([trusted(key="first"), trusted(key="second")], budget_s=budget_s)
+    assert short_at_first[0] == ["first", "second"]
+
+
+def test_the_child_is_at_work_before_the_first_problem(one_nursery, monkeypatch):
+    steps, request = [], children.Child._request
+
+    def requested(self, step, *args, **facts):
+        steps.append(step)
+        return request(self, step, *args, **facts)
+
+    monkeypatch.setattr(children.Child, "_request", requested)
+    tune([problem("plain")], jobs=1)
+    assert steps[:3] == ["start", "warm_up", "open"]
 
 
 # --- modes and the cache ----------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ __device__ inline float relu_of(float v) { return v <= 0.0f ? 0.0f : v; }
 __device__ inline float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
 // Where a ReLU's mask comes from: there is none, the ReLU's output, or the batch norm of x, computed again in the same
-// way, whose sign is the output's.
+// way. What is positive there is so in the output, unless it is too small for the output's type.
 enum Mask { kNoMask, kMaskOfY, kMaskOfX };
 
 // Count, mean and sum of squared distances from the mean.
@@ -388,14 +388,15 @@ __global__ void __launch_bounds__(kThreads)
 
 // dx = weight * inv * g, and with kBatch, where mean and var are functions of x,
 // dx = weight * inv * (g - sum_g * share - (x - mean) * inv * dweight * share), inv = 1 / sqrt(var + eps), share being
-// one over the number of rows behind the sums. Where there is no var, inv is 1. kMaskOfX needs kBatch, and alone reads the
-// bias.
+// one over the number of rows behind the sums. Where there is no var, inv is 1. kMaskOfX needs kBatch, and alone reads
+// the bias.
 template <typename T, int V, Mask kMask, bool kBatch>
 __global__ void __launch_bounds__(kThreads, 3)
     bn_bwd_input_kernel(const T* __restrict__ grad, const T* __restrict__ y, const T* __restrict__ x,
                         const float* __restrict__ mean, const float* __restrict__ var, const float* __restrict__ weight,
-                        const float* __restrict__ bias, const float* __restrict__ sum_g, const float* __restrict__ dweight, float share, float eps,
-                        T* __restrict__ dx, int64_t rows, int channels, int64_t rows_per_block) {
+                        const float* __restrict__ bias, const float* __restrict__ sum_g,
+                        const float* __restrict__ dweight, float share, float eps, T* __restrict__ dx, int64_t rows,
+                        int channels, int64_t rows_per_block) {
   constexpr int kRows = 2;
   Slice<V> slice(rows, channels, rows_per_block);
   if (!slice.active) return;

@@ -116,7 +116,8 @@ def variant(op: str, x: Tensor, *args) -> tuple | None:
     if places is None:
         return None
     instance, shape = _instance(x, args[0], *places)
-    return instance.name, cuda_conv.plan(instance.index, shape, chip(x.device)[1]) > 0
+    found = instance.name, cuda_conv.plan(instance.index, shape, chip(x.device)[1]) > 0
+    return found if op == "conv_bn_act" else (*found, triton.gram_variant(x, args[11]))
 
 
 def _instance(x: Tensor, weight: Tensor, *places) -> tuple[cuda_conv.Instance, cuda_conv.Shape]:

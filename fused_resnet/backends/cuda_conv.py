@@ -26,7 +26,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 _SHARES = {(256, 128): 1.0, (192, 128): 1.02, (128, 256): 0.97, (128, 128): 0.97, (128, 64): 0.75, (64, 64): 0.55}
 _LINES_SHARE = 1.4  # a line is loaded once, for all nine taps
 _SPLIT_SHARE = 0.85  # of a stream-K kernel, which adds up parts of tiles
-_EXCHANGE = 3  # steps of a reduction that blocks take to add up their parts of a tile. A guess, too
+_EXCHANGE = 3  # steps of a reduction that blocks take to add up their parts of a tile: a guess
 
 
 class Instance(NamedTuple):

@@ -21,6 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 CHANNELS = 64  # of a block
 _TILE = 62  # pairs of columns of a block
 _ROWS = (1, 2, 4, 7, 14, 28, 56)
+_MOST_ROWS = 28  # so that ImageNet's maps are in parts at any batch, and have one variant
 _START = 1.0  # what a block does before its first pair of rows, in such pairs: to wait
 
 
@@ -56,7 +57,8 @@ def variant(x: Tensor, weight: Tensor) -> tuple:
     """What the kernel does differently by the sizes of x: at the edges of its map, and further down or to the right."""
     n, _, h, w = x.shape
     k = weight.shape[0]
-    return h % 4, w % 4, _across(w, k) > k // CHANNELS, _rows(n, h, w, k, *chip(x.device)) > 1
+    rows = _rows(n, h, w, k, *chip(x.device))
+    return h % 4, w % 4, _across(w, k) > k // CHANNELS, rows > 1, rows < _pairs(h)
 
 
 def stem_conv(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def rows_by_cost(pairs: int, across: int, start: float, arch: int, sms: int) -> 
 
 @functools.lru_cache(maxsize=1024)
 def _rows(n: int, h: int, w: int, k: int, arch: int, sms: int) -> int:
-    return rows_by_cost(_pairs(h), n * _across(w, k), _START, arch, sms)[0]
+    return next(rows for rows in rows_by_cost(_pairs(h), n * _across(w, k), _START, arch, sms) if rows <= _MOST_ROWS)
 
 
 def _pairs(size: int) -> int:

@@ -202,6 +202,11 @@ def prepare(op: str, *args):
     return _Prepared(_Convolution(*args) if op == "conv_bn_act" else globals()[op])
 
 
+def gram_variant(x: Tensor, stride) -> int:
+    """What 'gram' is specialised on beyond channels and layout."""
+    return _training("pointwise_bn_act").gram_variant(x, stride)
+
+
 def prepared_training(name: str) -> _Prepared:
     """A piece of an op of convolutions between batch norms: 'gram' or 'product_statistics', for calls of one kind."""
     return _Prepared(getattr(_training("pointwise_bn_act"), name))

@@ -62,24 +62,25 @@ def product_statistics(
 ) -> tuple[Tensor, ...]:
     """(mean, biased variance, scale, shift), each [K] in float32, of the batch norm after a product with weight:
     [K, C, 1, 1] of 16 bits, from the mean and covariance of what it multiplies."""
-    k, c = weight.shape[:2]
-    found = [_floats(a_cov, k) for _ in range(4)]
-    launch(
-        _pointwise._product_statistics_kernel,
-        (tiles.ceil_div(k, _ROWS),),
-        _matrix(weight),
-        a_mean,
-        a_cov,
-        *map(_per_channel, (out_weight, out_bias)),
-        *found,
-        eps,
-        k,
-        c,
-        BLOCK_K=_ROWS,
-        BLOCK_C=_TILE,
-        BLOCK_J=_reduced(k, c),
-    )
-    return tuple(found)
+    with _device_of(weight):
+        k, c = weight.shape[:2]
+        found = [_floats(a_cov, k) for _ in range(4)]
+        launch(
+            _pointwise._product_statistics_kernel,
+            (tiles.ceil_div(k, _ROWS),),
+            _matrix(weight),
+            a_mean,
+            a_cov,
+            *map(_per_channel, (out_weight, out_bias)),
+            *found,
+            eps,
+            k,
+            c,
+            BLOCK_K=_ROWS,
+            BLOCK_C=_TILE,
+            BLOCK_J=_reduced(k, c),
+        )
+        return tuple(found)
 
 
 def pointwise_bn_act_bwd(
@@ -110,6 +111,7 @@ def pointwise_bn_act_bwd(
     need_x, need_weight, need_bn_weight, need_bn_bias, need_out_weight, need_out_bias, need_residual = output_mask
     need_a = need_x or need_bn_weight or need_bn_bias
     with _device_of(x):
+        grad = _channels_last(grad)  # an average's is one value a channel, and tells nothing of the layout
         _, _, sum_g, g = _base.bn_act_bwd(
             grad, y, grad, y_mean, y_var, None, out_eps, out_relu, False, [False, False, True, out_relu], launch=launch
         )

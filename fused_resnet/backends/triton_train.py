@@ -43,7 +43,19 @@ def variant(op: str, x: Tensor, weight: Tensor, mean: Tensor | None, *args) -> t
     stride, padding, dilation = args[5:8] if op == "bn_act_conv" else (args[9], [0, 0], [1, 1])
     xn, _, xh, xw = _base._strides(x)
     rows = _base._row_stride((x.shape[0], *x.shape[2:]), (xn, xh, xw)) is not None
-    return _tile(x, weight, stride, padding, dilation, mean is not None), rows, math.gcd(xn, xh, xw, 16)
+    merged = gram_variant(x, stride) if op == "pointwise_bn_act" else None
+    return _tile(x, weight, stride, padding, dilation, mean is not None), rows, math.gcd(xn, xh, xw, 16), merged
+
+
+def gram_variant(x: Tensor, stride) -> int:
+    """What `gram` does by the number of rows: how many partial results it adds up at a time."""
+    n, c, *size = x.shape
+    positions = n * math.prod(tiles.ceil_div(length, step) for length, step in zip(size, stride, strict=True))
+    return _merged(tiles.gram_tile(positions, c, x.element_size()))
+
+
+def _merged(tile) -> int:
+    return min(64, tiles.power_of_2(tile.splits))
 
 
 def _tile(x: Tensor, weight: Tensor, stride, padding, dilation, normalises: bool) -> tiles.ConvTile:
@@ -125,10 +137,9 @@ def pointwise_bn_act(
     norm is never stored; its statistics follow from those of what it reads."""
     loaded = (mean, var, bn_weight, bn_bias, eps, relu)
     a_mean, a_cov = gram(x, *loaded, stride, launch=launch)
-    with _base._device_of(x):
-        y_mean, y_var, scale, shift = product_statistics(
-            weight, a_mean, a_cov, out_weight, out_bias, out_eps, launch=launch
-        )
+    y_mean, y_var, scale, shift = product_statistics(
+        weight, a_mean, a_cov, out_weight, out_bias, out_eps, launch=launch
+    )
     y = pointwise(x, weight, *loaded, scale, shift, residual, stride, out_relu, launch=launch)
     return y, y_mean, y_var, a_mean, a_cov
 
@@ -218,7 +229,7 @@ def gram(
             num_warps=tile.num_warps,
         )
         a_mean, a_cov = _base._floats(x, c), _base._floats(x, c, c)
-        block_s, block_c = min(64, tiles.power_of_2(tile.splits)), 8
+        block_s, block_c = _merged(tile), 8
         launch(
             _gram._gram_merge_kernel,
             (tiles.upper_tiles(c, block_c),),

@@ -32,6 +32,16 @@ class Bench:
         self.verifier: Verifier | None = None
         self.timer: Timer | None = None
 
+    def warm_up(self) -> None:
+        """What a device does once a process: its context, and the libraries' handles."""
+        if self.device is None or torch.device(self.device).type != "cuda":
+            return
+        try:
+            ones = torch.ones(1, 8, 8, 8, dtype=torch.float16, device=self.device)
+            torch.conv2d(ones, torch.ones_like(ones)).sum().item()
+        except Exception as failure:
+            raise Unusable(f"has no device: {describe(failure)}") from failure
+
     def open(self, problem: Problem, case: Case | None = None) -> None:
         self._clear()
         self.prepared.clear()

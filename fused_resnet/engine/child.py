@@ -34,6 +34,7 @@ class Limits:
     """Seconds after which a child is taken to hang."""
 
     start: float = 180
+    warm_up: float = 120
     open: float = 120
     load: float = 120
     compile: float = 300
@@ -56,10 +57,11 @@ class Child:
         self._at: tuple[Problem | None, int | None] = (None, None)  # what the running process has open and loaded
 
     def warm_up(self) -> None:
-        """Start the process, if it can be, before anything is opened."""
-        if self.pid is None:
-            with contextlib.suppress(Unusable):
+        """The process, if it can be started, with its device at hand, before anything is opened."""
+        with contextlib.suppress(Unusable):
+            if self.pid is None:
                 self._start()
+            self._request("warm_up", Unusable)
 
     def open(self, problem: Problem) -> None:
         self.problem, self.seed = problem, None
@@ -137,6 +139,7 @@ class Child:
             with theirs:
                 self.pid = self.nursery.fork(theirs.fileno(), self._stderr.fileno())
         except EOFError as failure:
+            self._forget()
             raise Unusable(f"cannot be tried: {failure}") from None
         settings = {"device": None if self.device is None else str(self.device), **flags()}
         if self.threads is not None:
@@ -221,6 +224,8 @@ def _reply(bench: Bench, request: dict) -> dict:
             set_flags(request["settings"])
             bench.device = request["settings"]["device"]
             return {"value": None}
+        if step == "warm_up":
+            return {"value": bench.warm_up()}
         if step == "open":
             return {"value": bench.open(Problem(**request["problem"]))}
         if step == "load":

@@ -131,6 +131,10 @@ def tune(
         tuner.close()
 
 
+def _timed(result: Result) -> int:
+    return sum(trial.seconds is not None for trial in result.trials)
+
+
 def _cores() -> int:
     """At most 16: each process that compiles may hold a context on the GPU."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -178,22 +182,34 @@ class _Tuner:
                 return results
             failed = self._compile(left, jobs, bar)
             if any(not case.trusted for _, case in left.values()):
-                self.child.warm_up()  # the first problem has no more to do than the others
-            # A second turn for those that had too little time, while others had some to spare.
-            for _ in range(2):
-                todo = list(left.items())
-                for i, (key, (problem, case)) in enumerate(todo):
-                    bar.tell(key)
-                    start, now = bar.count, time.monotonic()
-                    until = now + max(0.0, self.deadline - now) / (len(todo) - i)
-                    results[key], complete = self._measure(problem, case, failed, until, bar)
-                    bar.advance(start + units[key] - bar.count)
-                    if complete:
-                        left.pop(key)
-                if not left or time.monotonic() > self.deadline or self.deadline == float("inf"):
-                    break
-                bar.extend(sum(units[key] for key in left))
+                self.child.warm_up()  # or the first problem pays for it
+            shares: dict[str, float] = {}
+            count = len(left)
+            for i, (key, (problem, case)) in enumerate(list(left.items())):
+                bar.tell(key)
+                start, now = bar.count, time.monotonic()
+                shares[key] = max(0.0, self.deadline - now) / (count - i)
+                results[key], complete = self._measure(problem, case, failed, now + shares[key], bar)
+                bar.advance(start + units[key] - bar.count)
+                if complete:
+                    left.pop(key)
+            self._again(left, shares, failed, results)
         return results
+
+    def _again(self, left: dict[str, tuple[Problem, Case]], shares: dict[str, float], failed: dict, results: Results):
+        """Once more, those that had too little time, where others left more than they had."""
+        for i, (key, (problem, case)) in enumerate(left.items()):
+            now = time.monotonic()
+            share = (self.deadline - now) / (len(left) - i)
+            if not share > shares[key]:
+                continue
+            try:
+                again, complete = self._measure(problem, case, failed, now + share, Bar(0, False))
+            except RuntimeError as failure:  # it has a result
+                logger.warning("%s", failure)
+                continue
+            if complete or _timed(again) > _timed(results[key]):
+                results[key] = again
 
     def _bench(self, case: Case) -> Bench | Child:
         return self.local if case.trusted else self.child
