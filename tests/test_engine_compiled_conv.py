@@ -366,6 +366,7 @@ def test_pointwise_bn_act_of_the_cuda_backend(layout, projection, monkeypatch):
     expected = blocks.pointwise_bn_act(*args)
     monkeypatch.setattr(cuda, "chip", lambda device: (90, 132))
     monkeypatch.setattr(triton, "unavailable", lambda: None)
+    monkeypatch.setattr(triton, "launches", lambda device: True)
     monkeypatch.setattr(triton, "prepared_training", {"gram": gram, "product_statistics": statistics}.get)
     instance = cuda.variant("conv_bn_act", *_as_convolution(args))
     assert cuda.variant("pointwise_bn_act", *args) == (*instance, triton.gram_variant(x, args[12]))
@@ -383,7 +384,7 @@ def _as_convolution(args):
     return (x, weight, *[None] * 4, 1e-5, residual, stride, [0, 0], [1, 1], 1, True)
 
 
-def test_what_falls_back_to_passes_around_a_convolution(monkeypatch):
+def test_what_falls_back_to_passes_around_a_convolution(monkeypatch, caplog):
     """Without Triton, in float32, or where no convolution was compiled for the channels."""
     from fused_resnet.backends import triton
 
@@ -394,6 +395,12 @@ def test_what_falls_back_to_passes_around_a_convolution(monkeypatch):
     monkeypatch.setattr(cuda, "chip", lambda device: (90, 132))
     assert not cuda._compiles_pointwise(*args())  # this machine has no GPU for Triton
     monkeypatch.setattr(triton, "unavailable", lambda: None)
+    triton.launches.cache_clear()
+    with caplog.at_level("WARNING", "fused_resnet"):
+        assert not cuda._compiles_pointwise(*args())  # as where it finds no C compiler: a launch fails
+    assert "triton: cannot launch" in caplog.text
+    triton.launches.cache_clear()
+    monkeypatch.setattr(triton, "launches", lambda device: True)
     assert cuda._compiles_pointwise(*args())
     assert not cuda._compiles_pointwise(*args(torch.float32)) and not cuda._compiles_pointwise(*args(k=20))
     assert cuda.variant("pointwise_bn_act", *args(k=20)) is None

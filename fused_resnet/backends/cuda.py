@@ -158,7 +158,8 @@ def _compiles_pointwise(x: Tensor, weight: Tensor, *args) -> bool:
     if x.dtype not in cuda_conv.DTYPES or triton.unavailable() is not None or triton.interpreting():
         return False
     residual, stride, out_relu = args[9:]
-    return _declines_conv(x, weight, *[None] * 5, residual, stride, *_POINTWISE, 1, out_relu) is None
+    reason = _declines_conv(x, weight, *[None] * 5, residual, stride, *_POINTWISE, 1, out_relu)
+    return reason is None and triton.launches(x.device)
 
 
 class _Pointwise:

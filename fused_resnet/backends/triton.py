@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import math
 import os
 
@@ -29,6 +30,8 @@ try:
     _import_error = None
 except ImportError as error:
     _import_error = str(error)
+
+logger = logging.getLogger("fused_resnet")
 
 NAME = "triton"
 TRAINING = {"bn_act_conv": "triton_train", "pointwise_bn_act": "triton_train", "bn_act_conv_bwd": "triton_train_bwd"}
@@ -59,6 +62,21 @@ def unavailable() -> str | None:
     if best < (8, 0):
         return f"needs compute capability 8.0 or newer, got {best[0]}.{best[1]}"
     return None
+
+
+@functools.cache
+def launches(device: torch.device) -> bool:
+    """Whether a small kernel of ours compiles and is launched there: for that Triton wants a C compiler, too."""
+    one = functools.partial(torch.ones, dtype=torch.float16, device=device)
+    wide = one(16, 16).float()
+    try:
+        prepared_training("product_statistics")(one(16, 16, 1, 1), wide[0], wide, None, None, 1e-5)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as failure:  # Triton's errors derive from Exception itself
+        logger.warning("triton: cannot launch: %s", next(iter(str(failure).splitlines()), type(failure).__name__))
+        return False
+    return True
 
 
 def _training(op: str):
