@@ -164,11 +164,11 @@ def test_a_program_launches_it(offset, monkeypatch):
 
 
 @needs_kernel
-def test_the_packages_table_is_of_the_candidates_before_it(monkeypatch):
-    """Its stems were chosen among others: what it chose may serve, and a full tuning measures again."""
+def test_the_packages_tables_are_of_the_candidates_before_it(monkeypatch):
+    """Their stems were chosen among others: what was chosen may serve, and a full tuning measures again."""
     monkeypatch.setattr(cases, "triton_unavailable", lambda: None)
-    _, entries = cache.read(cache.TABLES / "nvidia-h100.json", pytest.fail)
-    stems = {key: entry for key, entry in entries.items() if key.startswith("stem ")}
+    tables = [cache.read(path, pytest.fail)[1] for path in sorted(cache.TABLES.glob("nvidia-h100*.json"))]
+    stems = {key: entry for entries in tables for key, entry in entries.items() if key.startswith("stem ")}
     assert stems
     for n, layout in ((1, False), (128, True)):
         case = cases.StemCase(replace(ARGS, n=n, channels_last=layout))
