@@ -133,17 +133,10 @@ def _speed(name: str, dtype: str, batch: int, device) -> dict:
         peak[how] = None if "captured" in how else measure.peak_memory(step, device)
         steps[how] = step
     found = {"profile": profile(steps.get("fused, captured", steps["fused"]), device), "kernels": chosen()}
-    in_a_row = {how: functools.partial(_repeat, step) for how, step in steps.items()}
-    seconds, _ = measure.interleave(in_a_row, device, SECONDS if on_gpu else 0)
-    seconds = {how: [s / STEPS for s in t] for how, t in seconds.items()}
+    seconds, _ = measure.interleave(steps, device, SECONDS if on_gpu else 0, least_calls=STEPS)
     cuts = {how: [1e3 * q for q in measure.quantiles(t)] for how, t in seconds.items()}
     speed = {how: round(batch / statistics.median(t), 1) for how, t in seconds.items()}
     return {"images_per_s": speed, "p20_p50_p80_ms": cuts, "peak_mib": peak, "ready_s": ready} | found
-
-
-def _repeat(step: Callable[[], None]) -> None:
-    for _ in range(STEPS):
-        step()
 
 
 def training_step(name: str, how: str, dtype: torch.dtype, batch: int, size: int, device) -> Callable[[], None]:

@@ -295,12 +295,17 @@ def quantiles(values: list[float]) -> list[float]:
 
 
 def interleave(
-    steps: dict[str, Step], device: torch.device, seconds: float, progress=lambda what: None, baseline: str = "eager"
+    steps: dict[str, Step],
+    device: torch.device,
+    seconds: float,
+    progress=lambda what: None,
+    baseline: str = "eager",
+    least_calls: int = 1,
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Times of one call in seconds, by step and round, and a second series of the baseline's. Every round times each
-    step once, starting with another one; a GPU is timed by events."""
+    step once, in so many calls in a row at least, starting with another one; a GPU is timed by events."""
     turns = [*steps, None]  # None: the baseline once more
-    calls = {name: max(1, round(0.01 / time_once(step, device, 1))) for name, step in steps.items()}
+    calls = {name: max(least_calls, round(0.01 / time_once(step, device, 1))) for name, step in steps.items()}
     estimate = sum(time_once(steps[t or baseline], device, 1) * calls[t or baseline] for t in turns)
     rounds = min(200, max(5, int(seconds / estimate)))
     times: dict[str | None, list[float]] = {t: [] for t in turns}

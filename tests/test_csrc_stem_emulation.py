@@ -65,10 +65,13 @@ class Call:
         return given["y"]
 
     def check(self, rows):
-        y, expected = self.run(rows), self.expected()
-        assert error(y, expected) < torch.finfo(y.dtype).eps / 2  # a rounding to nearest of each value, no more
-        norm, element, strays = errors(y, expected)
-        assert norm <= (limit := TOLERANCE[y.dtype]) and element <= ELEMENTWISE * limit and not strays
+        agrees(self.run(rows), self.expected())
+
+
+def agrees(y, expected):
+    assert error(y, expected) < torch.finfo(y.dtype).eps / 2  # a rounding to nearest of each value, no more
+    norm, element, strays = errors(y, expected)
+    assert norm <= (limit := TOLERANCE[y.dtype]) and element <= ELEMENTWISE * limit and not strays
 
 
 SHAPES = {
@@ -210,9 +213,7 @@ def check_convolution(call, rows):
     y, expected = convolution(call, rows), expected_convolution(call)
     assert y.shape == expected.shape and y.dtype is call.x.dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert error(y, expected) < torch.finfo(y.dtype).eps / 2  # a rounding to nearest of each value, no more
-    norm, element, strays = errors(y, expected)
-    assert norm <= (limit := TOLERANCE[y.dtype]) and element <= ELEMENTWISE * limit and not strays
+    agrees(y, expected)
 
 
 # 124 columns are a whole tile of it; 248 of x.

@@ -315,9 +315,16 @@ def test_a_second_turn_that_fails_leaves_what_the_first_found(short_at_first):
 
 def test_a_second_turn_that_times_fewer_candidates_does_not_count(short_at_first):
     seen, then, measure = short_at_first
-    then["first"] = lambda self, problem, case, failed, until, bar: measure(self, problem, case, failed, 0.0, bar)
+    again = []
+
+    def short_once_more(self, problem, case, failed, until, bar):
+        again.append(measure(self, problem, case, failed, 0.0, bar))
+        return again[0]
+
+    then["first"] = short_once_more
     results = tune([trusted(key="first"), trusted(key="second")], budget_s=60)
     assert seen == ["first", "second", "first"] and results["first"].seconds
+    assert results["first"] is not again[0][0]
 
 
 @pytest.mark.parametrize("budget_s", [None, 0])

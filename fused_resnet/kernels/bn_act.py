@@ -29,11 +29,18 @@ def _inverse_and_scale(bn_weight_ptr, var, c, ok, eps):
 
 
 @triton.jit
-def _let_through(g, centred, scale, bn_bias_ptr, c, ok):
-    """g where the ReLU behind the batch norm of x let it through; centred: x - mean. The sums are the forward's."""
-    y = centred * scale[None, :]
+def _bias(bn_bias_ptr, like, c, ok):
+    """The batch norm's bias, zeros where there is none."""
+    bias = tl.zeros_like(like)
     if bn_bias_ptr is not None:
-        y += tl.load(bn_bias_ptr + c, mask=ok, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bn_bias_ptr + c, mask=ok, other=0.0).to(tl.float32)
+    return bias
+
+
+@triton.jit
+def _let_through(g, centred, scale, bias):
+    """g where the ReLU behind the batch norm of x let it through; centred: x - mean. The sums are the forward's."""
+    y = centred * scale[None, :] + bias[None, :]
     return tl.where(y <= 0, tl.zeros_like(g), g)
 
 
@@ -187,6 +194,8 @@ def _bn_act_bwd_reduce_kernel(
     if MASK_OF_X or dx_ptr is not None:
         var = tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32)
         _, scale = _inverse_and_scale(bn_weight_ptr, var, c, c < C, eps)
+    if MASK_OF_X:
+        bias = _bias(bn_bias_ptr, scale, c, c < C)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     sum_gx = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     for step in tl.range(0, steps):
@@ -197,7 +206,7 @@ def _bn_act_bwd_reduce_kernel(
         if x_ptr is not None:
             centred = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) - mean[None, :]
         if MASK_OF_X:
-            g = _let_through(g, centred, scale, bn_bias_ptr, c, c < C)
+            g = _let_through(g, centred, scale, bias)
         if g_ptr is not None:
             tl.store(g_ptr + at, g, mask=ok)
         g = g.to(tl.float32)
@@ -288,6 +297,6 @@ def _bn_act_bwd_input_kernel(
     g = _masked(grad_ptr, y_ptr, at, ok).to(tl.float32)
     centred = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) - mean[None, :]
     if MASK_OF_X:
-        g = _let_through(g, centred, scale, bn_bias_ptr, c, c < C)
+        g = _let_through(g, centred, scale, _bias(bn_bias_ptr, scale, c, c < C))
     dx = (g - mean_g[None, :] - centred * slope[None, :]) * scale[None, :]
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
