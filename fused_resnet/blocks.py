@@ -27,24 +27,27 @@ POOLS = (nn.Identity, nn.AvgPool2d)
 class Fused:
     """What fused blocks share; the class of the library's block stands behind it, with the forward that is not fused.
 
-    parts: its convolutions and batch norms, in the order of their calls. activations: its ReLUs.
+    Its names are few: the class behind it may be anybody's. _anatomy: which modules the block computes with, and how;
+    like the class Named.
     """
 
-    parts: tuple[str, ...]
-    activations: tuple[str, ...] = ("relu",)
     memory = "default"
-    residual = True
+    _anatomy: type[Named]
 
     def forward(self, x: Tensor) -> Tensor:
         if unfusable(self) is not None or recorded(x):
             return self._unfused(x)
-        *first, conv, bn = (self._modules[name] for name in self.parts)
-        tail = self.tail(self)
+        anatomy = self._anatomy
+        *first, conv, bn = (part(self, name) for name in anatomy.parts)
+        tail = anatomy.tail(self)
+        between = anatomy.between(self)
         if all(map(on_own_batch, (*first[1::2], bn))):
-            return _trained(x, self, first, conv, bn, tail)
+            return _trained(x, self, first, conv, bn, between, tail)
         out = x
         for i in range(0, len(first), 2):
             out = conv_bn(out, first[i], first[i + 1])
+            for module in between[i // 2]:
+                out = module(out)
         if not tail:
             return conv_bn(out, conv, bn, _shortcut(x, self, out))
         return _joined(conv_bn(out, conv, bn, relu=False), self, tail, lambda: _shortcut(x, self, out))
@@ -52,18 +55,53 @@ class Fused:
     def _unfused(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
+
+class Named(Fused):
+    """Fused blocks whose parts are attributes of known names.
+
+    parts: the convolutions and batch norms, in the order of their calls. activations: the ReLUs. residual: whether
+    there is a shortcut.
+    """
+
+    parts: tuple[str, ...]
+    activations: tuple[str, ...] = ("relu",)
+    residual = True
+
+    @property
+    def _anatomy(self) -> type[Named]:
+        return type(self)
+
     @staticmethod
     def obstacle(block: nn.Module) -> str | None:
         """Why a block of this kind, fused or not yet, cannot be fused for what it has beside its parts and ReLUs."""
         return None
 
     @staticmethod
+    def between(block: nn.Module) -> list[list[nn.Module]]:
+        """Modules that stand behind each ReLU but the last, in front of the next convolution."""
+        return [[]] * (len(block._anatomy.parts) // 2 - 1)
+
+    @staticmethod
     def tail(block: nn.Module) -> list[nn.Module]:
         """Modules that stand between the last batch norm and the add."""
         return []
 
+    @staticmethod
+    def last(block: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The ReLU behind the add."""
+        return block._modules[block.activations[-1]]
 
-class FusedBasicBlock(Fused, BasicBlock):
+    @staticmethod
+    def side(block: nn.Module) -> Side:
+        """What stands on the shortcut."""
+        return block.downsample
+
+
+Side = nn.Module | tuple[nn.Module, ...] | None
+"""A shortcut: None hands the block's input on; a tuple's modules are called one after another."""
+
+
+class FusedBasicBlock(Named, BasicBlock):
     """torchvision's BasicBlock (two 3x3 convolutions; He et al., arXiv 1512.03385, figure 5 left), fused.
 
     The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
@@ -74,7 +112,7 @@ class FusedBasicBlock(Fused, BasicBlock):
     parts = ("conv1", "bn1", "conv2", "bn2")
 
 
-class FusedBottleneck(Fused, Bottleneck):
+class FusedBottleneck(Named, Bottleneck):
     """torchvision's Bottleneck (1x1, 3x3 with the stride, 1x1; ResNet V1.5), fused.
 
     The constructor's arguments are torchvision's: inplanes, planes, stride=1, downsample=None, groups=1, base_width=64,
@@ -100,22 +138,36 @@ class PlainBottleneck(_Plain, FusedBottleneck):
     """FusedBottleneck without its shortcut: conv-BN-ReLU thrice. Arguments, but for downsample, and shapes are its."""
 
 
-def _trained(x: Tensor, block: nn.Module, first, conv: nn.Conv2d, bn: nn.Module, tail: list[nn.Module]) -> Tensor:
+def _trained(
+    x: Tensor,
+    block: nn.Module,
+    first: list[nn.Module],
+    conv: nn.Conv2d,
+    bn: nn.Module,
+    between: list[list[nn.Module]],
+    tail: list[nn.Module],
+) -> Tensor:
     training.check_memory(block.memory)
     # Decided once: by the time a lean block runs again, modes and hooks may be others.
-    downsample = block.downsample
+    anatomy = block._anatomy
+    downsample = anatomy.side(block)
     projected = downsample is not None and projection_unfusable(downsample) is None and on_own_batch(downsample[-1])
     *pools, into, after = downsample if projected else (None, None)
 
     def run(x: Tensor, statistics: training.Statistics) -> Tensor:
-        if block.residual:
+        if anatomy.residual:
             # What PyTorch's add hands back is the gradient of its other operand, too.
             own = not pools if projected else downsample is None and not tail and first[0].in_channels > 1
             out, norm, x = training.convolve_shared(x, *first[:2], statistics, own)
         else:
             out, norm = training.convolve(x, training.NOTHING, *first[:2], statistics)
-        for i in range(2, len(first), 2):
-            out, norm = training.convolve(out, norm, first[i], first[i + 1], statistics)
+        for i, modules in enumerate(between):
+            if modules:
+                out, norm = training.activated(out, norm), training.NOTHING
+            for module in modules:
+                out = module(out)
+            if 2 * i + 2 < len(first):
+                out, norm = training.convolve(out, norm, first[2 * i + 2], first[2 * i + 3], statistics)
 
         def shortcut() -> Tensor | None:
             if not projected:
@@ -126,7 +178,7 @@ def _trained(x: Tensor, block: nn.Module, first, conv: nn.Conv2d, bn: nn.Module,
             return training.normalised(out, norm, conv, bn, shortcut(), statistics)
         return _joined(training.normalised(out, norm, conv, bn, None, statistics, relu=False), block, tail, shortcut)
 
-    if block.memory == "lean" and not tail and (projected or stateless(downsample)):
+    if block.memory == "lean" and not tail and not any(between) and (projected or stateless(downsample)):
         return training.lean(run, x, block)
     return run(x, training.Statistics())
 
@@ -135,7 +187,7 @@ def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Call
     """The end of a block by its own modules, in the order of timm's forward; out gives the sum its dtype."""
     for module in tail:
         out = module(out)
-    return block._modules[block.activations[-1]]((out + shortcut()).to(out.dtype))
+    return block._anatomy.last(block)((out + shortcut()).to(out.dtype))
 
 
 def _pooled(x: Tensor, pools: list[nn.Module]) -> Tensor:
@@ -149,17 +201,20 @@ def _pooled(x: Tensor, pools: list[nn.Module]) -> Tensor:
 
 def not_lean(block: nn.Module) -> str | None:
     """Why a block whose memory is "lean" keeps what others keep; None if it does not: no module may run twice."""
-    if tail := block.tail(block):
-        return f"{', '.join(type(module).__name__ for module in tail)} in front of the add"
-    if stateless(block.downsample):
+    anatomy = block._anatomy
+    for modules, place in ((sum(anatomy.between(block), []), "a convolution"), (anatomy.tail(block), "the add")):
+        if modules:
+            return f"{', '.join(type(module).__name__ for module in modules)} in front of {place}"
+    downsample = anatomy.side(block)
+    if stateless(downsample):
         return None
-    reason = projection_unfusable(block.downsample)
-    if reason is None and not on_own_batch(block.downsample[-1]):
+    reason = projection_unfusable(downsample)
+    if reason is None and not on_own_batch(downsample[-1]):
         reason = "its batch norm does not use the batch's own statistics"
     return reason and f"downsample: {reason}"
 
 
-def stateless(downsample: nn.Module | None) -> bool:
+def stateless(downsample: Side) -> bool:
     """Whether this shortcut may be computed again without anybody noticing."""
     return downsample is None or (type(downsample) is ZeroPad and tampered(downsample) is None)
 
@@ -186,17 +241,20 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None =
 
 def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor | None:
     """What is added to the last convolution's result, whose maps are as large as those of `out`."""
-    downsample = block.downsample
-    if not block.residual:
+    anatomy = block._anatomy
+    if not anatomy.residual:
         return None
+    downsample = anatomy.side(block)
     if downsample is None:
-        if block._modules[block.parts[0]].in_channels > 1:
+        if part(block, anatomy.parts[0]).in_channels > 1:
             return x
-        last = block._modules[block.parts[-2]]
+        last = part(block, anatomy.parts[-2])
         return x.expand(-1, last.out_channels, -1, -1)  # as torchvision's add broadcasts a single channel
     if projection_unfusable(downsample) is not None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
-        return downsample(x).expand(out.shape[0], -1, out.shape[2], out.shape[3])
+        for module in downsample if isinstance(downsample, tuple) else (downsample,):
+            x = module(x)
+        return x.expand(out.shape[0], -1, out.shape[2], out.shape[3])
     *pools, conv, bn = downsample
     return conv_bn(_pooled(x, pools), conv, bn, relu=False)
 
@@ -213,47 +271,61 @@ def recorded(x: Tensor) -> bool:
 # --- what may be fused: asked at every forward, since hooks come and go; convert.py tells the reasons -----------------
 
 
-def unfusable(block: nn.Module, kind: type[Fused] | None = None) -> str | None:
+def unfusable(block: nn.Module, anatomy: type[Named] | None = None) -> str | None:
     """Why a block must run its library's forward, or None if its convolutions, BNs and ReLUs may be fused.
 
-    kind: the fused class that it is asked for, if it is not of one yet.
+    anatomy: that of the fused block that it is asked for, if it is none yet.
     """
-    kind = kind or type(block)
-    return parts_unfusable(block, kind.parts, kind.activations) or kind.obstacle(block)
+    anatomy = anatomy or block._anatomy
+    parts = anatomy.parts
+    reason = anatomy.obstacle(block)
+    return reason or parts_unfusable(block, parts[::2], parts[1::2], anatomy.activations)
 
 
 def parts_unfusable(
-    block: nn.Module, names: Iterable[str], activations: Iterable[str] = Fused.activations
+    block: nn.Module,
+    convolutions: Iterable[str],
+    norms: Iterable[str],
+    activations: Iterable[str] = Named.activations,
 ) -> str | None:
-    """Why convolutions and BNs of these names, and these ReLUs, must be called as modules; None if they need not."""
+    """Why convolutions, BNs and ReLUs of these names must be called as modules; None if they need not."""
     if _module._has_any_global_hook():
         return "a global module hook is registered"
-    modules = block._modules
-    for name in names:
-        reason = convolution_unfusable(modules[name]) if name[0] == "c" else norm_unfusable(modules[name])
-        if reason is not None:
-            return f"{name}: {reason}"
+    for names, ask in ((convolutions, convolution_unfusable), (norms, norm_unfusable)):
+        for name in names:
+            reason = ask(part(block, name))
+            if reason is not None:
+                return f"{name}: {reason}"
     for name in activations:
-        relu = modules.get(name)
+        relu = part(block, name)
         reason = tampered(relu) if type(relu) is nn.ReLU else f"{type(relu).__name__} is not ReLU"
         if reason is not None:
             return f"{name}: {reason}"
     return None
 
 
-def projection_unfusable(downsample: nn.Module) -> str | None:
+def projection_unfusable(downsample: Side) -> str | None:
     """Why a downsample is called as the module it is; None if it is a 1x1 convolution and a BN to be fused.
 
     An average pool may stand in front of them (He et al., arXiv 1812.01187, figure 2c).
     """
-    plain = type(downsample) is nn.Sequential
+    plain = type(downsample) in (nn.Sequential, tuple)
     if not plain or not (len(downsample) == 2 or (len(downsample) == 3 and type(downsample[0]) in POOLS)):
         return f"{type(downsample).__name__} is not Sequential(Conv2d, BatchNorm2d)"
     *pools, conv, bn = downsample
-    reason = next(filter(None, map(tampered, (downsample, *pools))), None) or convolution_unfusable(conv)
+    containers = () if type(downsample) is tuple else (downsample,)
+    reason = next(filter(None, map(tampered, (*containers, *pools))), None) or convolution_unfusable(conv)
     if reason is None and conv.kernel_size != (1, 1):
         reason = f"kernel_size is {conv.kernel_size}, not (1, 1)"
     return reason or norm_unfusable(bn)
+
+
+def part(block: nn.Module, path: str) -> nn.Module | None:
+    """The module at this path inside a block; None where there is none."""
+    module = block
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def tampered(m: nn.Module) -> str | None:

@@ -1,6 +1,7 @@
 """swap_blocks, restore_blocks, swap_report: the residual blocks in a model become fused ones, in place.
 
-Those of torchvision; and timm's, where timm has been imported, as it has been where a model has its blocks.
+Those of torchvision; timm's, where timm has been imported, as it has been where a model has its blocks; and those of
+any class whose forward, traced, is that of such a block (traced_blocks.py).
 """
 
 from __future__ import annotations
@@ -10,12 +11,24 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from .blocks import Fused, FusedBasicBlock, FusedBottleneck, not_lean, projection_unfusable, stateless, unfusable
+from . import traced_blocks
+from .blocks import (
+    Fused,
+    FusedBasicBlock,
+    FusedBottleneck,
+    Named,
+    not_lean,
+    part,
+    projection_unfusable,
+    stateless,
+    unfusable,
+)
 from .preact import PreAct
 from .residual_network import ResidualNetwork
 from .stem import FusedResNet
@@ -75,12 +88,15 @@ def swap_blocks(
     memory_format: torch.memory_format = torch.channels_last,
     memory: str | None = None,
 ) -> nn.Module:
-    """Turn every BasicBlock and Bottleneck of torchvision and timm inside `model` into its fused twin, in place; and
-    their ResNets into ones that train with their stem's batch norm, ReLU and pool in one pass.
+    """Turn every residual block inside `model` into its fused twin, in place; and the ResNets of torchvision and timm
+    into ones that train with their stem's batch norm, ReLU and pool in one pass.
 
-    model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Parameters, buffers, hooks
-    of the blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A block that cannot
-    be fused without changing what it computes is left alone; `swap_report(model)` tells which and why.
+    model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Blocks are torchvision's
+    and timm's BasicBlock and Bottleneck, and those of any other class whose forward, traced by `torch.fx`, is
+    relu(chain(x) + shortcut(x)), the chain being convolution, batch norm and ReLU in turns: Hugging Face's ResNets,
+    RegNets, your own. A block stays an instance of its class. Parameters, buffers, hooks of the blocks, training mode
+    and state_dict keys stay what they are; checkpoints load both ways. A block that cannot be fused without changing
+    what it computes is left alone; `swap_report(model)` tells which and why.
 
     memory_format: layout given to the weights of all the model's convolutions if a block is swapped (as
     `model.to(memory_format=...)` would; the stem's decides what the first block reads). The default, channels_last, is
@@ -103,19 +119,24 @@ def swap_blocks(
         )
     if memory is not None:
         check_memory(memory)
-    shared = _shared_convolutions(_module(model))
-    _warn_of_biases(model)
+    found = _found(_module(model))
+    shared = _shared_convolutions(found)
+    _warn_of_biases(model, found)
     swapped = False
-    kinds, networks = _kinds(), _networks()
+    networks = _networks()
     for network in model.modules():
         if isinstance(network, ResidualNetwork):
             network.fused = True
         elif type(network) in networks and not _FORWARDS & vars(network).keys():
             network.__class__ = networks[type(network)]
-    for _, block in _blocks(model):
-        if type(block) in kinds and _why_left(block, shared) is None:
-            block.__class__ = kinds[type(block)]
-            swapped = True
+    for _, block, anatomy in found:
+        if isinstance(block, Fused) or _why_left(block, anatomy, shared) is not None:
+            continue
+        if isinstance(anatomy, traced_blocks.Anatomy):
+            traced_blocks.swap(block, anatomy)
+        else:
+            block.__class__ = anatomy
+        swapped = True
     if swapped and memory_format is not torch.preserve_format:
         for conv in (m for m in model.modules() if type(m) is nn.Conv2d):
             former = _lay_out(conv, memory_format)
@@ -145,6 +166,8 @@ def restore_blocks(model: nn.Module) -> nn.Module:
         elif type(m) in originals:
             m.__class__ = originals[type(m)]
             m.__dict__.pop("memory", None)
+        elif isinstance(m, traced_blocks.TracedBlock):
+            traced_blocks.restore(m)
         former = m.__dict__.pop(_FORMER, None)
         if former is not None:
             _lay_out(m, next(f for f in _FORMATS if str(f) == former))
@@ -153,9 +176,11 @@ def restore_blocks(model: nn.Module) -> nn.Module:
 
 def swap_report(model: nn.Module) -> SwapReport:
     """Every residual block inside `model`, as it is now: fused, fusable, or left and why. `str()` of it is a table."""
-    shared = _shared_convolutions(_module(model))
-    kinds = (*_kinds(), PreAct)
-    return SwapReport(tuple(_report(name, m, shared) for name, m in model.named_modules() if isinstance(m, kinds)))
+    found = _found(_module(model))
+    shared = _shared_convolutions(found)
+    blocks = {block: _report(name, block, anatomy, shared) for name, block, anatomy in found}
+    blocks |= {m: _report_pre_activation(name, m) for name, m in model.named_modules() if isinstance(m, PreAct)}
+    return SwapReport(tuple(blocks[m] for m in model.modules() if m in blocks))
 
 
 def _module(model) -> nn.Module:
@@ -175,7 +200,7 @@ def _timm():
     return timm_blocks
 
 
-def _kinds() -> dict[type[nn.Module], type[Fused]]:
+def _kinds() -> dict[type[nn.Module], type[Named]]:
     """The fused class of each library's block."""
     timm = _timm()
     return FUSED if timm is None else FUSED | timm.FUSED
@@ -187,40 +212,58 @@ def _networks() -> dict[type[nn.Module], type[nn.Module]]:
     return NETWORKS if timm is None else NETWORKS | timm.NETWORKS
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    kinds = tuple(_kinds())
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, kinds))
+class _Found(NamedTuple):
+    """A residual block: its name in the model, and its anatomy, fused or not yet; a str: why it has none."""
+
+    name: str
+    block: nn.Module
+    anatomy: type[Named] | traced_blocks.Anatomy | str
 
 
-def _kind(block: nn.Module) -> type[Fused]:
-    """The fused class of a block, or what it would be for the class that the block is derived of."""
-    return next(fused for original, fused in _kinds().items() if isinstance(block, original))
+def _found(model: nn.Module) -> list[_Found]:
+    """The post-activation blocks of a model."""
+    kinds = _kinds()
+    traced = traced_blocks.discover(model, lambda m: isinstance(m, (Fused, PreAct)) or type(m) in kinds)
+    found = []
+    for name, m in model.named_modules():
+        if isinstance(m, Fused):
+            found.append(_Found(name, m, m._anatomy))
+        elif type(m) in kinds:
+            found.append(_Found(name, m, kinds[type(m)]))
+        elif m in traced:
+            found.append(_Found(name, m, traced[m]))
+        elif isinstance(m, tuple(kinds)):
+            reason = "is not exactly BasicBlock or Bottleneck, and its forward is not traced to be one's"
+            found.append(_Found(name, m, f"{type(m).__name__} {reason}"))
+    return found
 
 
 def _nothing_to_fuse(model: nn.Module) -> str:
     left = swap_report(model).left
     if not left:
-        return "model: there is no residual block of torchvision or timm in it"
+        return "model: no residual block was found in it"
     reasons = Counter(block.reason for block in left)
     return f"model: none of its {len(left)} residual blocks could be swapped; first reason: {next(iter(reasons))}"
 
 
-def _report(name: str, block: nn.Module, shared: set[int]) -> BlockReport:
+def _report_pre_activation(name: str, block: PreAct) -> BlockReport:
+    reason = block.unfusable()
+    note = _lean_note(block, block.not_lean) if block.memory == "lean" else ""
+    return BlockReport(name, type(block).__name__, "fused", reason and f"runs unfused: {reason}" or "", note)
+
+
+def _report(name: str, block: nn.Module, anatomy, shared: set[int]) -> BlockReport:
     type_name = type(block).__name__
-    if isinstance(block, PreAct):
-        reason = block.unfusable()
-        note = _lean_note(block, block.not_lean) if block.memory == "lean" else ""
-        return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
     if isinstance(block, Fused):  # FSDP makes subclasses of fused blocks
         reason = unfusable(block)
-        notes = [_downsample_note(block)]
-        if block.memory == "lean":
+        notes = [] if reason else [_downsample_note(anatomy.side(block))]
+        if block.memory == "lean" and not reason:
             notes.append(_lean_note(block, lambda: not_lean(block)))
         note = "; ".join(n for n in notes if n)
         return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
-    reason = _why_left(block, shared)
+    reason = _why_left(block, anatomy, shared)
     if reason is None:
-        return BlockReport(name, type_name, "fusable", note=_downsample_note(block))
+        return BlockReport(name, type_name, "fusable", note=_downsample_note(anatomy.side(block)))
     return BlockReport(name, type_name, "left", reason)
 
 
@@ -229,39 +272,55 @@ def _lean_note(block: nn.Module, not_lean) -> str:
     return f"not lean: {kept}" if kept else "lean"
 
 
-def _downsample_note(block: nn.Module) -> str:
-    reason = None if stateless(block.downsample) else projection_unfusable(block.downsample)
+def _downsample_note(downsample) -> str:
+    reason = None if stateless(downsample) else projection_unfusable(downsample)
     return f"downsample is called as it is: {reason}" if reason else ""
 
 
-def _why_left(block: nn.Module, shared: set[int]) -> str | None:
-    if type(block) not in _kinds():
-        return f"{type(block).__name__} is not exactly BasicBlock or Bottleneck"
+def _why_left(block: nn.Module, anatomy, shared: set[int]) -> str | None:
+    if isinstance(anatomy, str):
+        return anatomy
     if "forward" in block.__dict__:
         return "forward is overridden on the instance"
-    for name, conv in _convolutions(block):
+    for name, conv in _convolutions(block, anatomy):
         if id(conv) in shared:
             return f"{name}: is shared with another batch norm"
-    return unfusable(block, _kind(block))
+    return unfusable(block, anatomy)
 
 
-def _convolutions(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from ((name, getattr(block, name)) for name in _kind(block).parts[::2])
-    if isinstance(block.downsample, nn.Sequential):
-        yield from ((f"downsample.{n}", m) for n, m in block.downsample.named_children() if isinstance(m, nn.Conv2d))
+def _convolutions(block: nn.Module, anatomy) -> Iterator[tuple[str, nn.Module]]:
+    """(name, convolution) of those in a block."""
+    yield from ((name, part(block, name)) for name in anatomy.parts[::2])
+    yield from ((name, m) for name, m in _on_the_side(block, anatomy) if isinstance(m, nn.Conv2d))
 
 
-def _shared_convolutions(model: nn.Module) -> set[int]:
+def _on_the_side(block: nn.Module, anatomy) -> list[tuple[str, nn.Module]]:
+    """(name, module) of what is called one after another on a block's shortcut, as far as it is known."""
+    side = anatomy.side(block)
+    if isinstance(side, tuple):
+        return list(zip(anatomy.shortcut, side, strict=True))
+    if not isinstance(side, nn.Sequential):
+        return []
+    path = anatomy.shortcut[0] if isinstance(anatomy, traced_blocks.Anatomy) else "downsample"
+    return [(f"{path}.{name}", m) for name, m in side.named_children()]
+
+
+def _shared_convolutions(found: list[_Found]) -> set[int]:
     """ids of the convolutions that stand in more than one place among the blocks."""
-    uses = Counter(id(conv) for _, block in _blocks(model) for _, conv in _convolutions(block))
+    blocks = [(block, anatomy) for _, block, anatomy in found if not isinstance(anatomy, str)]
+    uses = Counter(id(conv) for block, anatomy in blocks for _, conv in _convolutions(block, anatomy))
     return {conv for conv, count in uses.items() if count > 1}
 
 
-def _warn_of_biases(model: nn.Module) -> None:
+def _warn_of_biases(model: nn.Module, found: list[_Found]) -> None:
+    pairs = [(name, triple) for name, block, anatomy in found for triple in _normalised(block, anatomy)]
+    for name, block in model.named_modules():
+        if isinstance(block, PreAct):
+            own = block._pairs()
+            pairs += [(name, (f"conv{i}", own[i - 1][1], own[i][0])) for i in range(1, len(own))]
     biased = [
-        f"{name}.{part}".lstrip(".")
-        for name, block in model.named_modules()
-        for part, conv, norm in _normalised(block)
+        f"{name}.{conv_name}".lstrip(".")
+        for name, (conv_name, conv, norm) in pairs
         if getattr(conv, "bias", None) is not None and isinstance(norm, nn.modules.batchnorm._BatchNorm)
     ]
     if biased:
@@ -272,18 +331,16 @@ def _warn_of_biases(model: nn.Module) -> None:
         )
 
 
-def _normalised(block: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def _normalised(block: nn.Module, anatomy) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """(name, convolution, the norm of its result) of a residual block."""
-    if isinstance(block, PreAct):
-        pairs = block._pairs()
-        yield from ((f"conv{i}", pairs[i - 1][1], pairs[i][0]) for i in range(1, len(pairs)))
-    elif isinstance(block, tuple(_kinds())):
-        parts = _kind(block).parts
-        for conv, norm in zip(parts[::2], parts[1::2], strict=True):
-            yield conv, getattr(block, conv), getattr(block, norm)
-        if isinstance(block.downsample, nn.Sequential) and len(block.downsample) in (2, 3):
-            *pools, conv, norm = block.downsample
-            yield f"downsample.{len(pools)}", conv, norm
+    if isinstance(anatomy, str):
+        return
+    for conv, norm in zip(anatomy.parts[::2], anatomy.parts[1::2], strict=True):
+        yield conv, part(block, conv), part(block, norm)
+    side = _on_the_side(block, anatomy)
+    if len(side) in (2, 3):
+        *_, (name, conv), (_, norm) = side
+        yield name, conv, norm
 
 
 def _lay_out(conv: nn.Conv2d, memory_format: torch.memory_format) -> torch.memory_format | None:

@@ -87,7 +87,8 @@ class PreAct(nn.Module):
 
     def unfusable(self) -> str | None:
         """Why the block runs its modules one by one, or None if it is fused."""
-        reason = parts_unfusable(self, (name for name in self._modules if name.startswith(("bn", "conv"))))
+        convolutions, norms = ([name for name in self._modules if name.startswith(kind)] for kind in ("conv", "bn"))
+        reason = parts_unfusable(self, convolutions, norms)
         return reason if reason or self.downsample is None else _projection_unfusable(self.downsample)
 
 

@@ -168,12 +168,12 @@ class ResidualNetwork(nn.Module):
     def _stem(self, x: Tensor) -> Tensor:
         if self.fused and (pooled := pooled_stem(self, x)) is not None:
             return pooled
-        if not self.fused or parts_unfusable(self, ("conv1", "bn1")) is not None or recorded(x):
+        if not self.fused or parts_unfusable(self, ("conv1",), ("bn1",)) is not None or recorded(x):
             return self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.maxpool(conv_bn(x, self.conv1, self.bn1))
 
     def _last(self, x: Tensor) -> Tensor:
-        if not self.fused or parts_unfusable(self, ("bn1",)) is not None or recorded(x):
+        if not self.fused or parts_unfusable(self, (), ("bn1",)) is not None or recorded(x):
             return self.relu(self.bn1(x))
         return batch_norm_act(x, self.bn1)
 

@@ -69,7 +69,7 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
 def unpoolable(network: nn.Module, relu: str = "relu") -> str | None:
     """Why batch norm, ReLU and pool of this network's stem are called as modules now, or None."""
     modules = network._modules
-    if reason := parts_unfusable(network, ("bn1",), (relu,)):
+    if reason := parts_unfusable(network, (), ("bn1",), (relu,)):
         return reason
     if not on_own_batch(modules["bn1"]):
         return "bn1: does not use the batch's own statistics"

@@ -2,8 +2,8 @@
 
 Beside what torchvision's blocks have, these may have an average pool in front of the projection (arXiv 1812.01187),
 channel attention behind the last batch norm (arXiv 1709.01507, 1910.03151), stochastic depth (arXiv 1603.09382),
-anti-aliasing (arXiv 1904.11486) and DropBlock (arXiv 1810.12890). The first three stay modules in a fused block; with
-one of the last two, as long as it does anything, a block runs timm's own forward.
+anti-aliasing (arXiv 1904.11486) and DropBlock (arXiv 1810.12890). All but the last stay modules in a fused block; as
+long as DropBlock does anything, a block runs timm's own forward.
 """
 
 from __future__ import annotations
@@ -12,29 +12,30 @@ from timm.layers import DropBlock2d, DropPath
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .blocks import Fused, tampered
+from .blocks import Named, tampered
 from .stem import pooled_stem
 
 
-class _FusedTimm(Fused):
+class _FusedTimm(Named):
     @staticmethod
     def obstacle(block: nn.Module) -> str | None:
-        for name in ("drop_block", "aa"):
-            module = block._modules.get(name)
-            if module is None:
-                continue
-            # What drops at random does nothing in eval mode, where a block that is swapped can be fused.
-            later = type(module) in _RANDOM and not isinstance(block, Fused)
-            if not (_idle(module) or later):
-                return f"{name}: {type(module).__name__} stands between a batch norm and the next convolution"
-            if reason := tampered(module):
-                return f"{name}: {reason}"
-        return None
+        module = block._modules.get("drop_block")
+        if module is None:
+            return None
+        # What drops at random does nothing in eval mode, where a block that is swapped can be fused.
+        later = type(module) in _RANDOM and not isinstance(block, Named)
+        if not (_idle(module) or later):
+            return f"drop_block: {type(module).__name__} stands between a batch norm and its ReLU"
+        reason = tampered(module)
+        return reason and f"drop_block: {reason}"
+
+    @staticmethod
+    def between(block: nn.Module) -> list[list[nn.Module]]:
+        return [[] for _ in block.parts[4::2]] + [_at_work(block, "aa")]
 
     @staticmethod
     def tail(block: nn.Module) -> list[nn.Module]:
-        modules = (block._modules.get("se"), block._modules.get("drop_path"))
-        return [m for m in modules if m is not None and (not _idle(m) or tampered(m))]
+        return _at_work(block, "se", "drop_path")
 
 
 class FusedTimmBasicBlock(_FusedTimm, BasicBlock):
@@ -72,6 +73,12 @@ class FusedTimmResNet(ResNet):
 _RANDOM = (DropBlock2d, DropPath)
 FUSED = {BasicBlock: FusedTimmBasicBlock, Bottleneck: FusedTimmBottleneck}
 NETWORKS = {ResNet: FusedTimmResNet}
+
+
+def _at_work(block: nn.Module, *names: str) -> list[nn.Module]:
+    """Those of these modules that a block has to call."""
+    modules = map(block._modules.get, names)
+    return [m for m in modules if m is not None and (not _idle(m) or tampered(m))]
 
 
 def _idle(module: nn.Module) -> bool:
