@@ -48,7 +48,7 @@ class Fused:
             out = conv_bn(out, first[i], first[i + 1])
             for module in between[i // 2]:
                 out = module(out)
-        if not tail:
+        if not tail and not anatomy.apart:
             return conv_bn(out, conv, bn, _shortcut(x, self, out))
         return _joined(conv_bn(out, conv, bn, relu=False), self, tail, lambda: _shortcut(x, self, out))
 
@@ -60,12 +60,15 @@ class Named(Fused):
     """Fused blocks whose parts are attributes of known names.
 
     parts: the convolutions and batch norms, in the order of their calls. activations: the ReLUs. residual: whether
-    there is a shortcut.
+    there is a shortcut. in_place: whether the sum has the dtype of what the shortcut is added to. apart: whether the
+    add is PyTorch's, which broadcasts.
     """
 
     parts: tuple[str, ...]
     activations: tuple[str, ...] = ("relu",)
     residual = True
+    in_place = True
+    apart = False
 
     @property
     def _anatomy(self) -> type[Named]:
@@ -157,7 +160,8 @@ def _trained(
     def run(x: Tensor, statistics: training.Statistics) -> Tensor:
         if anatomy.residual:
             # What PyTorch's add hands back is the gradient of its other operand, too.
-            own = not pools if projected else downsample is None and not tail and first[0].in_channels > 1
+            added = not tail and not anatomy.apart
+            own = not pools if projected else downsample is None and added and first[0].in_channels > 1
             out, norm, x = training.convolve_shared(x, *first[:2], statistics, own)
         else:
             out, norm = training.convolve(x, training.NOTHING, *first[:2], statistics)
@@ -174,7 +178,7 @@ def _trained(
                 return _shortcut(x, block, out)
             return training.normalised(_pooled(x, pools), training.NOTHING, into, after, None, statistics, relu=False)
 
-        if not tail:
+        if not tail and not anatomy.apart:
             return training.normalised(out, norm, conv, bn, shortcut(), statistics)
         return _joined(training.normalised(out, norm, conv, bn, None, statistics, relu=False), block, tail, shortcut)
 
@@ -187,7 +191,8 @@ def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Call
     """The end of a block by its own modules, in the order of timm's forward; out gives the sum its dtype."""
     for module in tail:
         out = module(out)
-    return block._anatomy.last(block)((out + shortcut()).to(out.dtype))
+    total = out + shortcut()
+    return block._anatomy.last(block)(total.to(out.dtype) if block._anatomy.in_place else total)
 
 
 def _pooled(x: Tensor, pools: list[nn.Module]) -> Tensor:
@@ -246,6 +251,8 @@ def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor | None:
         return None
     downsample = anatomy.side(block)
     if downsample is None:
+        if anatomy.apart:
+            return x
         if part(block, anatomy.parts[0]).in_channels > 1:
             return x
         last = part(block, anatomy.parts[-2])
@@ -254,6 +261,8 @@ def _shortcut(x: Tensor, block: nn.Module, out: Tensor) -> Tensor | None:
         # Any module may stand here, a global pool say, and torchvision's add broadcasts maps.
         for module in downsample if isinstance(downsample, tuple) else (downsample,):
             x = module(x)
+        if anatomy.apart:
+            return x
         return x.expand(out.shape[0], -1, out.shape[2], out.shape[3])
     *pools, conv, bn = downsample
     return conv_bn(_pooled(x, pools), conv, bn, relu=False)

@@ -94,9 +94,10 @@ def swap_blocks(
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Blocks are torchvision's
     and timm's BasicBlock and Bottleneck, and those of any other class whose forward, traced by `torch.fx`, is
     relu(chain(x) + shortcut(x)), the chain being convolution, batch norm and ReLU in turns: Hugging Face's ResNets,
-    RegNets, your own. A block stays an instance of its class. Parameters, buffers, hooks of the blocks, training mode
-    and state_dict keys stay what they are; checkpoints load both ways. A block that cannot be fused without changing
-    what it computes is left alone; `swap_report(model)` tells which and why.
+    RegNets, your own. A block stays an instance of its class; one whose forward does anything beside is left alone.
+    Parameters, buffers, hooks of the blocks, training mode and state_dict keys stay what they are; checkpoints load
+    both ways. A block that cannot be fused without changing what it computes is left alone; `swap_report(model)` tells
+    which and why. torch.jit.script and vmap know no fused block.
 
     memory_format: layout given to the weights of all the model's convolutions if a block is swapped (as
     `model.to(memory_format=...)` would; the stem's decides what the first block reads). The default, channels_last, is
@@ -147,7 +148,7 @@ def swap_blocks(
         for block in fused:
             block.memory = memory
     if not fused:
-        warnings.warn(_nothing_to_fuse(model), stacklevel=2)
+        warnings.warn(_nothing_to_fuse(_reports(found, shared)), stacklevel=2)
     return model
 
 
@@ -178,7 +179,7 @@ def swap_report(model: nn.Module) -> SwapReport:
     """Every residual block inside `model`, as it is now: fused, fusable, or left and why. `str()` of it is a table."""
     found = _found(_module(model))
     shared = _shared_convolutions(found)
-    blocks = {block: _report(name, block, anatomy, shared) for name, block, anatomy in found}
+    blocks = _reports(found, shared)
     blocks |= {m: _report_pre_activation(name, m) for name, m in model.named_modules() if isinstance(m, PreAct)}
     return SwapReport(tuple(blocks[m] for m in model.modules() if m in blocks))
 
@@ -238,8 +239,8 @@ def _found(model: nn.Module) -> list[_Found]:
     return found
 
 
-def _nothing_to_fuse(model: nn.Module) -> str:
-    left = swap_report(model).left
+def _nothing_to_fuse(reports: dict[nn.Module, BlockReport]) -> str:
+    left = reports.values()
     if not left:
         return "model: no residual block was found in it"
     reasons = Counter(block.reason for block in left)
@@ -265,6 +266,10 @@ def _report(name: str, block: nn.Module, anatomy, shared: set[int]) -> BlockRepo
     if reason is None:
         return BlockReport(name, type_name, "fusable", note=_downsample_note(anatomy.side(block)))
     return BlockReport(name, type_name, "left", reason)
+
+
+def _reports(found: list[_Found], shared: set[int]) -> dict[nn.Module, BlockReport]:
+    return {block: _report(name, block, anatomy, shared) for name, block, anatomy in found}
 
 
 def _lean_note(block: nn.Module, not_lean) -> str:

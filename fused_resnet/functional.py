@@ -9,22 +9,13 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor, nn
-from torch._C import (
-    _are_functorch_transforms_active,
-    _AutoDispatchBelowAutograd,
-    _get_tracing_state,
-    _is_any_autocast_enabled,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch.autograd import _profiler_enabled, forward_ad
 
 from . import sync
-from .ops import conv_bn_act_kernel
+from .ops import direct
 
-_ops = torch.ops.fused_resnet
+_conv_bn_act, _bn_stats, _bn_act = direct("conv_bn_act"), direct("bn_stats"), direct("bn_act")
+_update_running_stats = direct("update_running_stats_")
 
 
 def conv_bn_act(
@@ -59,35 +50,7 @@ def conv_bn_act(
     any other mismatch, naming the argument.
     """
     conv = (_pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation"), groups, relu)
-    args = (x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv)
-    if _nothing_to_record(x, weight, residual) and type(eps) is float:
-        with _AutoDispatchBelowAutograd():
-            return conv_bn_act_kernel(*args)
-    return _ops.conv_bn_act.default(*args)
-
-
-def _nothing_to_record(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
-    """Whether this is plain eager inference: no gradient, no tracer, transform, mode or autocast that must see the op.
-
-    The dispatcher would then lead through two Python kernels to the same function, at a price: leaving it out made
-    ResNet-50 at batch 1 about 6 % faster on a CPU.
-    """
-    return (
-        type(x) is Tensor
-        and type(weight) in (nn.Parameter, Tensor)
-        and (residual is None or type(residual) is Tensor)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and (x.is_cpu or x.is_cuda)
-        and not x.is_neg()  # a lazy negation is the dispatcher's to resolve
-        and not _is_any_autocast_enabled()
-        and not _profiler_enabled()
-        and _len_torch_dispatch_stack() == 0
-        and _len_torch_function_stack() == 0
-        and _get_tracing_state() is None
-        and not _are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    return _conv_bn_act(x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv)
 
 
 def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, relu: bool = True) -> Tensor:
@@ -100,23 +63,19 @@ def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, 
     Raises ValueError for an x that is not 4-D or, with batch statistics, has one value a channel.
     """
     if not uses_batch_statistics(bn):
-        return _ops.bn_act.default(
-            x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, residual, relu, False
-        )
+        return _bn_act(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, residual, relu, False)
     if sync.needs_collective(bn):
         return sync.batch_norm_act(x, bn, residual, relu)
-    mean, var = _ops.bn_stats.default(x)
+    mean, var = _bn_stats(x)
     update_running_stats(bn, x, mean, var)
-    return _ops.bn_act.default(x, mean, var, bn.weight, bn.bias, bn.eps, residual, relu, True)
+    return _bn_act(x, mean, var, bn.weight, bn.bias, bn.eps, residual, relu, True)
 
 
 def update_running_stats(bn: nn.Module, x: Tensor, mean: Tensor, var: Tensor) -> None:
     """What `bn` does to its buffers in training, for a batch x: [N, C, H, W] with these statistics (var: biased)."""
     if bn.training and bn.track_running_stats and bn.running_mean is not None:
         count = x.shape[0] * x.shape[2] * x.shape[3]
-        _ops.update_running_stats_.default(
-            bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, count, bn.momentum
-        )
+        _update_running_stats(bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, count, bn.momentum)
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:

@@ -17,11 +17,22 @@ reference. vmap, torch.func and forward-mode AD raise.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C import _after_autograd_keyset, _any_requires_grad, _are_functorch_transforms_active
-from torch.autograd import forward_ad
+from torch._C import (
+    _after_autograd_keyset,
+    _any_requires_grad,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _dispatch_keys,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled, forward_ad
 
 from . import backends
 from .backends import reference, triton_running
@@ -29,6 +40,8 @@ from .backends.layout import conv_output_size, output_format
 from .backends.reference import accumulator
 
 _lib = torch.library.Library("fused_resnet", "DEF")
+_kernels: dict[str, Callable] = {}
+_functions: dict[str, type[torch.autograd.Function]] = {}
 
 PLACES = "int[] stride, int[] padding, int[] dilation, int groups"
 _CONV = f"{PLACES}, bool relu"
@@ -57,6 +70,7 @@ def register(name: str, schema: str, kernel, fake) -> None:
             f"fused_resnet::{name} has no batching rule for vmap; put the batch into x: [N, C, H, W]"
         )
 
+    _kernels[name] = kernel
     _lib.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_resnet::{name}", fake, lib=_lib)
     torch.library.register_vmap(f"fused_resnet::{name}", batched, lib=_lib)
@@ -67,7 +81,9 @@ def register_autograd(name: str, setup, formula) -> None:
     op = getattr(torch.ops.fused_resnet, name).default
 
     def below(keyset, args):
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
+            if keyset is None:  # of a call that `direct` makes
+                return _kernels[name](*args)
             return op.redispatch(keyset & _after_autograd_keyset, *args)
 
     def forward(ctx, *args):
@@ -80,7 +96,7 @@ def register_autograd(name: str, setup, formula) -> None:
     def backward(ctx, *grads):
         return *formula(ctx, *grads), None
 
-    function = type(
+    _functions[name] = function = type(
         f"{name}_autograd",
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
@@ -98,6 +114,65 @@ def register_autograd(name: str, setup, formula) -> None:
         return function.apply(*args, keyset)
 
     _lib.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+# --- past the dispatcher: it would lead through two Python kernels to the same function, at more than their price ---
+
+
+def direct(name: str) -> Callable:
+    """The op, called without the dispatcher where nothing but autograd has to see it. Of a change in place autograd
+    knows from the operators that make it, so such an op must have no function of its own."""
+    op = getattr(torch.ops.fused_resnet, name).default
+    floats = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "float"]
+
+    def call(*args):
+        if not plain(args) or any(type(args[i]) is not float for i in floats):
+            return op(*args)
+        args = [list(a) if type(a) is tuple else a for a in args]  # as the dispatcher has it
+        function = _functions.get(name)
+        if function is None:
+            return _kernels[name](*args)
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
+            return function.apply(*args, None)
+        with _AutoDispatchBelowAutograd():
+            return _kernels[name](*args)
+
+    return call
+
+
+def plain(args) -> bool:
+    """Whether these are an eager call's: plain tensors and numbers, and no tracer, transform, mode, profiler or
+    autocast that has to see the op."""
+    if (
+        torch.compiler.is_compiling()
+        or _is_any_autocast_enabled()
+        or _profiler_enabled()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _get_tracing_state() is not None
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for a in args:
+        kind = type(a)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if not _is_dense(_dispatch_keys(a).raw_repr()):
+                return False
+        elif kind not in _PLAIN:
+            return False
+    return True
+
+
+_PLAIN = {float, int, bool, list, tuple, type(None)}
+_DENSE = {*("CPU", "AutogradCPU", "AutocastCPU", "CUDA", "AutogradCUDA", "AutocastCUDA", "ADInplaceOrView")}
+
+
+@functools.cache
+def _is_dense(keys: int) -> bool:
+    """Whether a tensor with these dispatch keys is dense, of a CPU or GPU, and neither batched nor lazily negated."""
+    named = str(torch._C.DispatchKeySet.from_raw_repr(keys)).partition("(")[2].rstrip(")").split(", ")
+    return _DENSE.issuperset(named)
 
 
 # --- validation: the same in the op and in its fake; every message names the argument ---
@@ -286,7 +361,7 @@ def _conv_backward(ctx, grad):
     dx = dweight = dbn_weight = dbn_bias = None
     dresidual = grad if needs[7] else None
     if any(mask):
-        dx, dweight, dbn_weight, dbn_bias, masked = torch.ops.fused_resnet.conv_bn_act_bwd.default(
+        dx, dweight, dbn_weight, dbn_bias, masked = _conv_bn_act_bwd(
             grad, y, x, weight, bn_weight, running_mean, running_var, *ctx.options, mask
         )
         dresidual = masked if mask[4] else dresidual
@@ -367,9 +442,7 @@ def _bn_backward(ctx, grad):
     dx = dbn_weight = dbn_bias = None
     dresidual = grad if needs[6] else None
     if any(mask):
-        dx, dbn_weight, dbn_bias, masked = torch.ops.fused_resnet.bn_act_bwd.default(
-            grad, y, x, mean, var, bn_weight, *ctx.options, mask
-        )
+        dx, dbn_weight, dbn_bias, masked = _bn_act_bwd(grad, y, x, mean, var, bn_weight, *ctx.options, mask)
         dresidual = masked if mask[3] else dresidual
     return (
         dx if mask[0] else None,
@@ -526,6 +599,9 @@ register_autograd("bn_stats", _stats_setup, lambda ctx, *grads: (None,))
 register_double_backward("conv_bn_act_bwd", reference.conv_bn_act_bwd, (0, 2, 3, 4))
 register_double_backward("bn_act_bwd", _batch_norm_bwd_from_input, (0, 2, 5))
 register_double_backward("bn_act_bwd_input", lambda *args: (reference.bn_act_bwd_input(*args),), (0, 2, 3, 4, 5, 6))
+
+
+_conv_bn_act_bwd, _bn_act_bwd = direct("conv_bn_act_bwd"), direct("bn_act_bwd")
 
 
 def as_given(dtype, args):

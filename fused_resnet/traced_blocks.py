@@ -6,68 +6,88 @@ dropout). What modules are called, how they are nested, and whether a ReLU is a 
 Hugging Face's ResNets, torchvision's RegNets, the residual towers of game engines and the CIFAR ResNets of so many
 repositories are made of such blocks.
 
-The trace speaks for the block as it was when it was swapped. What the forward may have looked at, plain attributes,
-classes and children of the modules inside, is compared at every call; a block that has changed runs its own forward.
+The trace is strict (strict_trace.py): a forward that does anything else is no block's. It speaks for the block as it
+was when it was swapped. The attributes that the forward's code mentions, and the children and hooks of the modules that
+it goes through, are compared at every call; a block that has changed runs its own forward.
 """
 
 from __future__ import annotations
 
+import abc
 import copyreg
+import enum
 import functools
 import itertools
 import operator
-from collections import OrderedDict
+import types
 from collections.abc import Callable
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as _module
 from torchvision.ops import FrozenBatchNorm2d
 
 from .blocks import Fused, Side, part, tampered
+from .strict_trace import NORMS, Trace, is_plain, trace
 
 _MOST_CONVOLUTIONS = 8  # in a block: more is a stage
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _IN_PLACE = {operator.iadd, "add_"}
 _ADDS = {operator.add, torch.add, "add", *_IN_PLACE}
-_PLAIN = (bool, int, float, str, type(None))
-_GONE = object()
 
 
 class _Seen(NamedTuple):
-    """A module that the forward went through, and what of it may have decided the way."""
+    """A module inside a block, and what of it may have decided the forward's way."""
 
     path: str  # '' for the block
-    kind: type[nn.Module]
+    called: bool
     children: tuple[str, ...]
-    plain: tuple[tuple[str, object], ...]
-
-    @classmethod
-    def of(cls, block: nn.Module, path: str) -> _Seen:
-        module = part(block, path) if path else block
-        plain = ((name, v) for name, v in vars(module).items() if name not in _MODES and _is_plain(v))
-        return cls(path, type(module), tuple(module._modules), tuple(plain))
+    kinds: tuple[type, ...]  # of the children
+    given: tuple[tuple[str, object], ...]
 
     def changed(self, block: nn.Module) -> str | None:
         module = part(block, self.path) if self.path else block
         where = f"{self.path}: " if self.path else ""
-        if self.path and type(module) is not self.kind or tuple(module._modules) != self.children:
+        if module is None or tuple(module._modules) != self.children:
             return f"{where}other modules than when the block was recognised"
-        for name, value in self.plain:
-            if getattr(module, name, _GONE) != value:
+        if tuple(map(type, module._modules.values())) != self.kinds:
+            return f"{where}modules of other classes than when the block was recognised"
+        for name, value in self.given:
+            now = _attribute(module, name)
+            if now is not value and (type(now) is not type(value) or not is_plain(now) or now != value):
                 return f"{where}{name} is another than when the block was recognised"
-        reason = tampered(module) if self.path else None
+        reason = tampered(module) if self.called else None
         return reason and f"{where}{reason}"
 
 
-def _is_plain(value) -> bool:
-    if type(value) is tuple:
-        return all(map(_is_plain, value))
-    return type(value) in _PLAIN and value == value  # NaN would always be another
+class _From(enum.Enum):
+    """Where an attribute comes from that is nobody's own, or no constant."""
+
+    NOWHERE = "nowhere"
+    TORCH = "a class of torch"
+    CLASS = "a function or property of its class"
+    OBJECT = "something that can change inside"
+
+
+def _attribute(module: nn.Module, name: str):
+    """What a module gives by this name, nothing being called."""
+    for own in (module.__dict__, module._parameters, module._buffers):
+        if name in own:
+            return own[name] if _is_fixed(own[name]) else _From.OBJECT
+    for kind in type(module).__mro__:
+        if name in kind.__dict__:
+            value = kind.__dict__[name]
+            if kind.__module__.partition(".")[0] == "torch":
+                return _From.TORCH
+            called = isinstance(value, (types.FunctionType, property, staticmethod, classmethod, type))
+            return _From.CLASS if called else value if _is_fixed(value) else _From.OBJECT
+    return _From.NOWHERE
+
+
+def _is_fixed(value) -> bool:
+    """Whether nothing inside this can change, so that it can be compared with itself later."""
+    return is_plain(value) or isinstance(value, (enum.Enum, type, types.FunctionType, types.BuiltinFunctionType))
 
 
 class Anatomy(NamedTuple):
@@ -75,8 +95,8 @@ class Anatomy(NamedTuple):
 
     argument: what its forward calls x. others: modules in front of the second convolution, of the next, and at last of
     the add. relu: the last one, '' if it is a function. shortcut: (): x itself; a path: a module to be called; more:
-    pools, a convolution and a batch norm. in_place: whether the sum takes the chain's place, and its dtype. seen: what
-    else the forward went through.
+    pools, a convolution and a batch norm. in_place: whether the sum takes the chain's place, and its dtype. apart:
+    whether the add may broadcast. seen: what the forward went through or asked.
     """
 
     argument: str
@@ -86,6 +106,7 @@ class Anatomy(NamedTuple):
     relu: str
     shortcut: tuple[str, ...]
     in_place: bool
+    apart: bool
     seen: tuple[_Seen, ...]
 
     @property
@@ -93,6 +114,8 @@ class Anatomy(NamedTuple):
         return True
 
     def obstacle(self, block: nn.Module) -> str | None:
+        if isinstance(block, TracedBlock) and type(block)._traced is not type(block)._original.forward:
+            return "its class has another forward than when it was recognised"
         return next(filter(None, (seen.changed(block) for seen in self.seen)), None)
 
     def between(self, block: nn.Module) -> list[list[nn.Module]]:
@@ -113,21 +136,30 @@ class TracedBlock(Fused):
     """A block of any class, fused; `fused_class` derives one of it. memory, an attribute: as FusedBasicBlock's."""
 
     _original: type[nn.Module]
+    _traced: types.FunctionType  # the forward that was recognised
     _anatomy: Anatomy
+
+    def __init_subclass__(cls, **options):
+        """Not that of the class behind: this one is in no register of theirs."""
 
     def forward(self, *args, **kwargs) -> Tensor:
         if args and not kwargs or list(kwargs) == [self._anatomy.argument]:
             x, *more = *args, *kwargs.values()
-            if not more and not (isinstance(x, Tensor) and self._promotes(x)):
+            if not more and (isinstance(x, fx.Proxy) or self._fits(x)):
                 return super().forward(x)
         return super(Fused, self).forward(*args, **kwargs)  # which says what is wrong
 
-    def _promotes(self, x: Tensor) -> bool:
-        """Whether the add would give its result the dtype of x, and not that which autocast gives a convolution's."""
-        own = self._anatomy
-        if own.in_place or len(own.shortcut) > 1 or not torch.is_autocast_enabled(x.device.type):
+    def _fits(self, x) -> bool:
+        """Whether x is a batch of maps, and the result has the dtype that the fused ops give it."""
+        if not isinstance(x, Tensor) or x.dim() != 4:
             return False
-        return x.dtype is not torch.get_autocast_dtype(x.device.type)
+        device, own = x.device.type, self._anatomy
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return True
+        # The add would give its result x's dtype, if that is wider; and a frozen batch norm that of its vectors.
+        lowers = own.in_place or len(own.shortcut) > 1 or x.dtype is torch.get_autocast_dtype(device)
+        norms = (part(self, path) for path in (*own.parts[1::2], *own.shortcut[-1:]))
+        return lowers and not any(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
 
     def __reduce_ex__(self, protocol):
         build, args, *rest = super().__reduce_ex__(protocol)
@@ -137,8 +169,9 @@ class TracedBlock(Fused):
 
 @functools.cache
 def fused_class(original: type[nn.Module]) -> type[TracedBlock]:
-    """The subclass of a block's class whose forward is fused. Raises TypeError where the class cannot have one."""
-    names = {"__module__": original.__module__, "__doc__": original.__doc__, "_original": original}
+    """The subclass of a block's class whose forward is fused."""
+    names = {"__module__": original.__module__, "__doc__": original.__doc__}
+    names |= {"_original": original, "_traced": original.forward}
     return type(original)(f"Fused{original.__name__}", (TracedBlock, original), names)
 
 
@@ -172,7 +205,7 @@ def discover(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[nn.Mo
         if module not in holds:
             holds[module] = False  # of one that holds itself
             inside = any([visit(child) for child in module.children()])
-            if not inside and not known(module) and (anatomy := anatomy_of(module)) is not None:
+            if not inside and not known(module) and (anatomy := _safely(module)) is not None:
                 found[module] = anatomy
             holds[module] = inside or known(module) or module in found
         return holds[module]
@@ -181,129 +214,63 @@ def discover(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[nn.Mo
     return found
 
 
+def _safely(module: nn.Module) -> Anatomy | str | None:
+    try:
+        return anatomy_of(module)
+    except Exception:  # of classes that do with attributes what they like: no blocks, then
+        return None
+
+
 def anatomy_of(block: nn.Module) -> Anatomy | str | None:
     """A block's anatomy; a str, why a residual block cannot be fused; None: this is no residual block."""
-    if type(block).__module__.partition(".")[0] == "torch" or "forward" in block.__dict__:
+    kind = type(block)
+    if kind.__module__.partition(".")[0] == "torch" or "forward" in block.__dict__:
         return None
     modules = list(block.modules())
     convolutions = sum(isinstance(m, nn.Conv2d) for m in modules)
-    if not 2 <= convolutions <= _MOST_CONVOLUTIONS or sum(isinstance(m, _NORMS) for m in modules) < 2:
+    if not 2 <= convolutions <= _MOST_CONVOLUTIONS or sum(isinstance(m, NORMS) for m in modules) < 2:
+        return None
+    if not any(isinstance(m, nn.ReLU) or "relu" in _mentioned(type(m)) for m in modules):
         return None
     # Into all that is called; or else not into what has no batch norm inside: attention, stochastic depth, a shortcut.
-    opaque = {name for name, m in block.named_modules() if name and not any(isinstance(n, _NORMS) for n in m.modules())}
+    opaque = {
+        name
+        for name, m in block.named_modules()
+        if name and type(m) is not nn.Sequential and not any(isinstance(inside, NORMS) for inside in m.modules())
+    }
     reasons = []
     for leaves in (set(), opaque):
-        training, evaluating = (_read(block, mode, leaves) for mode in (True, False))
+        training = _read(block, True, leaves)
+        evaluating = None if training is None else _read(block, False, leaves)
         if isinstance(training, Anatomy) and training == evaluating:
             return _refused(block) or training
-        same = training == evaluating or not isinstance(training, Anatomy) or not isinstance(evaluating, Anatomy)
-        reasons += [f for f in (training, evaluating) if isinstance(f, str)] if same else [_ANOTHER_WAY]
-    return reasons[0] if reasons else None
+        both = isinstance(training, Anatomy) and isinstance(evaluating, Anatomy)
+        reasons += [_ANOTHER_WAY] if both else [f for f in (training, evaluating) if isinstance(f, str)]
+    return reasons[-1] if reasons else None
 
 
 _ANOTHER_WAY = "its forward goes another way in training"
 
 
+def _mentioned(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The names in the code of a class's forward."""
+    return getattr(getattr(kind.forward, "__code__", None), "co_names", ())
+
+
 def _refused(block: nn.Module) -> str | None:
     """Why a block of this class cannot become a fused one."""
+    if type(type(block)) not in (type, abc.ABCMeta):
+        return f"{type(block).__name__} is of a metaclass of its own"
+    if hasattr(block, "fuse_model"):
+        return "is made to be quantized, by code that asks for its class"
     used = sorted(name for name in _RESERVED if hasattr(block, name))
-    if used:
-        return f"{used[0]}: a name that fused blocks have for something else"
-    try:
-        fused_class(type(block))
-    except TypeError as error:
-        return f"{type(block).__name__} cannot be derived from: {error}"
-    return None
+    return f"{used[0]}: a name that fused blocks have for something else" if used else None
 
 
 _RESERVED = {n for c in (Fused, TracedBlock) for n in (*vars(c), *c.__annotations__) if n[:2] != "__"} - {"forward"}
 
 
 # --- what a forward does ----------------------------------------------------------------------------------------------
-
-
-class _Proxy(fx.Proxy):
-    def __iadd__(self, other):  # fx takes it for an addition, whatever it is that changes
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """leaves: paths of modules that are not looked into. called: those of all modules that were called."""
-
-    def __init__(self, leaves: set[str]):
-        super().__init__()
-        self.leaves = leaves
-        self.called: set[str] = set()
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def call_module(self, m: nn.Module, *args):
-        self.called.add(self.path_of_module(m))
-        return super().call_module(m, *args)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kinds = (nn.Conv2d, *_NORMS)
-        return module_qualified_name in self.leaves or isinstance(m, kinds) or super().is_leaf_module(m, "")
-
-
-class _Trace(NamedTuple):
-    graph: fx.Graph
-    called: set[str]
-
-
-def _trace(block: nn.Module, training: bool, leaves: set[str]) -> _Trace | None:
-    """What a block's forward does in this mode; None where it cannot be traced or changes attributes."""
-    tracer = _Tracer(leaves)
-    modules = list(block.modules())
-    kept = [{name: m.__dict__[name] for name in _MODES} for m in modules]
-    for m in modules:
-        m.__dict__ |= {name: OrderedDict() for name in _HOOKS} | {"training": training}
-    before = [_attributes(m) for m in modules]
-    try:
-        with patch.multiple(_module, **{f"_global{name}": OrderedDict() for name in _HOOKS}):
-            found = _Trace(tracer.trace(block), tracer.called)
-    except Exception:  # whatever the code of others does with a proxy
-        found = None
-    finally:
-        changed = [_put_back(m, was) for m, was in zip(modules, before, strict=True)]
-        for m, was in zip(modules, kept, strict=True):
-            m.__dict__ |= was
-    return None if any(changed) else found
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MODES = ("training", *_HOOKS)  # hooks would be called with what is traced
-
-
-def _attributes(m: nn.Module) -> dict[str, tuple[object, object]]:
-    """What a forward might change: the attributes and, of containers, what is in them."""
-    return {k: (v, v.copy() if type(v) in (dict, list, set) else None) for k, v in vars(m).items()}
-
-
-def _put_back(m: nn.Module, before: dict[str, tuple[object, object]]) -> bool:
-    """Undo what changed since `_attributes`; whether anything had."""
-    changed = vars(m).keys() != before.keys()
-    for name in vars(m).keys() - before.keys():
-        del m.__dict__[name]
-    for name, (value, contents) in before.items():
-        if m.__dict__.get(name, _GONE) is not value:
-            m.__dict__[name], changed = value, True
-        if contents is not None and not _same(value, contents):
-            changed = True
-            value.clear()
-            value.extend(contents) if type(value) is list else value.update(contents)
-    return changed
-
-
-def _same(a, b) -> bool:
-    """Whether two containers of one type hold the same objects."""
-    if len(a) != len(b):
-        return False
-    if type(a) is set:
-        return {*map(id, a)} == {*map(id, b)}
-    pairs = zip(a, b, strict=True) if type(a) is list else ((v, b.get(k, _GONE)) for k, v in a.items())
-    return all(x is y for x, y in pairs)
 
 
 class _Reader:
@@ -322,9 +289,14 @@ class _Reader:
 
     def source(self, value) -> fx.Node | None:
         """The node behind this one and any Identity; None for what is no node."""
-        while isinstance(value, fx.Node) and type(self.module(value)) is nn.Identity:
+        while isinstance(value, fx.Node) and type(self.module(value)) is nn.Identity and self.by_position(value):
             (value,) = self.take(value).args
         return value if isinstance(value, fx.Node) else None
+
+    @staticmethod
+    def by_position(node: fx.Node) -> bool:
+        """Whether a module is called with one argument, as a fused block calls it."""
+        return node.op != "call_module" or (len(node.args) == 1 and not node.kwargs)
 
     def before(self, node: fx.Node) -> fx.Node | None:
         """The one node that this one reads."""
@@ -338,8 +310,8 @@ class _Reader:
         """The nodes from x to this one, each with one input that nothing else reads; None if it is no chain."""
         nodes = []
         while node is not None and node.op != "placeholder":
-            given = len(node.args) + len(node.kwargs) if node.op == "call_module" else 1
-            if given != 1 or len(node.all_input_nodes) != 1 or len(node.users) != 1 or node.op not in _CALLS:
+            alone = len(node.all_input_nodes) == len(node.users) == 1
+            if not alone or node.op not in _CALLS or not self.by_position(node):
                 return None
             nodes.append(node)
             node = self.before(node)
@@ -349,7 +321,7 @@ class _Reader:
         module = self.module(node)
         if isinstance(module, nn.Conv2d):
             return "convolution"
-        if isinstance(module, _NORMS):
+        if isinstance(module, NORMS):
             return "batch norm"
         return "ReLU" if self.is_relu(node) else "other"
 
@@ -364,20 +336,18 @@ _TURNS = ("convolution", "batch norm", "ReLU")
 
 def _read(block: nn.Module, training: bool, leaves: set[str]) -> Anatomy | str | None:
     """What the forward does in this mode, as `anatomy_of` has it."""
-    trace = _trace(block, training, leaves)
-    if trace is None:
+    found = trace(block, training, leaves)
+    if found is None or "training" in found.names:
         return None
-    graph, called = trace
+    graph = found.graph
     read = _Reader(block)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     last = read.source(graph.output_node().args[0])
-    if len(inputs) != 1 or last is None or not read.is_relu(last):
+    if len(inputs) != 1 or last is None or not read.is_relu(last) or not read.by_position(last):
         return None
     total = read.before(read.take(last))
     if total is None or total.op not in _CALLS or total.target not in _ADDS or total.kwargs or len(total.args) != 2:
         return None
-    if total.target in _IN_PLACE and total.args[0].op == "placeholder":
-        return None  # what it is given changes
     read.take(total)
     chain, side = _branches(read, total)
     if chain is None:
@@ -404,16 +374,66 @@ def _read(block: nn.Module, training: bool, leaves: set[str]) -> Anatomy | str |
     shortcut = _shortcut(read, side)
     if shortcut is None:
         return "its shortcut is neither the input, nor a projection, nor one module"
+    in_place = total.target in _IN_PLACE and read.source(total.args[0]) is not side
+    if total.target in _IN_PLACE and not in_place and len(shortcut) < 2:
+        return None  # what the block, or a module in it, is given changes
     if {n for n in graph.nodes if n.op in _CALLS} != read.used:
         return None  # it does something else as well
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    if len(shortcut) == 1 and order[side] < order[chain[-1]]:
+        return f"{shortcut[0]}: is called before the convolutions"
     paths = [n.target if n.op == "call_module" else "" for n in (*turns, last)]
     parts, activations = tuple(p for i, p in enumerate(paths) if i % 3 != 2), tuple(filter(None, paths[2::3]))
+    if len(shortcut) > 1 and part(block, shortcut[-1]) in [part(block, path) for path in parts]:
+        return f"{shortcut[-1]}: stands in the chain as well"
     others = tuple(map(tuple, (*between, [node.target for node in tail])))
-    around = {".".join(path.split(".")[:i]) for path in called for i in range(path.count(".") + 1)}
-    rest = (around | called) - {*parts, *activations, *shortcut, *itertools.chain(*others)}
-    seen = tuple(_Seen.of(block, path) for path in sorted(rest))
-    in_place = total.target in _IN_PLACE and read.source(total.args[0]) is not side
-    return Anatomy(inputs[0].name, parts, activations, others, paths[-1], shortcut, in_place, seen)
+    opaque = {*itertools.chain(*others), *(shortcut if len(shortcut) == 1 else ())}
+    seen = _look(block, found, opaque, {*parts, *activations, *shortcut})
+    if seen is None:
+        return None
+    apart = _may_broadcast([part(block, path) for path in parts[::2]], [part(block, p) for p in shortcut], others)
+    return Anatomy(inputs[0].target, parts, activations, others, paths[-1], shortcut, in_place, apart, seen)
+
+
+def _look(block: nn.Module, found: Trace, opaque: set[str], asked: set[str]) -> tuple[_Seen, ...] | None:
+    """What of a block's modules its forward may have gone by; None where that can change unseen. opaque: modules that
+    it calls, whatever is inside. asked: those whose hooks and classes are looked at elsewhere."""
+    seen = []
+    for path, m in block.named_modules(remove_duplicate=False):
+        if any(path.startswith(f"{other}.") for other in opaque):
+            continue
+        given = []
+        torchs = type(m).__module__.partition(".")[0] == "torch"  # whose tensors are for its own forward
+        other = {*m._modules, *_RESERVED, "forward", *((*m._parameters, *m._buffers) if torchs else ())}
+        for name in sorted(found.names - other):
+            value = _attribute(m, name)
+            if value is _From.OBJECT:
+                return None
+            if value is not _From.NOWHERE and value is not _From.TORCH:
+                given.append((name, value))
+        called = path in found.called and path not in asked | opaque
+        if called or given or (m._modules and path not in opaque):
+            children = {} if path in opaque else m._modules
+            seen.append(_Seen(path, called, tuple(children), tuple(map(type, children.values())), tuple(given)))
+    return tuple(seen)
+
+
+def _may_broadcast(convolutions: list[nn.Conv2d], side: list[nn.Module], others: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether maps of other sizes may meet at the add: what a fused one refuses."""
+    if len(side) == 1 or any(others[:-1]):
+        return True
+
+    def keeps(conv: nn.Conv2d) -> bool:
+        """But for its stride, the size of a map."""
+        places = zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
+        return not isinstance(conv.padding, str) and all(2 * p == d * (k - 1) for p, d, k in places)
+
+    if not all(map(keeps, convolutions)):
+        return True
+    if side:
+        return side[-2].out_channels != convolutions[-1].out_channels
+    strides = {step for conv in convolutions for step in conv.stride}
+    return strides != {1} or convolutions[0].in_channels != convolutions[-1].out_channels
 
 
 def _branches(read: _Reader, total: fx.Node) -> tuple[list[fx.Node] | None, fx.Node | None]:

@@ -18,9 +18,11 @@ from . import pool_ops, training_ops  # noqa: F401  (register their ops)
 from .backends.layout import is_channels_last
 from .backends.reference import rows_of
 from .functional import update_running_stats
-from .ops import lowered
+from .ops import direct, lowered
 
-_ops = torch.ops.fused_resnet
+_bn_stats, _bn_act = direct("bn_stats"), direct("bn_act")
+_bn_act_conv, _bn_act_conv_bwd = direct("bn_act_conv"), direct("bn_act_conv_bwd")
+_pointwise_bn_act = direct("pointwise_bn_act")
 MEMORY = ("default", "lean")
 
 
@@ -60,7 +62,7 @@ class Statistics:
         known = self.known()
         if known is not None:
             return Norm(*known, bn.weight, bn.bias, bn.eps)
-        mean, var = _ops.bn_stats.default(x)  # torch.fx can take a result apart, but not spread it
+        mean, var = _bn_stats(x)  # torch.fx can take a result apart, but not spread it
         return self.keep(bn, x, mean, var)
 
     def keep(self, bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor) -> Norm:
@@ -72,7 +74,7 @@ class Statistics:
 def convolve(x: Tensor, norm: Norm, conv: nn.Conv2d, bn: nn.Module, statistics: Statistics) -> tuple[Tensor, Norm]:
     """(raw convolution of relu(norm(x)), or of x where norm is NOTHING; bn as the norm of that result)."""
     known = statistics.known()
-    y, mean, var = _ops.bn_act_conv.default(
+    y, mean, var = _bn_act_conv(
         x, conv.weight, *norm, True, conv.stride, conv.padding, conv.dilation, conv.groups, known is None
     )
     if known is not None:
@@ -124,7 +126,7 @@ class _Shared(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.own = own
         ctx.save_for_backward(x, weight)
-        y, mean, var = _ops.bn_act_conv.default(x, weight, *NOTHING, True, *_POINTWISE, stats)
+        y, mean, var = _bn_act_conv(x, weight, *NOTHING, True, *_POINTWISE, stats)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var, x
 
@@ -137,7 +139,7 @@ class _Shared(torch.autograd.Function):
         mask = [need_x and dx is None, need_weight, False, False]
         whole = dweight = None
         if any(mask):
-            whole, dweight, _, _ = _ops.bn_act_conv_bwd.default(dy, x, weight, *NOTHING, True, *_POINTWISE, mask)
+            whole, dweight, _, _ = _bn_act_conv_bwd(dy, x, weight, *NOTHING, True, *_POINTWISE, mask)
         if need_x and dx is not None:
             rows, columns = rows_of(dx, (1, 1)), (rows_of(dy, (1, 1)), weight.flatten(1))
             if ctx.own and is_channels_last(dx) and not torch.is_grad_enabled():
@@ -164,10 +166,8 @@ def normalised(
     """relu?(bn(convolution of relu(norm(x))) + residual)."""
     if not expands(conv, 2 if relu else 4):
         y, after = convolve(x, norm, conv, bn, statistics)
-        return _ops.bn_act.default(y, *after, residual, relu, True)
-    results = _ops.pointwise_bn_act.default(
-        x, conv.weight, *norm, True, bn.weight, bn.bias, bn.eps, residual, conv.stride, relu
-    )
+        return _bn_act(y, *after, residual, relu, True)
+    results = _pointwise_bn_act(x, conv.weight, *norm, True, bn.weight, bn.bias, bn.eps, residual, conv.stride, relu)
     if statistics.known() is None:
         statistics.keep(bn, results[0], results[1], results[2])
     return results[0]  # taken out last: torch.fx's feature extractors return what a block does last
@@ -175,14 +175,12 @@ def normalised(
 
 def activated(x: Tensor, norm: Norm) -> Tensor:
     """relu(norm(x)), kept."""
-    return _ops.bn_act.default(x, *norm, None, True, True)
+    return _bn_act(x, *norm, None, True, True)
 
 
 def convolved(x: Tensor, norm: Norm, conv: nn.Conv2d) -> Tensor:
     """Raw convolution of relu(norm(x)), of which nobody wants the statistics."""
-    y, _, _ = _ops.bn_act_conv.default(
-        x, conv.weight, *norm, True, conv.stride, conv.padding, conv.dilation, conv.groups, False
-    )
+    y, _, _ = _bn_act_conv(x, conv.weight, *norm, True, conv.stride, conv.padding, conv.dilation, conv.groups, False)
     return y
 
 

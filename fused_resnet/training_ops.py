@@ -24,6 +24,7 @@ from .ops import (
     check_residual,
     check_values,
     check_vectors,
+    direct,
     empty,
     lowered,
     optional,
@@ -123,9 +124,7 @@ def _bn_act_conv_backward(ctx, grad, *_):
     if grad is None or not any(mask):
         return none
     *tensors, bn_weight, bn_bias = ctx.saved_tensors
-    dx, dweight, dbn_weight, dbn_bias = torch.ops.fused_resnet.bn_act_conv_bwd.default(
-        grad, *tensors, bn_weight, bn_bias, *ctx.options, mask
-    )
+    dx, dweight, dbn_weight, dbn_bias = _bn_act_conv_bwd_op(grad, *tensors, bn_weight, bn_bias, *ctx.options, mask)
     vectors = dbn_weight if mask[2] else None, dbn_bias if mask[3] else None
     dtypes = (None if v is None else v.dtype for v in (bn_weight, bn_bias))
     return (
@@ -190,9 +189,7 @@ def _pointwise_backward(ctx, grad, *_):
     gradients = (None,) * 7
     if any(mask):
         given = (mean, var, bn_weight, bn_bias, *ctx.loaded, out_weight, y_mean, y_var, out_eps, a_mean, a_cov)
-        gradients = torch.ops.fused_resnet.pointwise_bn_act_bwd.default(
-            grad, y, x, weight, *given, stride, out_relu, mask
-        )
+        gradients = _pointwise_bwd_op(grad, y, x, weight, *given, stride, out_relu, mask)
     dx, dweight, dbn_weight, dbn_bias, dout_weight, dout_bias, dresidual = (
         g if on else None for g, on in zip(gradients, mask, strict=True)
     )
@@ -251,3 +248,4 @@ register_autocast("bn_act_conv", _cast_bn_act_conv)
 register_autocast("pointwise_bn_act", _cast_pointwise)
 register_autocast("bn_act_conv_bwd", as_given)
 register_autocast("pointwise_bn_act_bwd", as_given)
+_bn_act_conv_bwd_op, _pointwise_bwd_op = direct("bn_act_conv_bwd"), direct("pointwise_bn_act_bwd")

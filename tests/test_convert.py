@@ -454,17 +454,12 @@ def test_users_subclass_with_the_same_forward(device):
 
 @pytest.mark.parametrize("block", [QuantizableBasicBlock, QuantizableBottleneck])
 def test_quantizable(block, device):
-    """Fused until the user fuses modules for quantization, which replaces them; then it is its own again."""
+    """torchvision's own fusion asks for the exact class of these."""
     ours, theirs = network(block, device=device), network(block, device=device)
-    swap_blocks(ours)
-    assert len(swap_report(ours).fused) == 3 and swap_report(ours).fused[0].reason == ""
+    with pytest.warns(UserWarning, match=f"{block.__name__} is not exactly BasicBlock or Bottleneck"):
+        swap_blocks(ours)
+    assert all(type(m) is block for m in ours.layer1)
     assert_same(ours, theirs, image(device))
-    x = torch.randn(2, ours.layer1[0].conv1.in_channels, 9, 9).to(device)
-    for model in (ours.float(), theirs.float()):
-        for m in model.layer1:
-            m.eval().fuse_model(is_qat=False)
-    assert swap_report(ours).fused[0].reason.startswith("runs unfused: ")
-    torch.testing.assert_close(ours.layer1(x), theirs.layer1(x))
 
 
 def test_foreign_norm_layer_throughout(device):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import enum
 import io
 import pickle
+import random
 
 import parity
 import pytest
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
@@ -416,16 +419,6 @@ class OtherWayInTraining(Cifar):
         return F.relu(self.bn2(self.conv2(out)) + (x if self.training else self.shortcut(self.conv1(x))))
 
 
-class TwoWays(Cifar):
-    """Each of them a block's."""
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        if self.training:
-            return F.relu(self.bn2(self.conv2(out)) + x)
-        return F.relu(self.bn2(self.conv2(out)) + self.bn1(self.conv1(x)))
-
-
 class Memory(Cifar):
     def __init__(self, *size):
         super().__init__(*size)
@@ -439,7 +432,6 @@ LEFT = {
     "relu before the add": (ReLUBeforeTheAdd(16, 16), "relu_1, where a batch norm would be fused"),
     "before the relu": (SqueezeBeforeTheReLU(16, 16), "se: Squeeze, where a ReLU would be fused"),
     "sliced": (SlicedShortcut(16, 16), "its shortcut is neither the input, nor a projection, nor one module"),
-    "two ways": (TwoWays(16, 16), "its forward goes another way in training"),
     "name": (Memory(16, 16), "memory: a name that fused blocks have for something else"),
     "group norm": (replaced(bn2=nn.GroupNorm(4, 16)), "bn2: GroupNorm is none of BatchNorm2d"),
     "bias": (replaced(conv1=nn.Conv2d(16, 16, 3, padding=1)), "conv1: has a bias"),
@@ -526,18 +518,229 @@ class Plain(Cifar):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
 
 
+class Own:
+    """An object that a module holds."""
+
+    flag = True
+
+
+FLAG, LIST = True, []
+
+
+class WithoutGradients(Cifar):
+    def forward(self, x):
+        with torch.no_grad():
+            out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + x)
+
+
+class Decorated(Cifar):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class DecoratedInside(Cifar):
+    @torch.no_grad()
+    def first(self, x):
+        return F.relu(self.bn1(self.conv1(x)))
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(self.first(x))) + x)
+
+
+class InFullPrecision(Cifar):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+class Checkpointed(Cifar):
+    def chain(self, x):
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+    def forward(self, x):
+        return F.relu(checkpoint(self.chain, x, use_reentrant=False) + x)
+
+
+class CheckpointedReentrant(Checkpointed):
+    def forward(self, x):
+        return F.relu(checkpoint(self.chain, x, use_reentrant=True) + x)
+
+
+class DropsByPython(Cifar):
+    def forward(self, x):
+        return x if random.random() < 0.2 else super().forward(x)
+
+
+class DropsByTorch(Cifar):
+    def forward(self, x):
+        return x if torch.rand(1) < 0.2 else super().forward(x)
+
+
+class CountsInABuffer(Cifar):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        return super().forward(x)
+
+
+class SteeredByABuffer(CountsInABuffer):
+    def forward(self, x):
+        out = Cifar.forward(self, x)
+        return out if self.steps < 1 else out * 2
+
+
+class ResetsStatistics(Cifar):
+    def forward(self, x):
+        self.bn1.reset_running_stats()
+        return super().forward(x)
+
+
+class ClampsWeights(Cifar):
+    def forward(self, x):
+        for p in self.parameters():
+            p.data.clamp_(-0.01, 0.01)
+        return super().forward(x)
+
+
+class Records(Cifar):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.found = {"maps": []}
+
+    def forward(self, x):
+        self.found["maps"].append(x)
+        return super().forward(x)
+
+
+class RecordsElsewhere(Cifar):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.own = Own()
+
+    def forward(self, x):
+        self.own.last = x
+        return super().forward(x)
+
+
+class CountsInItsClass(Cifar):
+    calls = 0
+
+    def forward(self, x):
+        CountsInItsClass.calls += 1
+        return super().forward(x)
+
+
+class AsksAnObject(RecordsElsewhere):
+    def forward(self, x):
+        return Cifar.forward(self, x) if self.own.flag else x
+
+
+class AsksAList(Collects):
+    def forward(self, x):
+        return x if self.seen else Cifar.forward(self, x)
+
+
+class AsksAGlobal(Cifar):
+    def forward(self, x):
+        return super().forward(x) if FLAG else x
+
+
+class ChangesAGlobal(Cifar):
+    def forward(self, x):
+        LIST.append(x)
+        return super().forward(x)
+
+
+class AsksForGradients(Cifar):
+    def forward(self, x):
+        return super().forward(x) if torch.is_grad_enabled() else x
+
+
+class AsksByName(Cifar):
+    def forward(self, x):
+        return super().forward(x) if getattr(self, "on", True) else x
+
+
+class AsksForTheMode(Cifar):
+    def forward(self, x):
+        return x if self.bn1.training and not self.training else super().forward(x)
+
+
+class TwoWays(Cifar):
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + (x if self.training else self.bn1(self.conv1(x))))
+
+
+class Prints(Cifar):
+    def forward(self, x):
+        print(x.shape)
+        return super().forward(x)
+
+
+class ScalesByAParameter(Cifar):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return super().forward(x) if self.gain is not None else x
+
+
+class AddsToAnIdentity(Tower):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.idle = nn.Dropout(0.0)
+
+    def forward(self, x):
+        out = self.idle(x)
+        out += self.body(x)
+        return self.out(out)
+
+
+class Keyword(nn.Module):
+    def forward(self, q=None, kv=None):
+        return q if kv is None else kv * 2
+
+
+class CalledByKeyword(Tower):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.attention, self.idle = Keyword(), nn.Identity()
+
+    def forward(self, x):
+        return self.out(self.attention(kv=self.body(x)) + self.idle(input=x))
+
+
+FOOLING = (
+    *(WithoutGradients, Decorated, DecoratedInside, InFullPrecision, Checkpointed, CheckpointedReentrant),
+    *(DropsByPython, DropsByTorch, CountsInABuffer, SteeredByABuffer, ResetsStatistics, ClampsWeights),
+    *(Records, RecordsElsewhere, CountsInItsClass, AsksAnObject, AsksAList, AsksAGlobal, ChangesAGlobal),
+    *(AsksForGradients, AsksByName, AsksForTheMode, TwoWays, Prints, ScalesByAParameter),
+    *(AddsToAnIdentity,),
+)
 OTHERS = (Remembers, Collects, Counts, ChangesItsInput, AddsInPlace, Decides, TwoInputs, Asserts, TwoResults)
 
 
-@pytest.mark.parametrize("kind", [*OTHERS, PreActivation, Plain])
-def test_is_not_taken_for_a_block(kind):
-    """Nor is anything of what it remembers changed by looking."""
+@pytest.mark.parametrize("kind", [*FOOLING, *OTHERS, PreActivation, Plain])
+def test_is_not_taken_for_a_block(kind, capsys):
+    """Nor does looking change, draw or print anything."""
     model = nn.Sequential(kind(16, 16))
-    before = {name: copy.copy(v) for name, v in vars(model[0]).items()}
+    before = {name: copy.deepcopy(v) for name, v in vars(model[0]).items() if isinstance(v, (int, list, dict, bool))}
+    state, numbers = copy.deepcopy(model.state_dict()), (torch.random.get_rng_state(), random.getstate())
     with pytest.warns(UserWarning, match="^model: no residual block was found in it$"):
         swap_blocks(model)
-    assert type(model[0]) is kind and vars(model[0]).keys() == before.keys()
-    assert all(vars(model[0])[name] == v for name, v in before.items() if isinstance(v, (int, list, bool)))
+    assert type(model[0]) is kind and capsys.readouterr().out == ""
+    assert CountsInItsClass.calls == 0 and LIST == [] and not hasattr(getattr(model[0], "own", None), "last")
+    after = vars(model[0])
+    assert all(after[name] == v for name, v in before.items() if not name.startswith("_"))
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert torch.equal(torch.random.get_rng_state(), numbers[0]) and random.getstate() == numbers[1]
 
 
 @pytest.mark.parametrize("name", ["vgg11_bn", "mobilenet_v2", "densenet121", "shufflenet_v2_x0_5", "efficientnet_b0"])
@@ -654,6 +857,85 @@ def other_forward_inside(block):
 
 def shortcut(block):
     block.shortcut = nn.Sequential(nn.Tanh())
+
+
+class Steered(nn.Module):
+    """By all that an attribute can be."""
+
+    class Mode(enum.Enum):
+        PLAIN, DOUBLE = "plain", "double"
+
+    gain = 1
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = (
+            conv3(16, 16),
+            nn.BatchNorm2d(16),
+            conv3(16, 16),
+            nn.BatchNorm2d(16),
+        )
+        self.act, self.mode, self.scale = F.relu, self.Mode.PLAIN, 1.0
+        self.relu = nn.ReLU()
+        self.alias, self.idle = self.relu, nn.Identity()
+        self.register_parameter("weight", None)
+        self.add_module("se", None)
+
+    def chain(self, x):
+        return self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+
+    def forward(self, x):
+        out = self.chain(x)
+        if self.se is not None:
+            out = self.se(out)
+        if not isinstance(self.idle, nn.Identity):
+            out = self.idle(out)
+        out = self.alias(out + x)
+        if self.weight is not None:
+            out = out * self.weight
+        if self.mode is not self.Mode.PLAIN or self.gain != 1 or self.scale != 1:
+            out = out * 2
+        return out
+
+
+STEERS = {
+    "gain": lambda b: setattr(b, "gain", 2),
+    "mode": lambda b: setattr(b, "mode", b.Mode.DOUBLE),
+    "act": lambda b: setattr(b, "act", F.gelu),
+    "chain": lambda b: setattr(b, "chain", lambda x: x * 3),
+    "weight": lambda b: setattr(b, "weight", nn.Parameter(torch.full((1,), 2.0, dtype=torch.float64))),
+    "se": lambda b: setattr(b, "se", nn.GELU()),
+    "idle": lambda b: setattr(b, "idle", nn.GELU()),
+    "alias": lambda b: setattr(b, "alias", nn.GELU()),
+    "scale": lambda b: setattr(b, "scale", torch.full((), 2.0)),
+    "scale of another type": lambda b: setattr(b, "scale", True),
+}
+
+
+@pytest.mark.parametrize("name", STEERS)
+def test_whatever_its_code_mentions_is_compared(name):
+    block = Steered().double()
+    ours = swap_blocks(copy.deepcopy(block))
+    assert isinstance(ours, TracedBlock) and swap_report(ours).blocks[0].reason == ""
+    x = torch.randn(2, 16, 9, 9).double()
+    torch.testing.assert_close(ours(x), block(x))
+    for b in (ours, block):
+        STEERS[name](b)
+    assert swap_report(ours).blocks[0].reason.startswith("runs unfused: ")
+    torch.testing.assert_close(ours(x), block(x))
+
+
+def test_another_forward_of_its_class(monkeypatch):
+    block = swap_blocks(Tower(16, 16))
+    monkeypatch.setattr(Tower, "forward", lambda self, x: x * 3)
+    assert torch.equal(block(torch.ones(1, 16, 5, 5)), torch.full((1, 16, 5, 5), 3.0))
+    assert "its class has another forward" in swap_report(block).blocks[0].reason
+
+
+def test_a_hook_that_is_gone_leaves_nothing_behind():
+    block = swap_blocks(Tower(16, 16))
+    block.register_full_backward_hook(lambda *a: None).remove()
+    assert swap_report(block).blocks[0].reason == ""
 
 
 CHANGES = (attribute, options, activation, identity, longer, container, hook_on_a_container, hook_on_an_identity)
@@ -821,13 +1103,140 @@ def test_planned(kind, device):
         torch.testing.assert_close(fast(x), want, rtol=1e-4, atol=1e-4)
 
 
-def test_classes_that_cannot_be_derived():
-    class Closed(Cifar):
-        def __init_subclass__(cls, **options):
-            raise TypeError("closed to all")
+def test_classes_that_are_particular():
+    """Registers of subclasses, and metaclasses, hear nothing of fused classes."""
+    heard = []
 
-    with pytest.warns(UserWarning, match="none of its 1 .* Closed cannot be derived from: closed to all"):
-        swap_blocks(nn.Sequential(Closed(16, 16)))
+    class Registered(Cifar):
+        def __init_subclass__(cls, **options):
+            heard.append(cls)
+
+    class Meta(type):
+        def __new__(cls, name, bases, names):
+            heard.append(name)
+            return super().__new__(cls, name, bases, names)
+
+    class Made(Cifar, metaclass=Meta):
+        pass
+
+    class Particular(Cifar):
+        def __getattr__(self, name):
+            if name == "memory":
+                raise KeyError(name)
+            return super().__getattr__(name)
+
+    heard.clear()
+    model = swap_blocks(nn.Sequential(Registered(16, 16), Made(16, 16), Particular(16, 16)))
+    report = swap_report(model)
+    assert [b.status for b in report.blocks] == ["fused", "left"] and not heard
+    assert report.left[0].reason == "Made is of a metaclass of its own"
+
+
+def test_scripted_modules_inside_are_left_alone():
+    block = Cifar(16, 16)
+    block.conv2 = nn.Sequential(torch.jit.script(nn.Tanh()), block.conv2)
+    assert swap_report(nn.Sequential(block)).blocks == ()
+
+
+def test_inputs_that_are_no_batch_of_maps():
+    """They reach the block's own forward, with its own error."""
+    block = swap_blocks(Cifar(16, 16)).eval()
+    for wrong in ([torch.randn(2, 16, 5, 5)], torch.randn(16)):
+        with pytest.raises(TypeError if isinstance(wrong, list) else RuntimeError, match="conv2d|Expected"):
+            block(wrong)
+    with torch.device("meta"):
+        assert swap_blocks(Cifar(16, 16)).eval()(torch.randn(2, 16, 5, 5)).shape == (2, 16, 5, 5)
+
+
+def test_an_argument_with_a_name_of_pythons():
+    class Named(Cifar):
+        def forward(self, input):
+            return super().forward(input)
+
+    block, x = swap_blocks(Named(16, 16)).eval(), torch.randn(2, 16, 5, 5)
+    assert torch.equal(block(input=x), block(x))
+    with pytest.raises(TypeError, match="input_1"):
+        block(input_1=x)
+
+
+class Narrow(Tower):
+    """A chain of one channel: the add broadcasts it."""
+
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.body[3], self.body[4] = conv3(16, 1), nn.BatchNorm2d(1)
+
+
+class Context(Attended):
+    """A chain that ends in maps of one pixel."""
+
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.between = nn.AdaptiveAvgPool2d(1)
+
+
+class Wider(nn.Module):
+    def forward(self, x):
+        return x.to(torch.float64)
+
+
+class WiderShortcut(Padded):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.shortcut = Wider()
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+class WiderTail(Attended):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.se = Wider()
+
+
+class ProjectedToOne(Cifar):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.shortcut = nn.Sequential(conv1(16, 1), nn.BatchNorm2d(1))
+
+
+@modes
+@pytest.mark.parametrize("kind", [Narrow, Context, WiderShortcut, WiderTail, ProjectedToOne])
+def test_sums_of_other_sizes_and_dtypes(kind, train):
+    """As PyTorch's add has them."""
+    block = kind(16, 16).train(train)
+    ours, x = swap_blocks(copy.deepcopy(block)), torch.randn(4, 16, 9, 9)
+    assert isinstance(ours, TracedBlock) and swap_report(ours).blocks[0].reason == ""
+    a, b = (copy.deepcopy(m)(x) for m in (ours, block))
+    assert a.dtype is b.dtype and a.shape == b.shape
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    same(ours.double(), block.double(), x.double())
+
+
+class ShortcutFirst(Padded):
+    def forward(self, x):
+        identity = self.shortcut(x)
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + identity)
+
+
+class SharedNorm(Cifar):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.shortcut = nn.Sequential(conv1(16, 16), self.bn1)
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        (ShortcutFirst, "shortcut: is called before the convolutions"),
+        (SharedNorm, "bn1: stands in the chain as well"),
+        (CalledByKeyword, "mul, where a ReLU would be fused"),
+    ],
+)
+def test_calls_that_a_fused_block_does_not_make(kind, reason):
+    with pytest.warns(UserWarning, match=f"none of its 1 .* {reason}"):
+        swap_blocks(nn.Sequential(kind(16, 16)))
 
 
 def test_gradients_of_gradients(device):
