@@ -2,8 +2,8 @@
 
 `torch.fx` writes down what a forward does with its input, once. Whatever else it does happens while it is traced and is
 lost to the graph: draws from a generator, counts, lists of features, `with torch.no_grad()`. So a forward is followed
-while it is traced, and given up before it can do such a thing: it may call modules and the functions of `torch.nn`, go
-by attributes, and return; its code is read for that when it is entered. What attributes it names, it names.
+while it is traced, and given up before it can do such a thing: it may call modules, ReLUs and additions, go by
+attributes, and return. Its code is read for that when it is entered, and is not run if it has anything else in it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import inspect
 import operator
 import sys
+import threading
 import types
 from collections import OrderedDict
 from pathlib import Path
@@ -29,14 +31,25 @@ from torchvision.ops import FrozenBatchNorm2d
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
 _TORCH = f"{Path(torch.__file__).parent}/"
 _MODULES = f"{_TORCH}nn/"
-_CALLED = (_MODULES, f"{_TORCH}fx/", f"{_TORCH}_jit_internal.py", __file__)  # of torch, what a forward may call
-_BUILTINS = {isinstance, len, iter, next, torch.relu, torch.relu_, torch.add, operator.add, operator.iadd}
+# Of torch, what a forward may call.
+_CALLED = tuple(f"{_TORCH}{name}" for name in ("nn/functional.py", "fx/", "_jit_internal.py")) + (__file__,)
+_METHODS = {
+    *("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__"),
+    *("__iter__", "__len__", "__getitem__", "__contains__", "values", "items", "keys", "_get_abs_string_index"),
+}
+_BUILTINS = {len, torch.relu, torch.relu_, torch.add, operator.add, operator.iadd}
+_TYPES = {super, range, zip, enumerate, list, tuple, reversed}
+_OF_TORCH = {"nn", "functional", "relu", "relu_", "add"}
+_OF_PROXIES = {"relu", "relu_", "add", "add_"}
+_HIDDEN = {"training", "_modules", "_parameters", "_buffers"}  # what is compared later has to be asked for by its name
 _OPCODES = {
     *("STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_SUBSCR", "STORE_SLICE", "STORE_DEREF"),
     *("DELETE_ATTR", "DELETE_GLOBAL", "DELETE_NAME", "DELETE_SUBSCR", "DELETE_DEREF"),
     *("SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL", "SETUP_ASYNC_WITH", "BEFORE_ASYNC_WITH"),
+    *("SETUP_FINALLY", "PUSH_EXC_INFO", "CHECK_EXC_MATCH", "MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE"),
     *("IMPORT_NAME", "IMPORT_STAR", "LOAD_BUILD_CLASS", "YIELD_VALUE", "GET_AWAITABLE"),
 }
+_STARRED = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.memory_format, torch.device)
 
@@ -49,8 +62,8 @@ class Trace(NamedTuple):
     names: set[str]
 
 
-class _Unclear(Exception):
-    """The forward does more than a graph can say."""
+class _Unclear(BaseException):
+    """The forward does more than a graph can say. Not an Exception: those, a forward may catch."""
 
 
 def is_plain(value) -> bool:
@@ -60,41 +73,61 @@ def is_plain(value) -> bool:
     return type(value) in PLAIN and value == value  # NaN would always be another
 
 
+def has_plain_defaults(function: types.FunctionType) -> bool:
+    return is_plain(function.__defaults__ or ()) and all(map(is_plain, (function.__kwdefaults__ or {}).values()))
+
+
 def trace(module: nn.Module, training: bool, leaves: set[str]) -> Trace | None:
     """What a module's forward does in this mode, but for the modules at these paths, which are not looked into; None
     where a trace cannot say it."""
     code = getattr(type(module).forward, "__code__", None)
-    if code is None or _is_torchs(code):
-        return None
+    if code is None or _is_torchs(code) or code.co_kwonlyargcount or code.co_flags & _STARRED:
+        return None  # of keywords and stars fx makes another function, which nobody would know again
     modules = list(module.modules())
     kept = [{name: m.__dict__[name] for name in ("training", *_HOOKS)} for m in modules]
-    tracer, watch, before = _Tracer(leaves), _Watch(code), sys.getprofile()
+    tracer, watch, spy = _Tracer(leaves), _Watch(code, modules), _Spy()
+    found: list[fx.Graph] = []
+
+    def run() -> None:
+        sys.setprofile(watch)
+        try:
+            with spy:
+                found.append(tracer.trace(module))
+        except (Exception, _Unclear):  # whatever the code of others does with a proxy
+            pass
+        finally:
+            sys.setprofile(None)
+
     for m in modules:  # hooks would be called with what is traced
         m.__dict__ |= {name: OrderedDict() for name in _HOOKS} | {"training": training}
     try:
-        with patch.multiple(_module, **{f"_global{name}": OrderedDict() for name in _HOOKS}), _Spy():
-            sys.setprofile(watch)
-            try:
-                graph = tracer.trace(module)
-            finally:
-                sys.setprofile(before)
-    except Exception:  # whatever the code of others does with a proxy
-        return None
+        with patch.multiple(_module, **{f"_global{name}": OrderedDict() for name in _HOOKS}):
+            thread = threading.Thread(target=run)  # which has no profiler of its own, nor a grad mode or autocast
+            thread.start()
+            thread.join()
     finally:
         for m, was in zip(modules, kept, strict=True):
             m.__dict__ |= was
-    return Trace(graph, tracer.called, watch.names)
+    clear = found and not watch.unclear and not spy.unclear and not tracer.asked and code in watch.codes
+    return Trace(found[0], tracer.called, watch.names) if clear else None
 
 
 class _Proxy(fx.Proxy):
     def __iadd__(self, other):  # fx takes it for an addition, whatever it is that changes
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
+    def __getattr__(self, name: str):
+        if name not in _OF_PROXIES:  # what it says of its dtype, say, no graph would show
+            self.tracer.asked = True
+            raise _Unclear
+        return super().__getattr__(name)
+
 
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: set[str]):
         super().__init__()
         self.leaves = leaves
+        self.asked = False
         self.called: set[str] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -112,8 +145,11 @@ class _Tracer(fx.Tracer):
 class _Spy(TorchFunctionMode):
     """Lets no function of torch's run on what is not traced: a buffer that counts, a number that is drawn."""
 
+    unclear = False
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not any(isinstance(a, fx.Proxy) for a in tree_leaves((args, kwargs))):
+            self.unclear = True
             raise _Unclear
         return func(*args, **(kwargs or {}))
 
@@ -122,25 +158,52 @@ class _Watch:
     """A profile function. codes: those of the forwards and of what they call, but for torch's. names: the attributes
     that they mention."""
 
-    def __init__(self, root: types.CodeType):
+    unclear = False
+
+    def __init__(self, root: types.CodeType, modules: list[nn.Module]):
         self.root = root
+        self.kinds = {kind for m in modules for kind in type(m).__mro__}
         self.codes: set[types.CodeType] = set()
         self.names: set[str] = set()
 
     def __call__(self, frame: types.FrameType, event: str, arg) -> None:
-        if event == "call":
-            code, caller = frame.f_code, frame.f_back.f_code
-            if _is_torchs(code):
-                if caller in self.codes and not code.co_filename.startswith(_CALLED):
-                    raise _Unclear
-            elif code is self.root or caller in self.codes or caller.co_filename.startswith(_MODULES):
-                self.codes.add(code)
-                self.names |= _names(code)
-                for name in _globals(code):
-                    _check_global(frame.f_globals.get(name, getattr(builtins, name, None)))
-                for name in code.co_freevars:
-                    _check_captured(frame.f_locals.get(name))
-        elif event == "c_call" and frame.f_code in self.codes and not any(arg is f for f in _BUILTINS):
+        try:
+            if event == "call":
+                self._enter(frame)
+            elif event == "c_call" and frame.f_code in self.codes and not any(arg is f for f in _BUILTINS):
+                raise _Unclear
+        except BaseException:
+            self.unclear = True
+            raise
+
+    def _enter(self, frame: types.FrameType) -> None:
+        code, caller = frame.f_code, frame.f_back.f_code
+        if _is_torchs(code):
+            method = code.co_filename.startswith(f"{_MODULES}modules/")
+            known = code.co_name in _METHODS if method else code.co_filename.startswith(_CALLED)
+            if caller in self.codes and not known:
+                raise _Unclear
+        elif code is self.root or caller in self.codes or caller.co_filename.startswith(_MODULES):
+            self.codes.add(code)
+            self.names |= _names(code)
+            for name, attribute in _globals(code):
+                self._check(frame.f_globals.get(name, getattr(builtins, name, None)), attribute)
+            for name in code.co_freevars:
+                value = frame.f_locals.get(name)
+                if not isinstance(value, fx.Proxy):
+                    self._check(value, None)
+
+    def _check(self, value, attribute: str | None) -> None:
+        """What may be called, but neither constants, which may change, nor what holds some: objects, other classes."""
+        if isinstance(value, types.ModuleType):
+            known = value.__name__.partition(".")[0] == "torch" and attribute in _OF_TORCH
+        elif isinstance(value, type):
+            known = value in self.kinds or (value in _TYPES and attribute is None)  # attributes of kinds are compared
+        elif isinstance(value, types.FunctionType):
+            known = attribute is None and has_plain_defaults(value)
+        else:
+            known = isinstance(value, types.BuiltinFunctionType)
+        if not known:
             raise _Unclear
 
 
@@ -149,30 +212,30 @@ def _is_torchs(code: types.CodeType) -> bool:
     return code.co_filename.startswith(_TORCH) or code.co_filename == __file__
 
 
-def _check_global(value) -> None:
-    """What may be called, but neither constants, which may change, nor objects, which may hold some."""
-    if isinstance(value, types.ModuleType):
-        known = value is operator or value.__name__.partition(".")[0] == "torch"
-    else:
-        known = isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type))
-    if not known:
-        raise _Unclear
-
-
-def _check_captured(value) -> None:
-    if not isinstance(value, fx.Proxy) and not is_plain(value):
-        _check_global(value)
-
-
 @functools.cache
 def _names(code: types.CodeType) -> frozenset[str]:
     """The attributes that this code mentions. Raises _Unclear for instructions that a forward here may not have."""
     found = list(dis.get_instructions(code))
     if not _OPCODES.isdisjoint(i.opname for i in found):
         raise _Unclear
-    return frozenset(i.argval for i in found if i.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
+    names = frozenset(i.argval for i in found if i.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
+    if not _HIDDEN.isdisjoint(names) or any(name.startswith("__") for name in names) or _handles(code):
+        raise _Unclear
+    return names
+
+
+def _handles(code: types.CodeType) -> bool:
+    """Whether this code catches exceptions: those of a trace as well."""
+    return bool(getattr(code, "co_exceptiontable", b""))
 
 
 @functools.cache
-def _globals(code: types.CodeType) -> frozenset[str]:
-    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+def _globals(code: types.CodeType) -> frozenset[tuple[str, str | None]]:
+    """The global names in this code, each with the attribute of it that is asked for, if one is."""
+    found = list(dis.get_instructions(code))
+    asked = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in found[1:]] + [None]
+    return frozenset(
+        (i.argval, attribute)
+        for i, attribute in zip(found, asked, strict=True)
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )

@@ -8,7 +8,8 @@ repositories are made of such blocks.
 
 The trace is strict (strict_trace.py): a forward that does anything else is no block's. It speaks for the block as it
 was when it was swapped. The attributes that the forward's code mentions, and the children and hooks of the modules that
-it goes through, are compared at every call; a block that has changed runs its own forward.
+it goes through, are compared at every call; a block that has changed runs its own forward. Not compared are functions
+of classes, but for the block's forward itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .blocks import Fused, Side, part, tampered
-from .strict_trace import NORMS, Trace, is_plain, trace
+from .strict_trace import NORMS, Trace, has_plain_defaults, is_plain, trace
 
 _MOST_CONVOLUTIONS = 8  # in a block: more is a stage
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
@@ -42,17 +43,17 @@ class _Seen(NamedTuple):
 
     path: str  # '' for the block
     called: bool
-    children: tuple[str, ...]
-    kinds: tuple[type, ...]  # of the children
+    children: tuple[tuple[str, type], ...] | None  # None: they may be any
     given: tuple[tuple[str, object], ...]
 
     def changed(self, block: nn.Module) -> str | None:
         module = part(block, self.path) if self.path else block
         where = f"{self.path}: " if self.path else ""
-        if module is None or tuple(module._modules) != self.children:
+        if module is None or (
+            self.children is not None
+            and tuple([(name, type(child)) for name, child in module._modules.items()]) != self.children
+        ):
             return f"{where}other modules than when the block was recognised"
-        if tuple(map(type, module._modules.values())) != self.kinds:
-            return f"{where}modules of other classes than when the block was recognised"
         for name, value in self.given:
             now = _attribute(module, name)
             if now is not value and (type(now) is not type(value) or not is_plain(now) or now != value):
@@ -67,6 +68,7 @@ class _From(enum.Enum):
     NOWHERE = "nowhere"
     TORCH = "a class of torch"
     CLASS = "a function or property of its class"
+    TENSOR = "a parameter or buffer"
     OBJECT = "something that can change inside"
 
 
@@ -74,20 +76,25 @@ def _attribute(module: nn.Module, name: str):
     """What a module gives by this name, nothing being called."""
     for own in (module.__dict__, module._parameters, module._buffers):
         if name in own:
-            return own[name] if _is_fixed(own[name]) else _From.OBJECT
+            value = own[name]
+            return value if _is_fixed(value) else _From.TENSOR if isinstance(value, Tensor) else _From.OBJECT
     for kind in type(module).__mro__:
         if name in kind.__dict__:
             value = kind.__dict__[name]
             if kind.__module__.partition(".")[0] == "torch":
                 return _From.TORCH
-            called = isinstance(value, (types.FunctionType, property, staticmethod, classmethod, type))
+            function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+            called = isinstance(function, types.FunctionType) and has_plain_defaults(function)
+            called = called or isinstance(value, property) or (isinstance(value, type) and issubclass(value, enum.Enum))
             return _From.CLASS if called else value if _is_fixed(value) else _From.OBJECT
     return _From.NOWHERE
 
 
 def _is_fixed(value) -> bool:
     """Whether nothing inside this can change, so that it can be compared with itself later."""
-    return is_plain(value) or isinstance(value, (enum.Enum, type, types.FunctionType, types.BuiltinFunctionType))
+    if isinstance(value, types.FunctionType):
+        return has_plain_defaults(value)
+    return is_plain(value) or isinstance(value, (enum.Enum, types.BuiltinFunctionType))
 
 
 class Anatomy(NamedTuple):
@@ -252,9 +259,12 @@ def anatomy_of(block: nn.Module) -> Anatomy | str | None:
 _ANOTHER_WAY = "its forward goes another way in training"
 
 
-def _mentioned(kind: type[nn.Module]) -> tuple[str, ...]:
-    """The names in the code of a class's forward."""
-    return getattr(getattr(kind.forward, "__code__", None), "co_names", ())
+@functools.cache
+def _mentioned(kind: type[nn.Module]) -> frozenset[str]:
+    """The names in the code of a class."""
+    own = (c for c in kind.__mro__ if c.__module__.partition(".")[0] != "torch")
+    functions = (f for c in own for f in vars(c).values() if isinstance(f, types.FunctionType))
+    return frozenset(itertools.chain(*(f.__code__.co_names for f in functions)))
 
 
 def _refused(block: nn.Module) -> str | None:
@@ -337,7 +347,7 @@ _TURNS = ("convolution", "batch norm", "ReLU")
 def _read(block: nn.Module, training: bool, leaves: set[str]) -> Anatomy | str | None:
     """What the forward does in this mode, as `anatomy_of` has it."""
     found = trace(block, training, leaves)
-    if found is None or "training" in found.names:
+    if found is None:
         return None
     graph = found.graph
     read = _Reader(block)
@@ -400,21 +410,19 @@ def _look(block: nn.Module, found: Trace, opaque: set[str], asked: set[str]) -> 
     it calls, whatever is inside. asked: those whose hooks and classes are looked at elsewhere."""
     seen = []
     for path, m in block.named_modules(remove_duplicate=False):
-        if any(path.startswith(f"{other}.") for other in opaque):
-            continue
+        inside = any(path.startswith(f"{other}.") for other in opaque) or path in opaque
         given = []
         torchs = type(m).__module__.partition(".")[0] == "torch"  # whose tensors are for its own forward
-        other = {*m._modules, *_RESERVED, "forward", *((*m._parameters, *m._buffers) if torchs else ())}
-        for name in sorted(found.names - other):
+        for name in sorted(found.names - {*m._modules, *_RESERVED, "forward"}):
             value = _attribute(m, name)
-            if value is _From.OBJECT:
+            if value is _From.OBJECT or (value is _From.TENSOR and not torchs and not inside):
                 return None
             if value is not _From.NOWHERE and value is not _From.TORCH:
                 given.append((name, value))
-        called = path in found.called and path not in asked | opaque
-        if called or given or (m._modules and path not in opaque):
-            children = {} if path in opaque else m._modules
-            seen.append(_Seen(path, called, tuple(children), tuple(map(type, children.values())), tuple(given)))
+        called = path in found.called and path not in asked and not inside
+        if called or given or (m._modules and not inside):
+            children = None if inside else tuple((name, type(child)) for name, child in m._modules.items())
+            seen.append(_Seen(path, called, children, tuple(given)))
     return tuple(seen)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import enum
+import functools
 import io
 import pickle
 import random
@@ -522,6 +524,7 @@ class Own:
     """An object that a module holds."""
 
     flag = True
+    log = []
 
 
 FLAG, LIST = True, []
@@ -703,6 +706,137 @@ class AddsToAnIdentity(Tower):
         return self.out(out)
 
 
+class FreezesANorm(Cifar):
+    def forward(self, x):
+        self.bn1.eval()
+        return super().forward(x)
+
+
+class RegistersAHook(Cifar):
+    def forward(self, x):
+        self.bn1.register_forward_hook(lambda *a: None)
+        return super().forward(x)
+
+
+class AddsAModule(Cifar):
+    def forward(self, x):
+        self.add_module("more", nn.Identity())
+        return super().forward(x)
+
+
+class AsksForTheClass(Cifar):
+    def forward(self, x):
+        return super().forward(x * 2 if isinstance(x, torch.Tensor) else x)
+
+
+class AsksForTheType(Cifar):
+    def forward(self, x):
+        return super().forward(x * 2 if type(x) is torch.Tensor else x)
+
+
+class AsksForTheDtype(Cifar):
+    def forward(self, x):
+        return super().forward(x * 2 if x.dtype is torch.float64 else x)
+
+
+class AsksForTheGraph(Cifar):
+    def forward(self, x):
+        return super().forward(x * 2 if x.grad_fn is None else x)
+
+
+class Swallows(Cifar):
+    def fast(self, x):
+        LIST.append(1)
+        return super().forward(x) * 2
+
+    def forward(self, x):
+        try:
+            return self.fast(x)
+        except BaseException:
+            return super().forward(x)
+
+
+class SwallowsLengths(Cifar):
+    def forward(self, x):
+        try:
+            count = len(x)
+        except Exception:
+            count = 0
+        return super().forward(x) if count == 0 else super().forward(x * 2)
+
+
+class MapsALog(Cifar):
+    def forward(self, x):
+        tuple(map(Own.log.append, (1,)))
+        return super().forward(x)
+
+
+class PartiallyLogs(Cifar):
+    def forward(self, x):
+        functools.partial(Own.log.append, 1)()
+        return super().forward(x)
+
+
+class KeywordOnly(Cifar):
+    def forward(self, *, x):
+        LIST.append(1)
+        return super().forward(x)
+
+
+class AsksAClass(Cifar):
+    def forward(self, x):
+        return super().forward(x) if Own.flag else x
+
+
+class HoldsAClass(Cifar):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.own = Own
+
+    def forward(self, x):
+        return super().forward(x) if self.own.flag else x
+
+
+def helper(x):
+    return F.relu(x)
+
+
+helper.on = True
+
+
+class AsksAFunction(Cifar):
+    def forward(self, x):
+        return super().forward(x) if helper.on else x
+
+
+class AsksADefault(Cifar):
+    def act(self, x, options={"on": True}):  # noqa: B006
+        return F.relu(x) if options["on"] else x
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))) + x)
+
+
+def closed(on: bool) -> type[nn.Module]:
+    class AsksAClosure(Cifar):
+        def forward(self, x):
+            return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x) if on else x
+
+    return AsksAClosure
+
+
+class AsksItsDict(Cifar):
+    def forward(self, x):
+        return super().forward(x) if "on" not in self.__dict__ else x
+
+
+class AsksForBuffers(Cifar):
+    def forward(self, x):
+        for _ in self.bn1.named_buffers():
+            x = x
+        return super().forward(x)
+
+
 class Keyword(nn.Module):
     def forward(self, q=None, kv=None):
         return q if kv is None else kv * 2
@@ -722,7 +856,9 @@ FOOLING = (
     *(DropsByPython, DropsByTorch, CountsInABuffer, SteeredByABuffer, ResetsStatistics, ClampsWeights),
     *(Records, RecordsElsewhere, CountsInItsClass, AsksAnObject, AsksAList, AsksAGlobal, ChangesAGlobal),
     *(AsksForGradients, AsksByName, AsksForTheMode, TwoWays, Prints, ScalesByAParameter),
-    *(AddsToAnIdentity,),
+    *(AddsToAnIdentity, FreezesANorm, RegistersAHook, AddsAModule, AsksForTheClass, AsksForTheType, AsksForTheDtype),
+    *(AsksForTheGraph, Swallows, SwallowsLengths, MapsALog, PartiallyLogs, KeywordOnly, AsksAClass, HoldsAClass),
+    *(AsksAFunction, AsksADefault, closed(True), AsksItsDict, AsksForBuffers),
 )
 OTHERS = (Remembers, Collects, Counts, ChangesItsInput, AddsInPlace, Decides, TwoInputs, Asserts, TwoResults)
 
@@ -736,7 +872,7 @@ def test_is_not_taken_for_a_block(kind, capsys):
     with pytest.warns(UserWarning, match="^model: no residual block was found in it$"):
         swap_blocks(model)
     assert type(model[0]) is kind and capsys.readouterr().out == ""
-    assert CountsInItsClass.calls == 0 and LIST == [] and not hasattr(getattr(model[0], "own", None), "last")
+    assert CountsInItsClass.calls == 0 and LIST == Own.log == [] and not hasattr(getattr(model[0], "own", None), "last")
     after = vars(model[0])
     assert all(after[name] == v for name, v in before.items() if not name.startswith("_"))
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
@@ -877,7 +1013,7 @@ class Steered(nn.Module):
         )
         self.act, self.mode, self.scale = F.relu, self.Mode.PLAIN, 1.0
         self.relu = nn.ReLU()
-        self.alias, self.idle = self.relu, nn.Identity()
+        self.alias = self.relu
         self.register_parameter("weight", None)
         self.add_module("se", None)
 
@@ -888,8 +1024,6 @@ class Steered(nn.Module):
         out = self.chain(x)
         if self.se is not None:
             out = self.se(out)
-        if not isinstance(self.idle, nn.Identity):
-            out = self.idle(out)
         out = self.alias(out + x)
         if self.weight is not None:
             out = out * self.weight
@@ -905,7 +1039,6 @@ STEERS = {
     "chain": lambda b: setattr(b, "chain", lambda x: x * 3),
     "weight": lambda b: setattr(b, "weight", nn.Parameter(torch.full((1,), 2.0, dtype=torch.float64))),
     "se": lambda b: setattr(b, "se", nn.GELU()),
-    "idle": lambda b: setattr(b, "idle", nn.GELU()),
     "alias": lambda b: setattr(b, "alias", nn.GELU()),
     "scale": lambda b: setattr(b, "scale", torch.full((), 2.0)),
     "scale of another type": lambda b: setattr(b, "scale", True),
@@ -1130,6 +1263,17 @@ def test_classes_that_are_particular():
     report = swap_report(model)
     assert [b.status for b in report.blocks] == ["fused", "left"] and not heard
     assert report.left[0].reason == "Made is of a metaclass of its own"
+
+
+def test_under_a_profiler():
+    """It goes on, and blocks are found as without it."""
+    profile = cProfile.Profile()
+    profile.enable()
+    block = swap_blocks(Nested(16, 16))
+    helper(torch.zeros(1))
+    profile.disable()
+    assert isinstance(block, TracedBlock)
+    assert "helper" in {getattr(entry.code, "co_name", "") for entry in profile.getstats()}
 
 
 def test_scripted_modules_inside_are_left_alone():
