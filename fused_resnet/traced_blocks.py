@@ -58,6 +58,8 @@ class _Seen(NamedTuple):
             now = _attribute(module, name)
             if now is not value and (type(now) is not type(value) or not is_plain(now) or now != value):
                 return f"{where}{name} is another than when the block was recognised"
+        if self.path and self.children is not None and "forward" in module.__dict__:
+            return f"{where}forward is overridden on the instance"
         reason = tampered(module) if self.called else None
         return reason and f"{where}{reason}"
 

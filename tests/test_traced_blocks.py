@@ -1058,6 +1058,21 @@ def test_whatever_its_code_mentions_is_compared(name):
     torch.testing.assert_close(ours(x), block(x))
 
 
+def test_a_forward_that_is_called_by_its_name():
+    """Past the module's hooks, and by whatever stands there on the instance."""
+
+    class Direct(Nested):
+        def forward(self, hidden_state):
+            out = self.layer[0].forward(hidden_state)
+            return self.activation(self.layer[2](self.layer[1](out)) + self.shortcut(hidden_state))
+
+    block, x = swap_blocks(Direct(16, 16)).eval(), torch.randn(2, 16, 5, 5)
+    assert swap_report(block).blocks[0].reason == ""
+    block.layer[0].forward = lambda x: torch.zeros_like(x[:, :4])
+    assert swap_report(block).blocks[0].reason == "runs unfused: layer.0: forward is overridden on the instance"
+    assert torch.equal(block(x), Direct.forward(block, x))
+
+
 def test_another_forward_of_its_class(monkeypatch):
     block = swap_blocks(Tower(16, 16))
     monkeypatch.setattr(Tower, "forward", lambda self, x: x * 3)
