@@ -116,7 +116,7 @@ def register_autograd(name: str, setup, formula) -> None:
     _lib.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-# --- past the dispatcher: it would lead through two Python kernels to the same function, at more than their price ---
+# --- past the dispatcher, which would lead through two Python kernels to the same function ---
 
 
 def direct(name: str) -> Callable:
