@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import gc
 import inspect
 import operator
 import sys
@@ -98,6 +99,8 @@ def trace(module: nn.Module, training: bool, leaves: set[str]) -> Trace | None:
         finally:
             sys.setprofile(None)
 
+    collects = gc.isenabled()
+    gc.disable()  # what it calls, finalizers and callbacks, would be taken for the forward's doing
     for m in modules:  # hooks would be called with what is traced
         m.__dict__ |= {name: OrderedDict() for name in _HOOKS} | {"training": training}
     try:
@@ -108,6 +111,8 @@ def trace(module: nn.Module, training: bool, leaves: set[str]) -> Trace | None:
     finally:
         for m, was in zip(modules, kept, strict=True):
             m.__dict__ |= was
+        if collects:
+            gc.enable()
     clear = found and not watch.unclear and not spy.unclear and not tracer.asked and code in watch.codes
     return Trace(found[0], tracer.called, watch.names) if clear else None
 

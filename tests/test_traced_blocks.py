@@ -6,6 +6,7 @@ import copy
 import cProfile
 import enum
 import functools
+import gc
 import io
 import pickle
 import random
@@ -1198,7 +1199,14 @@ def test_called_by_keyword_or_wrongly():
 
 # What Dropped draws when it is compiled in training is not what it draws otherwise.
 @pytest.mark.parametrize(
-    "kind, train", [(Nested, True), (Nested, False), (AntiAliased, True), (AntiAliased, False), (Dropped, False)]
+    "kind, train",
+    [
+        (Nested, True),
+        (AntiAliased, False),
+        pytest.param(Nested, False, marks=pytest.mark.slow),
+        pytest.param(AntiAliased, True, marks=pytest.mark.slow),
+        pytest.param(Dropped, False, marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_whole(kind, train):
     torch._dynamo.reset()
@@ -1289,6 +1297,24 @@ def test_under_a_profiler():
     profile.disable()
     assert isinstance(block, TracedBlock)
     assert "helper" in {getattr(entry.code, "co_name", "") for entry in profile.getstats()}
+
+
+def test_while_garbage_is_collected():
+    """What the collector calls, whenever it comes, is no doing of the forward's: hypothesis has it called back."""
+    heard, thresholds = [], gc.get_threshold()
+
+    def callback(phase, info):
+        heard[:0] = [phase]
+
+    model = nn.Sequential(*(Nested(16, 16) for _ in range(8)))
+    gc.callbacks.append(callback)
+    gc.set_threshold(1, 1, 1)
+    try:
+        swap_blocks(model)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(callback)
+    assert heard and gc.isenabled() and len(swap_report(model).fused) == 8
 
 
 def test_scripted_modules_inside_are_left_alone():
