@@ -42,7 +42,8 @@ _BUILTINS = {len, torch.relu, torch.relu_, torch.add, operator.add, operator.iad
 _TYPES = {super, range, zip, enumerate, list, tuple, reversed}
 _OF_TORCH = {"nn", "functional", "relu", "relu_", "add"}
 _OF_PROXIES = {"relu", "relu_", "add", "add_"}
-_HIDDEN = {"training", "_modules", "_parameters", "_buffers"}  # what is compared later has to be asked for by its name
+# The mode is no constant; and what is compared later has to be asked for by its name.
+_HIDDEN = {"training", "_modules", "_parameters", "_buffers"}
 _OPCODES = {
     *("STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_SUBSCR", "STORE_SLICE", "STORE_DEREF"),
     *("DELETE_ATTR", "DELETE_GLOBAL", "DELETE_NAME", "DELETE_SUBSCR", "DELETE_DEREF"),
@@ -78,14 +79,18 @@ def has_plain_defaults(function: types.FunctionType) -> bool:
     return is_plain(function.__defaults__ or ()) and all(map(is_plain, (function.__kwdefaults__ or {}).values()))
 
 
-def trace(module: nn.Module, training: bool, leaves: set[str]) -> Trace | None:
-    """What a module's forward does in this mode, but for the modules at these paths, which are not looked into; None
-    where a trace cannot say it."""
+def is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
+
+
+def trace(module: nn.Module, leaves: set[str]) -> Trace | None:
+    """What a module's forward does, in either mode, but for the modules at these paths, which are not looked into;
+    None where a trace cannot say it."""
     code = getattr(type(module).forward, "__code__", None)
     if code is None or _is_torchs(code) or code.co_kwonlyargcount or code.co_flags & _STARRED:
         return None  # of keywords and stars fx makes another function, which nobody would know again
     modules = list(module.modules())
-    kept = [{name: m.__dict__[name] for name in ("training", *_HOOKS)} for m in modules]
+    kept = [{name: m.__dict__[name] for name in _HOOKS} for m in modules]
     tracer, watch, spy = _Tracer(leaves), _Watch(code, modules), _Spy()
     found: list[fx.Graph] = []
 
@@ -102,7 +107,7 @@ def trace(module: nn.Module, training: bool, leaves: set[str]) -> Trace | None:
     collects = gc.isenabled()
     gc.disable()  # what it calls, finalizers and callbacks, would be taken for the forward's doing
     for m in modules:  # hooks would be called with what is traced
-        m.__dict__ |= {name: OrderedDict() for name in _HOOKS} | {"training": training}
+        m.__dict__ |= {name: OrderedDict() for name in _HOOKS}
     try:
         with patch.multiple(_module, **{f"_global{name}": OrderedDict() for name in _HOOKS}):
             thread = threading.Thread(target=run)  # which has no profiler of its own, nor a grad mode or autocast
@@ -190,8 +195,9 @@ class _Watch:
                 raise _Unclear
         elif code is self.root or caller in self.codes or caller.co_filename.startswith(_MODULES):
             self.codes.add(code)
-            self.names |= _names(code)
-            for name, attribute in _globals(code):
+            names, asked = _mentioned(code)
+            self.names |= names
+            for name, attribute in asked:
                 self._check(frame.f_globals.get(name, getattr(builtins, name, None)), attribute)
             for name in code.co_freevars:
                 value = frame.f_locals.get(name)
@@ -218,28 +224,17 @@ def _is_torchs(code: types.CodeType) -> bool:
 
 
 @functools.cache
-def _names(code: types.CodeType) -> frozenset[str]:
-    """The attributes that this code mentions. Raises _Unclear for instructions that a forward here may not have."""
+def _mentioned(code: types.CodeType) -> tuple[frozenset[str], frozenset[tuple[str, str | None]]]:
+    """The attributes that this code mentions, and its global names, each with the attribute of it that is asked for, if
+    one is. Raises _Unclear for instructions that a forward here may not have."""
     found = list(dis.get_instructions(code))
-    if not _OPCODES.isdisjoint(i.opname for i in found):
-        raise _Unclear
     names = frozenset(i.argval for i in found if i.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
-    if not _HIDDEN.isdisjoint(names) or any(name.startswith("__") for name in names) or _handles(code):
+    handles = bool(getattr(code, "co_exceptiontable", b""))  # exceptions: those of a trace as well
+    hidden = not _HIDDEN.isdisjoint(names) or any(name.startswith("__") for name in names)
+    if handles or hidden or not _OPCODES.isdisjoint(i.opname for i in found):
         raise _Unclear
-    return names
-
-
-def _handles(code: types.CodeType) -> bool:
-    """Whether this code catches exceptions: those of a trace as well."""
-    return bool(getattr(code, "co_exceptiontable", b""))
-
-
-@functools.cache
-def _globals(code: types.CodeType) -> frozenset[tuple[str, str | None]]:
-    """The global names in this code, each with the attribute of it that is asked for, if one is."""
-    found = list(dis.get_instructions(code))
     asked = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in found[1:]] + [None]
-    return frozenset(
+    return names, frozenset(
         (i.argval, attribute)
         for i, attribute in zip(found, asked, strict=True)
         if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")

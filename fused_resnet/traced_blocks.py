@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from .blocks import Fused, Side, part, tampered
-from .strict_trace import NORMS, Trace, has_plain_defaults, is_plain, trace
+from .strict_trace import NORMS, Trace, has_plain_defaults, is_plain, is_torchs, trace
 
 _MOST_CONVOLUTIONS = 8  # in a block: more is a stage
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
@@ -83,7 +83,7 @@ def _attribute(module: nn.Module, name: str):
     for kind in type(module).__mro__:
         if name in kind.__dict__:
             value = kind.__dict__[name]
-            if kind.__module__.partition(".")[0] == "torch":
+            if is_torchs(kind):
                 return _From.TORCH
             function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
             called = isinstance(function, types.FunctionType) and has_plain_defaults(function)
@@ -232,8 +232,7 @@ def _safely(module: nn.Module) -> Anatomy | str | None:
 
 def anatomy_of(block: nn.Module) -> Anatomy | str | None:
     """A block's anatomy; a str, why a residual block cannot be fused; None: this is no residual block."""
-    kind = type(block)
-    if kind.__module__.partition(".")[0] == "torch" or "forward" in block.__dict__:
+    if is_torchs(type(block)) or "forward" in block.__dict__:
         return None
     modules = list(block.modules())
     convolutions = sum(isinstance(m, nn.Conv2d) for m in modules)
@@ -247,24 +246,19 @@ def anatomy_of(block: nn.Module) -> Anatomy | str | None:
         for name, m in block.named_modules()
         if name and type(m) is not nn.Sequential and not any(isinstance(inside, NORMS) for inside in m.modules())
     }
-    reasons = []
+    reason = None
     for leaves in (set(), opaque):
-        training = _read(block, True, leaves)
-        evaluating = None if training is None else _read(block, False, leaves)
-        if isinstance(training, Anatomy) and training == evaluating:
-            return _refused(block) or training
-        both = isinstance(training, Anatomy) and isinstance(evaluating, Anatomy)
-        reasons += [_ANOTHER_WAY] if both else [f for f in (training, evaluating) if isinstance(f, str)]
-    return reasons[-1] if reasons else None
-
-
-_ANOTHER_WAY = "its forward goes another way in training"
+        found = _read(block, leaves)
+        if isinstance(found, Anatomy):
+            return _refused(block) or found
+        reason = found or reason
+    return reason
 
 
 @functools.cache
 def _mentioned(kind: type[nn.Module]) -> frozenset[str]:
     """The names in the code of a class."""
-    own = (c for c in kind.__mro__ if c.__module__.partition(".")[0] != "torch")
+    own = (c for c in kind.__mro__ if not is_torchs(c))
     functions = (f for c in own for f in vars(c).values() if isinstance(f, types.FunctionType))
     return frozenset(itertools.chain(*(f.__code__.co_names for f in functions)))
 
@@ -346,9 +340,9 @@ _CALLS = ("call_module", "call_function", "call_method")
 _TURNS = ("convolution", "batch norm", "ReLU")
 
 
-def _read(block: nn.Module, training: bool, leaves: set[str]) -> Anatomy | str | None:
-    """What the forward does in this mode, as `anatomy_of` has it."""
-    found = trace(block, training, leaves)
+def _read(block: nn.Module, leaves: set[str]) -> Anatomy | str | None:
+    """What the forward does, as `anatomy_of` has it."""
+    found = trace(block, leaves)
     if found is None:
         return None
     graph = found.graph
@@ -414,7 +408,7 @@ def _look(block: nn.Module, found: Trace, opaque: set[str], asked: set[str]) -> 
     for path, m in block.named_modules(remove_duplicate=False):
         inside = any(path.startswith(f"{other}.") for other in opaque) or path in opaque
         given = []
-        torchs = type(m).__module__.partition(".")[0] == "torch"  # whose tensors are for its own forward
+        torchs = is_torchs(type(m))  # whose tensors are for its own forward
         for name in sorted(found.names - {*m._modules, *_RESERVED, "forward"}):
             value = _attribute(m, name)
             if value is _From.OBJECT or (value is _From.TENSOR and not torchs and not inside):

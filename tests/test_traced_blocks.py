@@ -416,12 +416,6 @@ class SlicedShortcut(Cifar):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x[:, :16])
 
 
-class OtherWayInTraining(Cifar):
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + (x if self.training else self.shortcut(self.conv1(x))))
-
-
 class Memory(Cifar):
     def __init__(self, *size):
         super().__init__(*size)
