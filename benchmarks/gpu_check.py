@@ -47,6 +47,7 @@ SANITIZED = [
         ("bn_act_pool", "pool"),
         ("bn_act_pool_bwd", "pool"),
         ("stem_conv", "stem"),
+        ("stem_conv_weight_grad", "stem"),
         ("pointwise_bn_act", "expand"),
         ("conv_bn_act", "7x7-stem"),
         ("conv_bn_act", "1x1-stride2"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import backends, measure
-from fused_resnet.backends import composed, pooled, reference
+from fused_resnet.backends import composed, pooled, reference, stem_conv
 
 # name: (N, C, H, W, K, kernel, stride, padding, batch norm while loading); odd maps make ragged tiles
 CONVOLUTIONS = {
@@ -51,13 +51,13 @@ STEMS = {
     "stem-128-filters": (1, 3, 33, 254, 128, 7, 2, 3, False),
 }
 STEMS_OF_A_RESNET = {"stem-224": (32, 3, 224, 224, 64, 7, 2, 3, False)}
-OPS = (*composed.OPS, *pooled.OPS, "stem_conv")
+OPS = (*composed.OPS, *pooled.OPS, *stem_conv.OPS)
 
 
 def specs(op: str, on_gpu: bool) -> dict[str, tuple]:
     if op in pooled.OPS:
         return POOLS | (POOLS_OF_A_RESNET if on_gpu else {})
-    if op == "stem_conv":
+    if op in stem_conv.OPS:
         return STEMS | (STEMS_OF_A_RESNET if on_gpu else {})
     if op.startswith("pointwise"):
         return POINTWISE | (POINTWISE_OF_A_RESNET if on_gpu else {})
@@ -83,8 +83,11 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
         _, winner = reference.bn_act_pool(x, *bn, 1e-5)
         return maps(winner.shape, 3), x, winner, *bn[:3], 1e-5, [True] * 3
     weight = (maps((k, c, kernel, kernel), 2).float() / (c * kernel * kernel) ** 0.5).to(dtype)
-    if op == "stem_conv":
-        return x, weight.contiguous(memory_format=torch.channels_last)  # pictures come in either layout
+    if op in stem_conv.OPS:  # pictures come in either layout
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        if op == "stem_conv":
+            return x, weight
+        return maps((n, k, (h + 1) // 2, (w + 1) // 2), 3).contiguous(memory_format=torch.channels_last), x, weight
     weight = weight.contiguous(memory_format=format)
     loaded = (*(reference.bn_stats(x) if normalised else (None, None)), *(affine(c) if normalised else (None, None)))
     loaded = (*loaded, 1e-5, True)

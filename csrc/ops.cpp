@@ -90,6 +90,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
   m.def("avg_pool_out(Tensor x, Tensor(a!) y) -> ()");
   m.def("stem_out(Tensor x, Tensor weight, Tensor bias, int rows, Tensor(a!) y) -> ()");
   m.def("stem_conv(Tensor x, Tensor weight, int rows) -> Tensor");
+  m.def("stem_conv_weight_shares(Tensor grad, Tensor x, int rows) -> Tensor");
 }
 
 #ifdef FUSED_RESNET_WITH_CUDA
@@ -109,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) {
   m.impl("avg_pool_out", TORCH_BOX(&fused_resnet::avg_pool_out));
   m.impl("stem_out", TORCH_BOX(&fused_resnet::stem_out));
   m.impl("stem_conv", TORCH_BOX(&fused_resnet::stem_conv));
+  m.impl("stem_conv_weight_shares", TORCH_BOX(&fused_resnet::stem_conv_weight_shares));
 }
 
 // What needs no device.

@@ -1,18 +1,18 @@
-// Launchers of stem and stem_conv: check, guard the device, allocate, launch, check the launch.
+// Launchers of stem, stem_conv and its weight's gradient: check, guard the device, allocate, launch, check the launch.
 
 #include "stem.h"
 
 #include <limits>
 
 #include "conv/stem_kernel.cuh"
+#include "conv/stem_weight_kernel.cuh"
 #include "conv_checks.h"
 
 namespace fused_resnet {
 namespace {
 
-// All but y and the bias.
-template <bool Pools>
-conv::StemParams params_of(const char* op, const Tensor& x, const Tensor& weight, int64_t rows) {
+// tile: columns of a block, in pairs of the convolution's or, as `of_columns` says, one by one.
+conv::StemPlaces places_of(const char* op, const Tensor& x, int64_t k, int64_t rows, int tile, bool of_columns) {
   check(x.dim() == 4 && x.size(1) == 3, op, ": x must be [N, 3, H, W]");
   check(x.numel() > 0, op, ": x must not be empty");
   const ScalarType dtype = x.scalar_type();
@@ -26,14 +26,10 @@ conv::StemParams params_of(const char* op, const Tensor& x, const Tensor& weight
         "x", w);
   // A pair of pixels is read at a time.
   check(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 4 == 0, op, ": x must begin at a multiple of 4 bytes");
-
-  check(weight.dim() == 2 && weight.size(1) == conv::Stem::kSize && weight.is_contiguous(), op,
-        ": weight must be packed, [K, 224]");
-  check_dtype(op, "weight", weight, x);
-  check_aligned(op, "weight", weight.const_data_ptr());
-  const int64_t k = weight.size(0);
   check(k > 0 && k % conv::Stem::kChannels == 0, op, ": K must be a multiple of 64, got ", k);
-  conv::StemParams p = {};
+
+  conv::StemPlaces p = {};
+  p.x = x.const_data_ptr();
   p.h = size_of(op, "H", h, 1);
   p.pairs = static_cast<int>(w / 2);
   p.p1 = static_cast<int>((h - 1) / 2 + 1), p.q1 = static_cast<int>((w - 1) / 2 + 1);
@@ -43,7 +39,7 @@ conv::StemParams params_of(const char* op, const Tensor& x, const Tensor& weight
   check(rows >= 1, op, ": rows must be at least 1, got ", rows);
   p.rows = static_cast<int>(rows < p.p ? rows : p.p);
   p.parts = conv::ceil_div(p.p, p.rows);
-  p.tiles = conv::ceil_div(p.q, conv::StemTile<Pools>::kTile);
+  p.tiles = conv::ceil_div(of_columns ? p.q1 : p.q, tile);
   p.groups = p.k / conv::Stem::kChannels;
   const int64_t of_image = int64_t{p.parts} * p.tiles * p.groups;
   check(x.size(0) <= std::numeric_limits<int32_t>::max() / of_image, op, ": needs less than 2^31 blocks, got ",
@@ -54,17 +50,25 @@ conv::StemParams params_of(const char* op, const Tensor& x, const Tensor& weight
   p.advance = conv::Stem::kFetch * p.row;
   p.plane = nchw ? h * p.row : 4;
   p.image = 6 * h * w;
+  return p;
+}
+
+// All but y and the bias.
+template <bool Pools>
+conv::StemParams params_of(const char* op, const Tensor& x, const Tensor& weight, int64_t rows) {
+  check(weight.dim() == 2 && weight.size(1) == conv::Stem::kSize && weight.is_contiguous(), op,
+        ": weight must be packed, [K, 224]");
+  conv::StemParams p = {places_of(op, x, weight.size(0), rows, conv::StemTile<Pools>::kTile, false)};
+  check_dtype(op, "weight", weight, x);
+  check_aligned(op, "weight", weight.const_data_ptr());
   p.row_of_y = int64_t{2} * (Pools ? p.q : p.q1) * p.k;
   p.ones = 0xffffffffu;
-  p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   return p;
 }
 
-template <class T, bool Pools>
-cudaError_t run(const conv::StemParams& p, unsigned blocks, cudaStream_t stream) {
-  const auto kernel = conv::stem_kernel<T, Pools>;
-  constexpr int shared = conv::StemTile<Pools>::kShared;
+template <class Params>
+cudaError_t run(void (*kernel)(Params), const Params& p, int shared, unsigned blocks, cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
@@ -75,12 +79,20 @@ cudaError_t run(const conv::StemParams& p, unsigned blocks, cudaStream_t stream)
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-template <bool Pools>
-void launch_stem(const char* op, const Device& device, const conv::StemParams& p, const Tensor& x) {
+template <class Params>
+void launch_stem(const char* op, void (*halves)(Params), void (*bfloats)(Params), int shared, const Params& p,
+                 const Tensor& x) {
+  const Device device(x);
+  check_arch(op, "the kernel", 80, device);
   const unsigned blocks = static_cast<unsigned>(x.size(0) * p.parts * p.tiles * p.groups);
-  check_launch(op, "the kernel",
-               x.scalar_type() == ScalarType::Half ? run<__half, Pools>(p, blocks, device.stream)
-                                                   : run<__nv_bfloat16, Pools>(p, blocks, device.stream));
+  const auto kernel = x.scalar_type() == ScalarType::Half ? halves : bfloats;
+  check_launch(op, "the kernel", run(kernel, p, shared, blocks, device.stream));
+}
+
+template <bool Pools>
+void launch_stem(const char* op, const conv::StemParams& p, const Tensor& x) {
+  launch_stem(op, conv::stem_kernel<__half, Pools>, conv::stem_kernel<__nv_bfloat16, Pools>,
+              conv::StemTile<Pools>::kShared, p, x);
 }
 
 }  // namespace
@@ -92,22 +104,32 @@ void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t
   check_vector(op, "bias", bias, y, false);
   for (const auto& [name, t] : {std::pair("x", x), std::pair("weight", weight), std::pair("bias", bias)})
     check_apart(op, "y", y, name, t);
-  const Device device(x);
-  check_arch(op, "the kernel", 80, device);
   p.bias = data<float>(bias);
   p.y = y.mutable_data_ptr();
-  launch_stem<true>(op, device, p, x);
+  launch_stem<true>(op, p, x);
 }
 
 Tensor stem_conv(const Tensor& x, const Tensor& weight, int64_t rows) {
   const char* op = "stem_conv";
   conv::StemParams p = params_of<false>(op, x, weight, rows);
-  const Device device(x);
-  check_arch(op, "the kernel", 80, device);
   const Tensor y_rows = torch::stable::new_empty(x, {x.size(0), p.p1, p.q1, p.k});
   p.y = y_rows.mutable_data_ptr();
-  launch_stem<false>(op, device, p, x);
+  launch_stem<false>(op, p, x);
   return torch::stable::transpose(torch::stable::transpose(y_rows, 2, 3), 1, 2);
+}
+
+Tensor stem_conv_weight_shares(const Tensor& grad, const Tensor& x, int64_t rows) {
+  const char* op = "stem_conv_weight_shares";
+  check(grad.dim() == 4, op, ": grad must be [N, K, P, Q], it has ", grad.dim(), " dimensions");
+  conv::StemWeightParams p = {places_of(op, x, grad.size(1), rows, conv::StemWeight::kTile, true)};
+  check_sized_map(op, "grad", grad, {x.size(0), p.k, p.p1, p.q1}, x);
+  p.g = grad.const_data_ptr();
+  const int64_t blocks = x.size(0) * p.parts * p.tiles;
+  const Tensor shares = torch::stable::new_empty(x, {blocks, p.k, conv::Stem::kSize}, ScalarType::Float);
+  p.shares = mutable_data<float>(shares);
+  launch_stem(op, conv::stem_weight_kernel<__half>, conv::stem_weight_kernel<__nv_bfloat16>, conv::StemWeight::kShared,
+              p, x);
+  return shares;
 }
 
 }  // namespace fused_resnet

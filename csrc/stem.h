@@ -17,4 +17,9 @@ void stem_out(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t
 // block walks.
 Tensor stem_conv(const Tensor& x, const Tensor& weight, int64_t rows);
 
+// Of its weight's gradient what each block has summed, float32 [blocks, K, 224]: 7 rows of 8 columns, the first without
+// meaning, of 4 channels, the last without meaning. grad: [N, K, P, Q] of the convolution of x, channels_last. rows:
+// pairs of its rows that a block walks.
+Tensor stem_conv_weight_shares(const Tensor& grad, const Tensor& x, int64_t rows);
+
 }  // namespace fused_resnet

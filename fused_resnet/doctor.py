@@ -15,7 +15,7 @@ import torch
 import fused_resnet
 
 from . import backends
-from .backends import composed, cuda, cuda_conv, pooled
+from .backends import composed, cuda, cuda_conv, pooled, stem_conv
 
 VARIABLES = {
     "FUSED_RESNET_BACKEND": "forces a backend: cuda, triton, cudnn, cpu or reference",
@@ -35,7 +35,7 @@ OPS = (
     "bn_act_bwd_input",
     *composed.OPS,
     *pooled.OPS,
-    "stem_conv",
+    *stem_conv.OPS,
 )
 
 
@@ -119,8 +119,8 @@ def unavailable() -> dict[str, str | None]:
 def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
     """Arguments of a small call of an op, channels_last: a ResNet's first 3x3 convolution, on smaller maps."""
 
-    def maps():
-        return torch.rand(2, 64, 8, 8, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    def maps(size: int = 8):
+        return torch.rand(2, 64, size, size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
 
     def vector():
         return torch.rand(64, device=device) + 0.5
@@ -150,6 +150,7 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
         "bn_act_pool": (maps(), *bn, 1e-5),
         "bn_act_pool_bwd": (maps()[:, :, ::2, ::2], maps(), winners, *bn[:3], 1e-5, [True] * 3),
         "stem_conv": (images, filters),
+        "stem_conv_weight_grad": (maps(4), images, filters),
     }[op]
 
 

@@ -1,6 +1,7 @@
 """The ops of a stem in training, torch.ops.fused_resnet.*:
 
-    stem_conv        y = convolution 7x7 stride 2 padding 3 of x; its backward is PyTorch's convolution_backward
+    stem_conv        y = convolution 7x7 stride 2 padding 3 of x; the gradient of x is PyTorch's
+    stem_conv_weight_grad
     bn_act_pool      (y, winner) of y = max_pool 3x3 stride 2 padding 1 of relu(BN(x)), with x's own statistics
     bn_act_pool_bwd
 
@@ -14,7 +15,7 @@ import torch
 
 from . import backends
 from .backends import pooled, reference
-from .backends.layout import output_format, with_strides_of
+from .backends.layout import output_format
 from .backends.reference import accumulator
 from .backends.stem_conv import KERNEL, PLACES
 from .ops import (
@@ -35,6 +36,7 @@ from .ops import (
 
 _SCHEMAS = {
     "stem_conv": "(Tensor x, Tensor weight) -> Tensor",
+    "stem_conv_weight_grad": "(Tensor grad, Tensor x, Tensor weight) -> Tensor",
     "bn_act_pool": "(Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, float eps) "
     "-> (Tensor, Tensor)",
     "bn_act_pool_bwd": "(Tensor grad, Tensor x, Tensor winner, Tensor mean, Tensor var, Tensor? bn_weight, float eps, "
@@ -64,15 +66,36 @@ def _stem_conv_setup(ctx, inputs, output):
 
 
 def _stem_conv_backward(ctx, grad):
-    mask = [*ctx.needs_input_grad[:2], False]
-    if grad is None or not any(mask):
-        return None, None
     x, weight = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    if grad is None:
+        return None, None
     *places, groups = PLACES
-    dx, dweight, _ = torch.ops.aten.convolution_backward.default(
-        grad, x, weight, None, *places, False, [0, 0], groups, mask
-    )
-    return dx if mask[0] else None, with_strides_of(weight, dweight) if mask[1] else None
+    dx = dweight = None
+    if need_x:
+        dx, _, _ = torch.ops.aten.convolution_backward.default(
+            grad, x, weight, None, *places, False, [0, 0], groups, [True, False, False]
+        )
+    if need_weight:
+        dweight = torch.ops.fused_resnet.stem_conv_weight_grad.default(grad, x, weight)
+    return dx, dweight
+
+
+def _check_stem_conv_weight_grad(grad, x, weight):
+    shape = _check_stem_conv(x, weight)
+    if list(grad.shape) != list(shape):
+        raise RuntimeError(f"grad: expected the convolution's {list(shape)}, got {list(grad.shape)}")
+
+
+def _stem_conv_weight_grad(grad, x, weight):
+    check_given(grad=grad, x=x, weight=weight)
+    return backends.run("stem_conv_weight_grad", grad, x, weight, check=_check_stem_conv_weight_grad)
+
+
+def _stem_conv_weight_grad_fake(grad, x, weight):
+    check_given(grad=grad, x=x, weight=weight)
+    _check_stem_conv_weight_grad(grad, x, weight)
+    return torch.empty_like(weight)
 
 
 def _cast_stem_conv(dtype, args):
@@ -142,11 +165,16 @@ def _bwd_from_input(grad, x, winner, mean, var, *args):
 
 
 register("stem_conv", _SCHEMAS["stem_conv"], _stem_conv, _stem_conv_fake)
+register(
+    "stem_conv_weight_grad", _SCHEMAS["stem_conv_weight_grad"], _stem_conv_weight_grad, _stem_conv_weight_grad_fake
+)
 register("bn_act_pool", _SCHEMAS["bn_act_pool"], _bn_act_pool, _bn_act_pool_fake)
 register("bn_act_pool_bwd", _SCHEMAS["bn_act_pool_bwd"], _bn_act_pool_bwd, _bn_act_pool_bwd_fake)
 register_autograd("stem_conv", _stem_conv_setup, _stem_conv_backward)
 register_autograd("bn_act_pool", _setup, _backward)
+register_double_backward("stem_conv_weight_grad", lambda *args: (reference.stem_conv_weight_grad(*args),), (0, 1))
 register_double_backward("bn_act_pool_bwd", _bwd_from_input, (0, 1, 5))
 register_autocast("stem_conv", _cast_stem_conv)
+register_autocast("stem_conv_weight_grad", as_given)
 register_autocast("bn_act_pool", as_given)
 register_autocast("bn_act_pool_bwd", as_given)

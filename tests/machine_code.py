@@ -42,7 +42,9 @@ def whole_code(arch):
     return dict(zip(names, functions[1::2], strict=False))
 
 
-_CONVOLUTION = re.compile(r"(conv_(sm80|split|lines)|chain_(sm90|lines|stream)|stem)_kernel|conv::Sm90<|4conv4Sm90I")
+_CONVOLUTION = re.compile(
+    r"(conv_(sm80|split|lines)|chain_(sm90|lines|stream)|stem|stem_weight)_kernel|conv::Sm90<|4conv4Sm90I"
+)
 
 
 def is_convolution(name):

@@ -216,3 +216,23 @@ def test_machine_code_of_the_stem(arch, element, pools):
     assert count(r"STG\.E\.128", code) == count(r"\bSTG", code) == (2 if pools else 8)
     assert count(r"HMNMX2?\.(BF16_V2\.)?NAN", code) == count(r"HMNMX", code)
     assert (count(r"HMNMX", code) > 0) is pools, "a NaN goes through the maxima"
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", [arch for arch in sass_archs() if int(arch[3:].rstrip("af")) >= 80])
+@pytest.mark.parametrize("element", ["__half", "__nv_bfloat16"])
+def test_machine_code_of_the_stems_weight_gradient(arch, element):
+    (code,) = (code for name, code in whole_code(arch).items() if f"stem_weight_kernel<{element}>" in name)
+    (used,) = (used for name, used in resources(arch).items() if re.search(rf"stem_weight_kernelI\d+{element}E", name))
+    registers, stack, _, local = used
+    assert registers <= 128 and stack == local == 0, "two blocks of 256 threads a multiprocessor"
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    kind = r"F32\.BF16\b" if element == "__nv_bfloat16" else r"F32(?!\.)"
+    # Two rows of g by 7 filter rows and two halves of a warp's channels, within the map and at its edge.
+    assert count(r"\bHMMA", code) == count(rf"HMMA\.16816\.{kind}", code) == 2 * 28
+    # Of g two halves of two rows, of x nine rows by twos.
+    assert count(r"\bLDSM", code) == count(r"LDSM\.16\.MT88\.4", code) == 2 * (4 + 5)
+    loop = code[code.index("HMMA") : [m.start() for m in re.finditer(r"\bHMMA", code)][27]]
+    assert len(re.findall(r";", loop)) < 2 * 28 and count(r"\b(IMAD\.)?MOV\b", loop) < 4
+    assert count(r"LDGSTS\.E\.BYPASS\S*\.128", code) == count(r"\bLDGSTS", code) == 2 * 7
+    assert count(r"STG\.E\.64", code) == count(r"\bSTG", code) == 28

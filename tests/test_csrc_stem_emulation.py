@@ -304,3 +304,124 @@ def test_the_backends_function_is_the_reference(monkeypatch, layout, layout_of_w
     weight = call.weight.contiguous(memory_format=LAYOUTS[layout_of_weight])
     y, expected = cuda.stem_conv(call.x, weight), backends_reference.stem_conv(call.x, weight)
     assert y.stride() == expected.stride() and error(y, expected) < 1e-3
+
+
+# --- its weight's gradient --------------------------------------------------------------------------------------------
+
+
+def weight_call(n, h, w, k=64, dtype=torch.float16, layout="nchw"):
+    """(gradient of the convolution's output, x)."""
+    call = Call(n, h, w, k, dtype, layout)
+    return between_nans(torch.randn(n, k, (h + 1) // 2, w // 2).to(dtype)), call.x
+
+
+def weight_shares(grad, x, rows):
+    with nan_filled():
+        return ops.stem_conv_weight_shares(grad, x, rows)
+
+
+def weight_gradient(grad, x, rows=2):
+    return weight_shares(grad, x, rows).double().sum(0).view(-1, 7, 8, 4)[:, :, 1:, :3].permute(0, 3, 1, 2)
+
+
+def expected_weight_gradient(grad, x):
+    shape = (grad.shape[1], 3, 7, 7)
+    return torch.nn.grad.conv2d_weight(x.double(), shape, grad.double(), stride=2, padding=3)
+
+
+# 112 columns are a whole tile of it, 16 a step; 224 and 32 of x.
+WEIGHTS = SHAPES | {
+    "odd-rows-and-columns": (2, 34, 38),
+    "whole-steps": (2, 12, 64),
+    "whole-tile": (1, 7, 224),
+    "one-column-further": (1, 6, 226),
+    "one-row": (2, 1, 40),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 99])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
+def test_weight_gradient(machine, shape, dtype, layout, rows):
+    machine(4, rows == 2)
+    grad, x = weight_call(*shape, dtype=dtype, layout=layout)
+    assert error(weight_gradient(grad, x, rows), expected_weight_gradient(grad, x)) < 1e-6  # sums in float32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_gradient_of_several_tiles_and_blocks_of_channels(layout):
+    grad, x = weight_call(2, 33, 230, k=128, layout=layout)
+    shares = weight_shares(grad, x, 4)
+    assert shares.shape == (2 * 3 * 2, 128, 224)  # images, parts of 9 pairs of rows, tiles of 115 columns
+    assert error(weight_gradient(grad, x, 4), expected_weight_gradient(grad, x)) < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_order_of_threads_and_copies_changes_no_bit_of_the_weight_gradient(machine, layout):
+    (grad, x), results = weight_call(2, 35, 38, layout=layout), []
+    for backwards in (False, True):
+        machine(4, backwards)
+        results.append(weight_shares(grad, x, 5).view(-1, 64, 7, 8, 4)[..., 1:, :3])
+    assert torch.equal(*results) and results[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_sums_of_the_weight_gradient_are_exact(dtype):
+    """Whole numbers: not one product is missing, doubled or misplaced."""
+    grad, x = weight_call(2, 21, 26, k=128, dtype=dtype)
+    for t in (grad, x):
+        t.copy_(torch.randint(-2, 3, t.shape))
+    assert torch.equal(weight_gradient(grad, x, 3), expected_weight_gradient(grad, x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_finite_reaches_the_filters_values_that_met_it_and_no_others(layout):
+    """At the edges a block reads positions of the map that are not there."""
+    for at in ((0, 0), (11, 7), (11, 8), (20, 25), (12, 24), (0, 25), (20, 0), (19, 3)):
+        grad, x = weight_call(1, 21, 26, layout=layout)
+        x[0, 1, at[0], at[1]] = float("nan")
+        found, expected = weight_gradient(grad, x, 3), expected_weight_gradient(grad, x)
+        assert torch.equal(found.isnan(), expected.isnan()) and found.isfinite().any() and not found.isfinite().all()
+        assert error(found.nan_to_num(0), expected.nan_to_num(0)) < 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_x_of_the_weight_gradient_may_begin_at_any_pair(layout):
+    grad, x = weight_call(1, 9, 12, layout=layout)
+    expected = weight_gradient(grad, x)
+    shelf = torch.empty(x.numel() + 2, dtype=torch.float16)
+    x = shelf[2:].as_strided(x.shape, x.stride()).copy_(x)
+    assert x.data_ptr() % 16 and torch.equal(weight_gradient(grad, x), expected)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(grad=torch.zeros(64, 5, 6).half()), r"grad must be \[N, K, P, Q\], it has 3 dimensions"),
+        (dict(grad=torch.zeros(1, 64, 5, 6)), "grad must have the dtype of x"),
+        (dict(grad=torch.zeros(1, 64, 5, 5).half()), r"grad must be \[1, 64, 5, 6\]"),
+        (dict(grad=torch.zeros(1, 96, 5, 6).half()), "K must be a multiple of 64, got 96"),
+        (dict(x=torch.zeros(1, 3, 9, 13).half()), "x must have an even width, got 13"),
+        (dict(x=torch.zeros(1, 3, 9, 12)), "x must be float16 or bfloat16, got Float"),
+        (dict(rows=0), "rows must be at least 1, got 0"),
+    ],
+)
+def test_the_weight_gradients_launcher_refuses_with_a_sentence(changes, sentence):
+    given = dict(grad=torch.zeros(1, 64, 5, 6).half(), x=torch.zeros(1, 3, 9, 12).half(), rows=2) | changes
+    if given["grad"].dim() == 4:
+        given["grad"] = given["grad"].contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match=f"stem_conv_weight_shares: {sentence}"):
+        ops.stem_conv_weight_shares(*given.values())
+
+
+@pytest.mark.parametrize("layout_of_weight", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_backends_weight_gradient_is_the_reference(monkeypatch, layout, layout_of_weight):
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 4))
+    grad, x = weight_call(3, 35, 38, k=128, dtype=torch.bfloat16, layout=layout)
+    weight = torch.empty(128, 3, 7, 7, dtype=torch.bfloat16).contiguous(memory_format=LAYOUTS[layout_of_weight])
+    found = cuda.stem_conv_weight_grad(grad, x, weight)
+    expected = backends_reference.stem_conv_weight_grad(grad, x, weight)
+    assert found.stride() == expected.stride() == weight.stride() and found.dtype is weight.dtype
+    assert error(found, expected) < 2e-3

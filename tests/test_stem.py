@@ -159,6 +159,38 @@ def test_gradcheck_of_the_convolution():
 
 
 @pytest.mark.parametrize("format", [CL, torch.contiguous_format])
+@pytest.mark.parametrize("weight_format", [CL, torch.contiguous_format])
+def test_the_weight_gradient_is_pytorchs(format, weight_format):
+    x, weight = (t.detach() for t in convolution((2, 3, 9, 12), 4, format=format, weight_format=weight_format))
+    grad = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    found = ops.stem_conv_weight_grad(grad, x, weight)
+    expected = torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride=2, padding=3)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert found.stride() == weight.stride()
+    torch.library.opcheck(ops.stem_conv_weight_grad.default, (grad.requires_grad_(), x.requires_grad_(), weight))
+
+
+def test_gradients_of_the_weight_gradient():
+    x, weight = (t.detach() for t in convolution((1, 3, 5, 6), k=2))
+    args = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True), x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda grad, x: ops.stem_conv_weight_grad(grad, x, weight), args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad": torch.zeros(1, 64, 5, 5)}, r"grad: expected the convolution's \[1, 64, 5, 6\], got \[1, 64, 5, 5\]"),
+        ({"x": torch.zeros(3, 9, 12)}, "x: expected 4D input"),
+        ({"weight": torch.zeros(64, 3, 5, 5)}, r"weight: expected a 7x7 convolution's \[K, C, 7, 7\], got"),
+    ],
+)
+def test_bad_arguments_of_the_weight_gradient(change, message):
+    given = dict(grad=torch.zeros(1, 64, 5, 6), x=torch.zeros(1, 3, 9, 12), weight=torch.zeros(64, 3, 7, 7))
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        ops.stem_conv_weight_grad(**(given | change))
+
+
+@pytest.mark.parametrize("format", [CL, torch.contiguous_format])
 def test_opcheck_of_the_convolution(format):
     torch.library.opcheck(ops.stem_conv.default, convolution(dtype=torch.float32, format=format))
 
@@ -222,6 +254,31 @@ def test_the_kernel_declines_with_a_sentence(monkeypatch, x, weight, sentence):
     assert stem_conv.declines(x, weight) == "has stem_conv for compute capability 8.0 or newer, got 7.5"
 
 
+def gradient_of(x, k=64):
+    """Of stem_conv's output, channels_last."""
+    n, _, h, w = x.shape
+    return torch.zeros(n, k, (h + 1) // 2, (w + 1) // 2, dtype=x.dtype, device=x.device).contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"x": halves(1, 3, 9, 13)}, "has stem_conv_weight_grad for an even width, got 13"),
+        ({"grad": gradient_of(halves(1, 3, 9, 12)).float()}, "needs grad in torch.float16, got torch.float32"),
+        ({"grad": halves(64 * 30 + 4)[4:].view(1, 64, 5, 6)}, "needs grad at a multiple of 16 bytes"),
+        ({}, None),
+    ],
+    ids=["odd-width", "mixed", "misaligned", "it-runs"],
+)
+def test_the_weight_gradients_kernel_declines_with_a_sentence(monkeypatch, change, sentence):
+    if library.load() is not None or not library.build_facts().get("cuda"):
+        pytest.skip("the compiled kernels are absent")
+    x = halves(1, 3, 9, 12)
+    given = dict(grad=gradient_of(x), x=x, weight=halves(64, 3, 7, 7)) | change
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 132))
+    assert stem_conv.declines_weight_grad(**given) == sentence
+
+
 def test_the_rows_of_a_block_fill_the_chip_and_no_more():
     assert stem_conv._rows(1, 224, 224, 64, 90, 132) == 1
     for batch in (64, 256):
@@ -240,6 +297,21 @@ def test_what_is_verified_apart(monkeypatch):
     assert len(set(found)) == len(shapes)
     sample = torch.empty(41, 3, 224, 224, device="meta")
     assert stem_conv.variant(sample, weight) == found[0], "or the whole batch would be compared"
+
+
+def test_what_is_verified_apart_of_the_weight_gradient(monkeypatch):
+    """The same, and columns that fill no step of 16."""
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 132))
+    weight = halves(64, 3, 7, 7)
+
+    def variant(n, h, w):
+        x = torch.empty(n, 3, h, w, device="meta")
+        return stem_conv.weight_grad_variant(gradient_of(x), x, weight)
+
+    shapes = [(256, 224, 224), (256, 222, 224), (256, 224, 222), (256, 223, 224), (256, 224, 256), (1, 224, 224)]
+    found = [variant(*shape) for shape in [*shapes, (512, 8, 32)]]
+    assert len(set(found)) == len(found)
+    assert variant(41, 224, 224) == found[0], "or the whole batch would be compared"
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------

@@ -43,6 +43,14 @@ __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
                : "memory");
 }
 
+// The same of the matrices' transposes: of each the values 2 * (i % 4) and the next of column i / 4.
+__device__ inline void load_transposed(uint32_t (&r)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row)
+               : "memory");
+}
+
 // d [16, 8] += a [16, 16] * b [8, 16]^T, over a warp.
 template <class T>
 __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

@@ -26,20 +26,26 @@
 
 namespace fused_resnet::conv {
 
-struct StemParams {
-  const void *x, *weight;
-  const float* bias;
-  void* y;
+// Where x and the convolution's map are, and what of them a block has.
+struct StemPlaces {
+  const void* x;
   int64_t image, row, pixel, plane;  // bytes between images, rows and pixel pairs of x, and between the three words of
                                      // a pair, which are its channels, in channels_last its six values
-  int64_t advance, row_of_y;         // bytes of four rows of x, of a row of y
+  int64_t advance;                   // bytes of four rows of x
   int h, pairs;                      // rows of x, pixel pairs of a row
-  int p1, q1;                        // the convolution's map
-  int p, q, k;                       // pairs of its rows and of its columns: the pooled map; channels of y
+  int p1, q1, k;                     // the convolution's map and channels
+  int p, q;                          // pairs of its rows and of its columns: the pooled map
   int rows;                          // of p, of a block
-  int parts, tiles, groups;          // blocks along the rows, columns and channels of y
+  int parts, tiles, groups;          // blocks along the rows, columns and channels
   bool nchw;
-  uint32_t ones;  // all bits: what is masked with it is a value of its own, in registers that the compiler may choose
+};
+
+struct StemParams : StemPlaces {
+  const void* weight;
+  const float* bias;
+  void* y;
+  int64_t row_of_y;  // bytes
+  uint32_t ones;     // all bits: what is masked with it is a value of its own, in registers that the compiler may choose
 };
 
 struct Stem {
@@ -68,6 +74,13 @@ struct StemTile : Stem {
   static constexpr int kShared = Pools ? kAbove + kThreads * 32 : kBias;
   static_assert(kChunks <= 128 && kPlane / 16 >= (kWarps - 1) * kColumns + 10 && kPlane % 128 == 64);
 };
+
+// The chunk of a pair of pixels, from its three words in memory.
+__device__ __forceinline__ uint4 stem_chunk(const uint32_t (&words)[3], bool nchw) {
+  const uint32_t a = words[0], b = words[1], c = words[2];
+  if (nchw) return {(a & 0xffff) | b << 16, c & 0xffff, a >> 16 | (b & 0xffff0000), c >> 16};
+  return {a, b & 0xffff, b >> 16 | c << 16, c >> 16};
+}
 
 // Sums of rows 0 to Rows - 1 of the convolution; those of row i begin at row `first` + 2i of the ring, of Row bytes
 // each. x: the lane's place in its row 0, weight: in the filters. drop: the lane has the pixel before the filter, which
@@ -196,12 +209,7 @@ __global__ void __launch_bounds__(Stem::kThreads, 2) stem_kernel(const StemParam
     unsigned char* const to = place + ((h + 5) & (Stem::kRing - 1)) * Tile::kRow;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t a = words[i][0], b = words[i][1], c = words[i][2];
-      uint4 both;
-      if (p.nchw)
-        both = {(a & 0xffff) | b << 16, c & 0xffff, a >> 16 | (b & 0xffff0000), c >> 16};
-      else
-        both = {a, b & 0xffff, b >> 16 | c << 16, c >> 16};
+      const uint4 both = stem_chunk(words[i], p.nchw);
       if (i == 0 || is & kSecond) *reinterpret_cast<uint4*>(to + i * 512) = both;
     }
     h += Stem::kFetch;

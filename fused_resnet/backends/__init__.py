@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import composed, cpu, cuda, cudnn, pooled, reference, triton
+from . import composed, cpu, cuda, cudnn, pooled, reference, stem_conv, triton
 from .choice import fastest
 from .verify import capturing, objection, prepare, signature, tf32_allowed
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("fused_resnet")
 
 BACKENDS = {b.NAME: b for b in (cuda, triton, cudnn, cpu, reference)}
 ORDER = {"cuda": (cuda, triton, cudnn), "cpu": (cpu,)}
-MEASURED = {*composed.OPS, *pooled.OPS, "stem_conv"}  # the backends fuse different things into these
+MEASURED = {*composed.OPS, *pooled.OPS, *stem_conv.OPS}  # the backends fuse different things into these
 TRUSTED = {cpu}  # PyTorch's own kernels, probed once; all others are compared with the reference first
 ENVIRONMENT = "FUSED_RESNET_BACKEND"
 MOST_READY = 4096  # kinds of calls remembered: more than a network has, fewer than an endless stream of sizes brings

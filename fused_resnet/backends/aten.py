@@ -56,6 +56,10 @@ def stem_conv(x, weight):
     return torch.conv2d(x, weight, None, *PLACES).contiguous(memory_format=output_format(x, weight))
 
 
+def stem_conv_weight_grad(grad, x, weight):
+    return conv_gradients(grad, x, weight, *PLACES, [False, True])[1]
+
+
 def conv_gradients(grad, a, weight, stride, padding, dilation, groups, output_mask):
     """(da, dweight) of a convolution of a; None where output_mask is off."""
     conv = (None, stride, padding, dilation, False, [0, 0], groups)

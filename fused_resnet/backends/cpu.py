@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..folding import fold
 from . import aten, composed, cuda, pooled
-from .aten import bn_act_bwd_input, stem_conv  # noqa: F401  (two of the backend's functions)
+from .aten import bn_act_bwd_input, stem_conv, stem_conv_weight_grad  # noqa: F401  (three of the backend's functions)
 from .cpu_gradients import conv_gradients  # noqa: F401
 from .layout import as_float32_vectors, as_rows, is_channels_last, output_format
 from .library import load

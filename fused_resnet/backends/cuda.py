@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import aten, composed, cuda_conv, cudnn, pooled, triton
 from . import stem_conv as stem
-from .layout import as_float32_vectors, as_rows, output_format
+from .layout import as_float32_vectors, as_rows, output_format, with_strides_of
 from .library import FACTS, build_facts, chip, covers, load
 
 NAME = "cuda"
@@ -23,7 +23,7 @@ OPS = (
     *("conv_bn_act", "bn_stats", "bn_act", "bn_act_bwd", "bn_act_bwd_input", "conv_bn_act_bwd"),
     *composed.OPS,
     *pooled.OPS,
-    "stem_conv",
+    *stem.OPS,
 )
 
 
@@ -76,6 +76,8 @@ def declines(op: str, x: Tensor, *args) -> str | None:
         return reason
     if op == "stem_conv":
         return stem.declines(x, *args)
+    if op == "stem_conv_weight_grad":
+        return stem.declines_weight_grad(x, *args)
     return _declines_conv(x, *args) if op == "conv_bn_act" else None
 
 
@@ -108,6 +110,8 @@ def variant(op: str, x: Tensor, *args) -> tuple | None:
         return h % 2, w % 2, pooled.size(h, w)[0] % 8 > 0  # 8 windows: a whole walk of csrc/kernels/bn_act_pool.cuh
     if op == "stem_conv":
         return stem.variant(x, *args)
+    if op == "stem_conv_weight_grad":
+        return stem.weight_grad_variant(x, *args)
     places = None
     if op == "conv_bn_act":
         places = args[7:10]
@@ -271,6 +275,10 @@ def bn_act_pool_bwd(grad, x, winner, mean, var, bn_weight, eps, output_mask):
 
 def stem_conv(x, weight):
     return _laid_out(stem.stem_conv(x, weight), output_format(x, weight))
+
+
+def stem_conv_weight_grad(grad, x, weight):
+    return with_strides_of(weight, stem.weight_grad(grad, x, weight))
 
 
 def conv_bn_act_bwd(grad, y, x, weight, *rest):

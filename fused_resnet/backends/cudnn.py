@@ -18,6 +18,7 @@ from .aten import (  # noqa: F401  (the backend's functions)
     conv_gradients,
     relu_bwd_sum,
     stem_conv,
+    stem_conv_weight_grad,
 )
 from .layout import output_format
 

@@ -241,6 +241,15 @@ def stem_conv(x, weight):
     return y.contiguous(memory_format=output_format(x, weight))
 
 
+def stem_conv_weight_grad(grad, x, weight):
+    acc = accumulator(x.dtype)
+    wide = (t.to(acc) for t in (grad, x, weight))
+    *places, groups = PLACES
+    mask = [False, True, False]
+    dweight = torch.ops.aten.convolution_backward.default(*wide, None, *places, False, [0, 0], groups, mask)[1]
+    return with_strides_of(weight, dweight)
+
+
 bn_act_pool, _ = pooled.pooled_of(sys.modules[__name__])
 
 

@@ -1,5 +1,6 @@
-"""The first convolution of an ImageNet ResNet in training by the compiled kernel (csrc/conv/stem_kernel.cuh): 7x7,
-stride 2, padding 3, of three channels in 16 bits, which are too few for a convolution by tensor cores as others are.
+"""The first convolution of an ImageNet ResNet in training and its weight's gradient by the compiled kernels
+(csrc/conv/stem_kernel.cuh, stem_weight_kernel.cuh): 7x7, stride 2, padding 3, of three channels in 16 bits, which are
+too few for a convolution by tensor cores as others are.
 
 Also home of what it shares with the engine's whole stem: filters as the kernel reads them, and rows of a block.
 """
@@ -15,59 +16,86 @@ from ..kernels.tiles import ceil_div, family
 from .layout import as_rows, conv_map_size
 from .library import chip
 
+OPS = ("stem_conv", "stem_conv_weight_grad")
 PLACES = (2, 2), (3, 3), (1, 1), 1  # stride, padding, dilation, groups
 KERNEL = (7, 7)
 DTYPES = (torch.float16, torch.bfloat16)
 CHANNELS = 64  # of a block
-_TILE = 62  # pairs of columns of a block
+_TILE, _TILE_OF_WEIGHT = 124, 112  # columns of a block of the convolution, of its weight's gradient
 _ROWS = (1, 2, 4, 7, 14, 28, 56)
 _MOST_ROWS = 28  # so that ImageNet's maps are in parts at any batch, and have one variant
-_START = 1.0  # what a block does before its first pair of rows, in such pairs: to wait
+_START, _START_OF_WEIGHT = 1.0, 2.0  # what a block does beside its pairs of rows, in such pairs: to wait, to store
 
 
-def declines(x: Tensor, weight: Tensor) -> str | None:
+def declines(x: Tensor, weight: Tensor, op: str = "stem_conv") -> str | None:
     """Why the kernel cannot run on these tensors, on a GPU that there is code for; None if it can."""
-    if not hasattr(torch.ops.fused_resnet_cuda, "stem_conv"):
-        return "has no stem_conv: the compiled library is older than the package"
+    if not hasattr(torch.ops.fused_resnet_cuda, op if op == "stem_conv" else "stem_conv_weight_shares"):
+        return f"has no {op}: the compiled library is older than the package"
     arch, _ = chip(x.device)
     if arch < 80:
-        return f"has stem_conv for compute capability 8.0 or newer, got {arch // 10}.{arch % 10}"
+        return f"has {op} for compute capability 8.0 or newer, got {arch // 10}.{arch % 10}"
     if x.dtype not in DTYPES:
-        return f"has stem_conv for float16 and bfloat16, got {x.dtype}"
+        return f"has {op} for float16 and bfloat16, got {x.dtype}"
     if weight.dtype is not x.dtype:
         return f"needs weight in {x.dtype}, got {weight.dtype}"
     n, c, h, w = x.shape
     k = weight.shape[0]
     if c != 3:
-        return f"has stem_conv for 3 channels, got {c}"
+        return f"has {op} for 3 channels, got {c}"
     if weight.shape[2:] != KERNEL:
-        return f"has stem_conv for kernels of 7x7, got {weight.shape[2]}x{weight.shape[3]}"
+        return f"has {op} for kernels of 7x7, got {weight.shape[2]}x{weight.shape[3]}"
     if k < 1 or k % CHANNELS:
-        return f"has stem_conv for a multiple of {CHANNELS} output channels, got {k}"
+        return f"has {op} for a multiple of {CHANNELS} output channels, got {k}"
     if w % 2:
-        return f"has stem_conv for an even width, got {w}"
+        return f"has {op} for an even width, got {w}"
     if x.data_ptr() % 4:
         return "needs x at a multiple of 4 bytes"
-    if 3 * h * w >= 2**31 or n * _pairs(h) * _across(w, k) >= 2**31:
-        return f"has stem_conv for images of less than 2^31 elements, and less than 2^31 blocks, got {n} x {h}x{w}"
+    if 3 * h * w >= 2**31 or n * _pairs(h) * _across(w, k, _TILE_OF_WEIGHT) >= 2**31:
+        return f"has {op} for images of less than 2^31 elements, and less than 2^31 blocks, got {n} x {h}x{w}"
     return None
+
+
+def declines_weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> str | None:
+    if grad.dtype is not x.dtype:
+        return f"needs grad in {x.dtype}, got {grad.dtype}"
+    if grad.data_ptr() % 16:
+        return "needs grad at a multiple of 16 bytes"
+    return declines(x, weight, "stem_conv_weight_grad")
 
 
 def variant(x: Tensor, weight: Tensor) -> tuple:
     """What the kernel does differently by the sizes of x: at the edges of its map, and further down or to the right."""
-    n, _, h, w = x.shape
+    h, w = x.shape[2:]
+    rows = _rows(*_sizes(x, weight), *chip(x.device))
+    return h % 4, w % 4, *_parts(x, weight, rows, _TILE)
+
+
+def weight_grad_variant(grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
+    h, w = x.shape[2:]
+    rows = _rows_of_weight(*_sizes(x, weight), *chip(x.device))
+    return h % 4, w % 32 > 0, *_parts(x, weight, rows, _TILE_OF_WEIGHT)
+
+
+def _parts(x: Tensor, weight: Tensor, rows: int, tile: int) -> tuple:
     k = weight.shape[0]
-    rows = _rows(n, h, w, k, *chip(x.device))
-    return h % 4, w % 4, _across(w, k) > k // CHANNELS, rows > 1, rows < _pairs(h)
+    return _across(x.shape[3], k, tile) > k // CHANNELS, rows > 1, rows < _pairs(x.shape[2])
 
 
 def stem_conv(x: Tensor, weight: Tensor) -> Tensor:
     """y: [N, K, P, Q], channels_last, of x: [N, 3, H, W], NCHW or channels_last, and weight: [K, 3, 7, 7]."""
-    if not x.is_contiguous():
-        x = as_rows(x)
-    n, _, h, w = x.shape
-    k = weight.shape[0]
-    return torch.ops.fused_resnet_cuda.stem_conv(x, pack(weight), _rows(n, h, w, k, *chip(x.device)))
+    rows = _rows(*_sizes(x, weight), *chip(x.device))
+    return torch.ops.fused_resnet_cuda.stem_conv(_readable(x), pack(weight), rows)
+
+
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of weight, float32 [K, 3, 7, 7], from that of the convolution's output, [N, K, P, Q]."""
+    rows = _rows_of_weight(*_sizes(x, weight), *chip(x.device))
+    shares = torch.ops.fused_resnet_cuda.stem_conv_weight_shares(as_rows(grad), _readable(x), rows)
+    return shares.sum(0).view(-1, 7, 8, 4)[:, :, 1:, :3].permute(0, 3, 1, 2)
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else as_rows(x)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -90,16 +118,32 @@ def rows_by_cost(pairs: int, across: int, start: float, arch: int, sms: int) -> 
     return sorted({min(pairs, rows) for rows in _ROWS}, key=cost)
 
 
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+    n, _, h, w = x.shape
+    return n, h, w, weight.shape[0]
+
+
 @functools.lru_cache(maxsize=1024)
-def _rows(n: int, h: int, w: int, k: int, arch: int, sms: int) -> int:
-    return next(rows for rows in rows_by_cost(_pairs(h), n * _across(w, k), _START, arch, sms) if rows <= _MOST_ROWS)
+def _rows(n: int, h: int, w: int, k: int, arch: int, sms: int, tile: int = _TILE, start: float = _START) -> int:
+    return next(
+        rows for rows in rows_by_cost(_pairs(h), n * _across(w, k, tile), start, arch, sms) if rows <= _MOST_ROWS
+    )
+
+
+def _rows_of_weight(*sizes_and_chip: int) -> int:
+    return _rows(*sizes_and_chip, _TILE_OF_WEIGHT, _START_OF_WEIGHT)
 
 
 def _pairs(size: int) -> int:
-    """Of the map's rows, by the rows of x; or of columns."""
-    return ceil_div(conv_map_size((size, size), KERNEL, *PLACES[:3])[0], 2)
+    """Of the map's rows, by the rows of x."""
+    return ceil_div(_columns(size), 2)
 
 
-def _across(w: int, k: int) -> int:
+def _columns(size: int) -> int:
+    """Of the map, or its rows, by those of x."""
+    return conv_map_size((size, size), KERNEL, *PLACES[:3])[0]
+
+
+def _across(w: int, k: int, tile: int) -> int:
     """Blocks side by side in an image, along columns and channels."""
-    return ceil_div(_pairs(w), _TILE) * (k // CHANNELS)
+    return ceil_div(_columns(w), tile) * (k // CHANNELS)

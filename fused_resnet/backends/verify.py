@@ -29,6 +29,7 @@ WEIGHT_AT = {
     "pointwise_bn_act": 1,
     "pointwise_bn_act_bwd": 3,
     "stem_conv": 1,
+    "stem_conv_weight_grad": 2,
 }
 MAX_SAMPLE = 2**25  # elements of the largest tensor compared: a training may have left little memory beside it
 CHUNK = 2**22  # elements compared at once, in float64

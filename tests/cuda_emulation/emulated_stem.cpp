@@ -9,4 +9,5 @@
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) {
   m.impl("stem_out", TORCH_BOX(&fused_resnet::stem_out));
   m.impl("stem_conv", TORCH_BOX(&fused_resnet::stem_conv));
+  m.impl("stem_conv_weight_shares", TORCH_BOX(&fused_resnet::stem_conv_weight_shares));
 }

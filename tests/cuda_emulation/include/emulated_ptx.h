@@ -60,6 +60,19 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
   }
 }
 
+inline void load_transposed(uint32_t (&r)[4], uint32_t row) {
+  const auto* rows = exchange(&row, 1);
+  const int lane = emulation::machine.current % 32;
+  for (int i = 0; i < 4; ++i) {
+    r[i] = 0;
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t from = rows[i * 8 + lane % 4 * 2 + j][0];
+      if (from % 16 || from + 16 > emulation::shared_in_use) emulation::fail("a matrix outside of shared memory");
+      std::memcpy(reinterpret_cast<unsigned char*>(&r[i]) + 2 * j, emulation::shared + from + lane / 4 * 2, 2);
+    }
+  }
+}
+
 template <class T>
 float value(uint32_t pair, int which) {
   const uint16_t bits = static_cast<uint16_t>(pair >> 16 * which);
