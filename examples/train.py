@@ -78,10 +78,19 @@ class Training:
         self.optimizer = model.optimizer(self.bare, chosen)
         self.scaler = torch.amp.GradScaler(team.device.type, enabled=chosen.amp == "fp16")
         self.at = Position()
-        self.model: nn.Module = self.bare
+        self.model: nn.Module = self._captured(found) if chosen.capture else self.bare
         if team.world > 1:
             gpus = [team.device] if team.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.bare, device_ids=gpus, gradient_as_bucket_view=True)
+
+    def _captured(self, found: data.Data) -> nn.Module:
+        shape = self.loaders.batch, *found.train.images.shape[1:]
+        x, _ = self.to_device(torch.zeros(shape), torch.zeros(0))
+        try:
+            with self.autocast():
+                return fused_resnet.capture_training(self.bare.train(), x)
+        except ValueError as error:
+            raise Refused(f"--capture: {error}") from error
 
     @property
     def steps_done(self) -> int:

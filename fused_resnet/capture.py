@@ -35,13 +35,20 @@ def capture_training(model: nn.Module, x: Tensor) -> CapturedTraining:
     if x requires one) as usual, and accumulate as usual. Any other call goes to the model itself: another shape, dtype
     or layout, other modes, requires_grad or numbers (momentum and eps of a norm, p of a dropout), another autocast, no
     gradients wanted, torch.compile. Hooks on modules inside are not called by a graph, and each result can be
-    differentiated once, before the next call and before parameters change. A captured step is one process's: gradients
-    are not reduced over several, which is why DistributedDataParallel and FSDP are refused.
+    differentiated once, before the next call and before parameters change.
+
+    It is a module around the model, so that a process of several wraps it as it would the model:
+
+        step = fused_resnet.capture_training(model.train(), x)
+        step = nn.parallel.DistributedDataParallel(step, device_ids=[x.device.index])
+
+    All gradients are there at once, at the end of the graph: they are exchanged after the backward, not beside it.
 
     Raises TypeError if model is no module; ValueError if x is not a plain CUDA tensor, nothing in the model is in
-    training or a part cannot be captured (SyncBatchNorm, cumulative running statistics, modules of several processes);
-    RuntimeError later on, if a parameter or buffer is another or no longer lies where it was, or a result is
-    differentiated after another call or after parameters have changed.
+    training or a part cannot be captured (SyncBatchNorm, cumulative running statistics, modules of several processes:
+    those come around a captured model, not into one); RuntimeError later on, if a parameter or buffer is another or no
+    longer lies where it was (FSDP puts others in their place), or a result is differentiated after another call or
+    after parameters have changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -55,18 +62,19 @@ def capture_training(model: nn.Module, x: Tensor) -> CapturedTraining:
     return CapturedTraining(model, x)
 
 
-class CapturedTraining:
-    """What `capture_training` returns. model: the module whose steps it runs."""
+class CapturedTraining(nn.Module):
+    """What `capture_training` returns. model: the module whose steps it runs, whose state_dict is to be saved."""
 
     def __init__(self, model: nn.Module, x: Tensor):
         _check(model)
+        super().__init__()
         self.model = model
         names = ("momentum", "eps", "p", "memory")
         self._numbers = [(m, name) for m in model.modules() for name in names if hasattr(m, name)]
         self._like = self._signature(x)
         self._tensors = [*model.parameters(), *model.buffers()]
         self._places = [t.data_ptr() for t in self._tensors]
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         self._x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad)
         self._calls = 0
         buffers = [(b, b.clone()) for b in model.buffers()]
@@ -78,7 +86,7 @@ class CapturedTraining:
                 for b, before in buffers:
                     b.copy_(before)
 
-    def __call__(self, x: Tensor):
+    def forward(self, x: Tensor):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or self._signature(x) != self._like:
             return self.model(x)
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -86,11 +94,14 @@ class CapturedTraining:
         if not same or [t.data_ptr() for t in tensors] != self._places:
             raise RuntimeError("model: a parameter or buffer is not where it was: capture the model again")
         self._calls += 1
-        return tree_unflatten(_Step.apply(self, self._calls, x, *self._parameters), self._tree)
+        return tree_unflatten(_Step.apply(self, self._calls, x, *self._used), self._tree)
 
     def __repr__(self) -> str:
         shape, _, dtype = self._like[:3]
         return f"CapturedTraining({type(self.model).__name__}, {list(shape)} {dtype})"
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a captured model can be neither copied nor pickled, as its graphs cannot: take its .model")
 
     def _signature(self, x) -> tuple | None:
         """All that the graphs depend on, beside where tensors lie."""
@@ -143,11 +154,13 @@ class CapturedTraining:
 
     def _backward(self) -> Tensor:
         """All gradients behind one another; `_wanted` tells which there are and how they lie."""
-        inputs = [*[self._x] * self._x.requires_grad, *self._parameters]
+        inputs = [*[self._x] * self._x.requires_grad, *self._trained]
         results = [y for y in self._results if y.requires_grad]
         with torch.autocast("cuda", enabled=False):  # backward() is called outside of it
             found = torch.autograd.grad(results, inputs, self._grads, allow_unused=True)
         there = [g for g in found if g is not None]
+        of_parameters = found[len(inputs) - len(self._trained) :]
+        self._used = [p for p, g in zip(self._trained, of_parameters, strict=True) if g is not None]
         flat = torch.empty(sum(map(_bytes, there)), dtype=torch.uint8, device=self._x.device)
         self._wanted = [None if g is None else (g.dtype, g.shape, torch.empty_like(g).stride()) for g in found]
         torch._foreach_copy_([p for p in _parts(flat, self._wanted) if p is not None], there)
@@ -175,7 +188,7 @@ class _Step(torch.autograd.Function):
                 "this result of a captured model cannot be differentiated any more: the model was called again, or its "
                 "backward has run"
             )
-        if ctx.versions != [p._version for p in captured._parameters]:
+        if ctx.versions != [p._version for p in captured._used]:
             raise RuntimeError("a parameter was modified between a captured model's call and its backward")
         captured._calls += 1
         of_results = [g for g, on in zip(grads, captured._differentiable, strict=True) if on]
@@ -185,7 +198,7 @@ class _Step(torch.autograd.Function):
         # A copy: autograd may keep what it gets as a parameter's .grad.
         found = _parts(captured._flat.clone(), captured._wanted)
         of_x = found.pop(0) if captured._x.requires_grad else None
-        return None, None, of_x, *found
+        return None, None, of_x, *(g for g in found if g is not None)
 
 
 _ALIGNED = 16  # bytes
@@ -216,8 +229,10 @@ def _autocast() -> tuple[bool, torch.dtype]:
 def _check(model: nn.Module) -> None:
     over_processes = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     for m in model.modules():
+        if isinstance(m, CapturedTraining):
+            raise ValueError("model: is captured, or has a captured part, already")
         if isinstance(m, over_processes) or type(m).__name__.startswith(("FSDP", "FullySharded")):
-            raise ValueError(f"model: {type(m).__name__} works over several processes or GPUs, which is not captured")
+            raise ValueError(f"model: {type(m).__name__} works over several processes or GPUs: capture what it wraps")
     if other := next((type(p).__name__ for p in model.parameters() if type(p) not in (nn.Parameter, Tensor)), None):
         raise ValueError(f"model: expected parameters of torch.nn.Parameter, got {other}")
     if not any(m.training for m in model.modules()):

@@ -4,11 +4,14 @@ tests marked gpu capture real ones."""
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 import torchvision
+from ranks import Ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fused_resnet
 from fused_resnet.capture import CapturedTraining
@@ -253,7 +256,8 @@ def test_what_is_refused(model, x, error, message):
     [
         (nn.Conv2d(3, 3, 1).eval(), "model.train"),
         (Cumulative(nn.SyncBatchNorm(3)), "norm is a SyncBatchNorm"),
-        (nn.DataParallel(nn.Conv2d(3, 3, 1)), "DataParallel works over several"),
+        (nn.DataParallel(nn.Conv2d(3, 3, 1)), "DataParallel works over several.*capture what it wraps"),
+        (nn.Sequential(Rerun(nn.Conv2d(3, 3, 1), torch.zeros(2, 3, 4, 4))), "is captured, or has a captured part"),
         (Cumulative(nn.BatchNorm2d(3, momentum=None)), "norm has momentum None"),
         (nn.Flatten(), "requires a gradient"),
     ],
@@ -261,3 +265,103 @@ def test_what_is_refused(model, x, error, message):
 def test_what_cannot_be_captured(model, message):
     with pytest.raises(ValueError, match=message):
         Rerun(model, torch.zeros(2, 3, 4, 4))
+
+
+def test_it_is_a_module_around_the_model():
+    model = Two()
+    step = captured(model, x := torch.randn(4, 3, 8, 8))
+    assert isinstance(step, nn.Module) and step.model is model
+    assert [*step.parameters()] == [*model.parameters()]
+    assert [f"model.{name}" for name in model.state_dict()] == [*step.state_dict()]
+    seen = []
+    step.register_forward_hook(lambda *args: seen.append(args[0]))
+    step(x)
+    assert seen == [step] and step._calls == 1
+    step.eval()
+    assert not model.bn.training
+    step(x)
+    assert step._calls == 1, "evaluation is the model's"
+    step.train()(x)
+    assert step._calls == 2
+
+
+def test_what_is_never_used_has_no_part_in_the_graph():
+    model = Two()
+    y = captured(model, x := torch.randn(4, 3, 8, 8))(x)["y"]
+    found = torch.autograd.grad(y.sum(), [*model.parameters()], allow_unused=True)
+    assert [name for (name, _), g in zip(model.named_parameters(), found, strict=True) if g is None] == ["unused"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_it_is_not_copied(copied):
+    step = captured(Two(), torch.randn(4, 3, 8, 8))
+    with pytest.raises(TypeError, match="take its .model"):
+        copied(step)
+    step.double()
+    with pytest.raises(RuntimeError, match="capture the model again"):
+        step.model.float(), step(torch.randn(4, 3, 8, 8))
+
+
+# --- over processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+def over_processes(rank: int, wrap, accumulate: int, options: dict) -> tuple:
+    """Losses, parameters and buffers after some steps of a wrapped network, and how many calls were a graph's."""
+    model = network(torch.device("cpu"))
+    if options.get("find_unused_parameters"):
+        model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    inner = wrap(model)
+    ddp = DistributedDataParallel(inner, **options)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), []
+    for i in range(3):
+        optimizer.zero_grad()
+        for j in range(accumulate):
+            torch.manual_seed(100 * rank + 10 * i + j)
+            x, target = torch.randn(4, 3, 40, 40), torch.randint(5, (4,))
+            ddp.require_backward_grad_sync = j == accumulate - 1  # what no_sync() sets
+            loss = nn.functional.cross_entropy(ddp(x), target)
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    return losses, state, getattr(inner, "_calls", 0)
+
+
+def as_captured(model: nn.Module) -> nn.Module:
+    return Rerun(model, torch.zeros(4, 3, 40, 40))
+
+
+def untouched(model: nn.Module) -> nn.Module:
+    return model
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "options"),
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1}),
+        (1, {"find_unused_parameters": True}),
+        (1, {"static_graph": True}),
+    ],
+    ids=["plain", "accumulated", "views", "unused", "static"],
+)
+def test_data_parallel_training_of_a_captured_model(two, accumulate, options):
+    found = two.run(over_processes, as_captured, accumulate, options)
+    expected = two.run(over_processes, untouched, accumulate, options)
+    for (losses, state, calls), (wanted_losses, wanted, _) in zip(found, expected, strict=True):
+        assert calls == 2 * 3 * accumulate, "a call went to the model itself"
+        assert losses == pytest.approx(wanted_losses, rel=1e-4)
+        for name, value in wanted.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    first, second = (
+        {k: v for k, v in state.items() if "running" not in k and "tracked" not in k} for _, state, _ in found
+    )
+    assert all(torch.equal(v, second[k]) for k, v in first.items()), "processes drifted apart"
+    assert found[0][0] != found[1][0]

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from test_capture import Rerun
 from torch import nn
 
 import fused_resnet
@@ -218,11 +219,27 @@ def test_mixed_precision_follows_float32(amp, uninterrupted, tmp_path, monkeypat
     assert bool(checkpoint.load(tmp_path / "last.pt")["scaler"]) == (amp == "fp16")
 
 
+def test_steps_of_a_captured_model(uninterrupted, tmp_path, monkeypatch):
+    """By graphs that run again, as there is no GPU."""
+    made = []
+
+    def capture(network, x):
+        assert x.shape == (256, 1, 16, 16) and network.training
+        made.append(Rerun(network, x))
+        return made[0]
+
+    monkeypatch.setattr(fused_resnet, "capture_training", capture)
+    assert train.main([*SHORT, "--capture", "--out", str(tmp_path)]) == 0
+    assert made[0]._calls == 2 * STEPS, "forward and backward of every step"
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("captured", [[], ["--capture"]], ids=["", "captured"])
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-def test_a_gpu_trains_and_goes_on(amp, uninterrupted, tmp_path, monkeypatch):
-    common = [*SHORT, "--device", "cuda", "--amp", amp, "--deterministic", "--workers", "1", "--out"]
+def test_a_gpu_trains_and_goes_on(amp, captured, uninterrupted, tmp_path, monkeypatch):
+    common = [*SHORT, "--device", "cuda", "--amp", amp, *captured, "--deterministic", "--workers", "1", "--out"]
     try:
         assert train.main([*common, str(tmp_path / "whole")]) == 0
         with monkeypatch.context() as patch:
@@ -415,6 +432,7 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path):
         (["--batch-size", "9", "--accumulate", "2"], "--batch-size: must be a multiple of 2 (--accumulate 2 x 1 proc"),
         (["--batch-size", "2000"], "--batch-size: there are 1437 training images, got 2000"),
         (["--sync-bn"], "--sync-bn: PyTorch's SyncBatchNorm needs GPUs"),
+        (["--capture"], "--capture: x: expected a CUDA tensor, got cpu"),
         (["--dataset", "cifar10"], "--download fetches CIFAR-10"),
         (["--out", __file__], "--out: cannot be made a folder: "),
         (["--lr", "1e30"], "--lr: the loss is "),

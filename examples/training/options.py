@@ -37,6 +37,7 @@ class Options(DataOptions):
     label_smoothing: float
     clip_grad: float | None
     amp: str
+    capture: bool
     seed: int
     deterministic: bool
     device: str
@@ -131,6 +132,8 @@ def _add_training(group) -> None:
     group.add_argument("--clip-grad", metavar="X", type=positive, help=text)
     text = "mixed precision; on a CPU it runs, but is not faster (default: none)"
     group.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none", help=text)
+    text = "steps by CUDA graphs (fused_resnet.capture_training): a step no longer waits for the host (needs a GPU)"
+    group.add_argument("--capture", action="store_true", help=text)
 
 
 def _add_run(group) -> None:
