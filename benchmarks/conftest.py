@@ -32,17 +32,31 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    cuda = option("--device") == "cuda"
+    device = torch.device(option("--device"))
+    cuda = device.type == "cuda"
     values = {
         "dtype": option("--dtypes") or (["float16", "bfloat16"] if cuda else ["float32"]),
         "batch": option("--batches") or ([128, 1, 32] if cuda else [1, 8]),
         "name": option("--models"),
         "mode": MODES,
-        "variant": [v for v in measure.VARIANTS if v != "compile" or not option("--no-compile")],
+        "variant": measure.variants_of(device, train=True, compiled=not option("--no-compile")),
     }
     for argument in ("variant", "batch", "mode", "dtype", "name"):  # the last one varies slowest
         if argument in metafunc.fixturenames:
             metafunc.parametrize(argument, values[argument])
+
+
+def pytest_collection_modifyitems(config, items):
+    """What is there in training alone is no case of evaluation."""
+    device, absent = torch.device(config.getoption("--device")), []
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        train = given.get("mode") != "eval"
+        if "variant" in given and given["variant"] not in measure.variants_of(device, train=train, compiled=True):
+            absent.append(item)
+    if absent:
+        config.hook.pytest_deselected(items=absent)
+        items[:] = [item for item in items if item not in absent]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -33,6 +33,7 @@ COLUMNS = {
     "compile": "torch.compile",
     "fused": "fused_resnet",
     "fused_channels_last": "fused_resnet, NHWC input",
+    "fused_captured": "fused_resnet, NHWC, captured",
 }
 
 

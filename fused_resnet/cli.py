@@ -37,6 +37,7 @@ TITLES = {
     "compile": "torch.compile, channels_last",
     "fused": "fused_resnet",
     "fused_channels_last": "fused_resnet, NHWC input",
+    "fused_captured": "fused_resnet, NHWC, captured",
 }
 
 
@@ -333,7 +334,7 @@ def run_bench(
     parity = measure.parity(untouched, swap_blocks(copy.deepcopy(untouched)), inputs, train=train, progress=progress)
     cases = []
     for batch in batches:
-        variants = [v for v in measure.VARIANTS if compiled or v != "compile"]
+        variants = measure.variants_of(device, train=train, compiled=compiled)
         x = measure.random_input((batch, 3, size, size), 0, device, dtype)
         with measure.fastest_library():
             timed = measure.Variants(untouched, x, variants, train=train, progress=progress).measure(seconds, progress)

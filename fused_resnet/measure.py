@@ -27,12 +27,13 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from . import capture
 from .convert import swap_blocks
 
 FACTOR = {"output": 2.0, "buffer": 2.0, "gradient": 3.0}
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 OWN_VARIANTS = ("contiguous", "channels_last", "library_off")
-VARIANTS = ("eager", "channels_last", "compile", "fused", "fused_channels_last")
+VARIANTS = ("eager", "channels_last", "compile", "fused", "fused_channels_last", "fused_captured")
 Step = Callable[[], object]
 
 
@@ -202,6 +203,14 @@ def verdict(ours: dict[str, float], yardstick: dict[str, float], dtype: torch.dt
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
+def variants_of(device: torch.device, *, train: bool, compiled: bool) -> list[str]:
+    """Those of VARIANTS that there are: of training alone, and on a GPU, a captured one; compiled if that is wanted."""
+    absent = set() if compiled else {"compile"}
+    if not train or device.type != "cuda":
+        absent.add("fused_captured")
+    return [v for v in VARIANTS if v not in absent]
+
+
 def build_variant(variant: str, module: nn.Module, x: Tensor, *, train: bool) -> Step:
     """A call of one variant of `module` (deep-copied) on x: forward, or forward and backward."""
     if variant not in VARIANTS:
@@ -215,6 +224,8 @@ def build_variant(variant: str, module: nn.Module, x: Tensor, *, train: bool) ->
     if variant == "compile":
         torch.compiler.reset()  # what another batch size left behind would make this one's shapes dynamic
         called = torch.compile(module)
+    if variant == "fused_captured":
+        called = capture.capture_training(module, x)
     if not train:
 
         def step():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_resnet import measure
 
@@ -33,10 +34,14 @@ def test_every_block_model_mode_and_variant_is_collected():
     for block in ("basic", "basic-projection-stride2", "bottleneck", "bottleneck-projection-stride2"):
         assert f"test_block[fused-8-train-float32-{block}]" in answer.stdout
     for model in ("resnet18", "resnet50"):
-        for variant in measure.VARIANTS:
+        for variant in measure.variants_of(torch.device("cpu"), train=False, compiled=True):
             assert f"test_model[{variant}-1-eval-float32-{model}]" in answer.stdout
+    assert "captured" not in answer.stdout
     without = pytest_benchmarks("benchmarks", "--device", "cpu", "--no-compile", "--collect-only").stdout
     assert "test_model[compile" not in without
+    on_a_gpu = pytest_benchmarks("benchmarks", "--device", "cuda", "--collect-only").stdout
+    assert "[fused_captured-128-train-float16-resnet50]" in on_a_gpu
+    assert "[fused_captured-8-train-" not in on_a_gpu and "[fused_captured-128-eval-" not in on_a_gpu
 
 
 def test_a_benchmark_notes_speed_parity_and_environment(tmp_path):

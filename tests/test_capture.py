@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_resnet
+from fused_resnet import capture, measure
 from fused_resnet.capture import CapturedTraining
 
 
@@ -300,6 +301,17 @@ def test_it_is_not_copied(copied):
     step.double()
     with pytest.raises(RuntimeError, match="capture the model again"):
         step.model.float(), step(torch.randn(4, 3, 8, 8))
+
+
+def test_a_captured_variant_is_built_for_training_on_a_gpu(monkeypatch):
+    assert "fused_captured" in measure.variants_of(torch.device("cuda"), train=True, compiled=False)
+    assert "fused_captured" not in measure.variants_of(torch.device("cuda"), train=False, compiled=False)
+    assert "fused_captured" not in measure.variants_of(torch.device("cpu"), train=True, compiled=True)
+    made = []
+    monkeypatch.setattr(capture, "capture_training", lambda model, x: made.append(Rerun(model, x)) or made[0])
+    step = measure.build_variant("fused_captured", network(torch.device("cpu")), torch.randn(2, 3, 40, 40), train=True)
+    step()
+    assert made[0]._calls == 2 and all(p.grad is not None for p in made[0].parameters())
 
 
 # --- over processes ---------------------------------------------------------------------------------------------------
