@@ -25,6 +25,7 @@ from torch import nn
 
 from . import __version__, backends, doctor, measure, models, zoo
 from .convert import swap_blocks, swap_report
+from .engine import optimize_for_inference
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DISAGREES, WRONG_ARGUMENT, NO_WEIGHTS, FAILED = 1, 2, 3, 4
@@ -38,7 +39,9 @@ TITLES = {
     "fused": "fused_resnet",
     "fused_channels_last": "fused_resnet, NHWC input",
     "fused_captured": "fused_resnet, NHWC, captured",
+    "optimized": "optimize_for_inference",
 }
+PARITIES = {"parity": "", "parity_optimized": " of optimize_for_inference"}  # keys of a case
 
 
 class CliError(Exception):
@@ -98,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--size", type=at_least(32), default=224, help="height and width of the images; default: 224")
     b.add_argument("--train", action="store_true", help="training mode, forward and backward; parity of gradients")
     b.add_argument("--compile", action="store_true", help="torch.compile as well; takes a minute to be ready on a CPU")
+    text = "optimize_for_inference as well; seconds a batch size on a CPU, a minute or more on a GPU that is new to it"
+    b.add_argument("--optimized", action="store_true", help=text)
     b.add_argument("--dtype", default="float32", choices=DTYPES)
     b.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: cuda if there is one")
     b.add_argument("--threads", type=positive, help="CPU threads")
@@ -291,25 +296,37 @@ def bench(arguments: argparse.Namespace, console: Console) -> int:
         writable("--json", arguments.json)
     if arguments.train and arguments.size <= 32 and min(arguments.batch) == 1:
         raise CliError("--size: with --train and a batch of 1, the last maps need more than one value: at least 33")
+    if arguments.train and arguments.optimized:
+        raise CliError("--optimized: optimize_for_inference is for inference, and --train asks for training")
     with console.status(f"building {arguments.model}") as status:
+
+        def tell(what: str) -> None:
+            if "optimize" in what:  # which has a bar of its own
+                status.stop()
+            else:
+                status.start()
+                status.update(what)
+
         result = run_bench(
             arguments.model,
             batches=arguments.batch,
             size=arguments.size,
             train=arguments.train,
             compiled=arguments.compile,
+            optimized=arguments.optimized,
             dtype=dtype,
             device=device,
             seconds=arguments.seconds,
             seeds=arguments.seeds,
-            progress=status.update,
+            progress=tell,
         )
     for case in result["cases"]:
         show_case(case, console)
     if arguments.json is not None:
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"written: {arguments.json}")
-    return 0 if all(case["parity"]["ok"] for case in result["cases"]) else DISAGREES
+    verdicts = [case[key]["ok"] for case in result["cases"] for key in PARITIES if key in case]
+    return 0 if all(verdicts) else DISAGREES
 
 
 def writable(option: str, path: str) -> None:
@@ -325,16 +342,35 @@ def writable(option: str, path: str) -> None:
 
 
 def run_bench(
-    model: str, *, batches, size, train, compiled, dtype, device, seconds, seeds=3, progress=lambda what: None
+    model: str,
+    *,
+    batches,
+    size,
+    train,
+    compiled,
+    dtype,
+    device,
+    seconds,
+    optimized=False,
+    seeds=3,
+    progress=lambda what: None,
 ) -> dict:
     """What `bench` measures, as JSON-able data: one entry in 'cases' a batch size."""
     untouched = measure.build_model(model, firm=train).to(device=device, dtype=dtype)
     # float64 is slow: parity is checked on two images, which in training is also the least that makes a batch.
     inputs = [measure.random_input((2, 3, size, size), seed, device, dtype) for seed in range(seeds)]
-    parity = measure.parity(untouched, swap_blocks(copy.deepcopy(untouched)), inputs, train=train, progress=progress)
+    parities = {
+        "parity": measure.parity(
+            untouched, swap_blocks(copy.deepcopy(untouched)), inputs, train=train, progress=progress
+        )
+    }
+    if optimized:
+        progress("optimize_for_inference")
+        fast = optimize_for_inference(untouched, inputs[0])
+        parities["parity_optimized"] = measure.parity(untouched, fast, inputs, progress=progress)
     cases = []
     for batch in batches:
-        variants = measure.variants_of(device, train=train, compiled=compiled)
+        variants = measure.variants_of(device, train=train, compiled=compiled, optimized=optimized)
         x = measure.random_input((batch, 3, size, size), 0, device, dtype)
         with measure.fastest_library():
             timed = measure.Variants(untouched, x, variants, train=train, progress=progress).measure(seconds, progress)
@@ -348,7 +384,7 @@ def run_bench(
                 "size": size,
                 "dtype": str(dtype).removeprefix("torch."),
                 "device": device.type,
-                "parity": parity,
+                **parities,
                 **timed,
             }
         )
@@ -362,14 +398,14 @@ def show_case(case: dict, console: Console) -> None:
         f"\n[bold]{case['model']}[/], {case['mode']} mode, batch {case['batch']}, {case['size']}x{case['size']}, "
         f"{case['dtype']}, {case['device']}: {what}"
     )
-    parity = case["parity"]
-    for kind, p in parity["nearest"].items():
-        console.print(
-            f"  parity, {kind}: {p['tensors']} tensors; nearest to its limit {p['tensor']}: "
-            f"off by {p['error']:.1e}, torchvision itself by {p['torchvision']:.1e}, allowed {p['limit']:.1e}"
-        )
-    for violation in parity["violations"][:8]:
-        console.print(f"  [bold red]parity fails[/]: {violation}")
+    for key, whose in PARITIES.items():
+        for kind, p in case.get(key, {}).get("nearest", {}).items():
+            console.print(
+                f"  parity{whose}, {kind}: {p['tensors']} tensors; nearest to its limit {p['tensor']}: "
+                f"off by {p['error']:.1e}, torchvision itself by {p['torchvision']:.1e}, allowed {p['limit']:.1e}"
+            )
+        for violation in case.get(key, {}).get("violations", [])[:8]:
+            console.print(f"  [bold red]parity{whose} fails[/]: {violation}")
     table = Table()
     for heading in ("", "p20 ms", "p50 ms", "p80 ms", "images/s", "speed / eager", "peak memory", "ready after"):
         table.add_column(heading, justify="right" if heading else "left")

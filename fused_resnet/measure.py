@@ -33,7 +33,7 @@ from .convert import swap_blocks
 FACTOR = {"output": 2.0, "buffer": 2.0, "gradient": 3.0}
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 OWN_VARIANTS = ("contiguous", "channels_last", "library_off")
-VARIANTS = ("eager", "channels_last", "compile", "fused", "fused_channels_last", "fused_captured")
+VARIANTS = ("eager", "channels_last", "compile", "fused", "fused_channels_last", "fused_captured", "optimized")
 Step = Callable[[], object]
 
 
@@ -139,8 +139,10 @@ def parity(
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict:
     """Compare `fused` with `untouched` (both of one dtype, on one device) on each of the inputs, contiguous and
-    channels_last, by the rule above. Neither module is changed. Returns what a JSON file can hold; its key 'ok' is the
-    verdict."""
+    channels_last, by the rule above. Neither module is changed. fused: swapped, or what optimize_for_inference
+    returned. Returns what a JSON file can hold; its key 'ok' is the verdict."""
+    from .engine import OptimizedModel  # it is built on this module
+
     ours: dict[str, float] = {}
     yardstick: dict[str, float] = {}
     for i, x in enumerate(inputs):
@@ -151,7 +153,8 @@ def parity(
             _keep_worst(yardstick, _own_variant(variant, untouched, x, train), judge)
         for format in (torch.contiguous_format, torch.channels_last):
             progress(f"parity {i + 1} of {len(inputs)}: fused")
-            seen = observe(copy.deepcopy(fused), x.contiguous(memory_format=format), train=train)
+            ours_now = fused if isinstance(fused, OptimizedModel) else copy.deepcopy(fused)
+            seen = observe(ours_now, x.contiguous(memory_format=format), train=train)
             _keep_worst(ours, seen, judge)
     return verdict(ours, yardstick, inputs[0].dtype)
 
@@ -203,11 +206,14 @@ def verdict(ours: dict[str, float], yardstick: dict[str, float], dtype: torch.dt
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def variants_of(device: torch.device, *, train: bool, compiled: bool) -> list[str]:
-    """Those of VARIANTS that there are: of training alone, and on a GPU, a captured one; compiled if that is wanted."""
+def variants_of(device: torch.device, *, train: bool, compiled: bool, optimized: bool = False) -> list[str]:
+    """Those of VARIANTS that there are: of training alone, and on a GPU, a captured one, of inference alone
+    optimize_for_inference; that and torch.compile, which take their time, if they are wanted."""
     absent = set() if compiled else {"compile"}
     if not train or device.type != "cuda":
         absent.add("fused_captured")
+    if train or not optimized:
+        absent.add("optimized")
     return [v for v in VARIANTS if v not in absent]
 
 
@@ -215,6 +221,11 @@ def build_variant(variant: str, module: nn.Module, x: Tensor, *, train: bool) ->
     """A call of one variant of `module` (deep-copied) on x: forward, or forward and backward."""
     if variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    if variant == "optimized":
+        if train:
+            raise ValueError("variant: 'optimized' is for inference, and train is True")
+        fast = _optimized(module, x)
+        return lambda: fast(x)
     module = copy.deepcopy(module).train(train)
     if variant.startswith("fused"):
         swap_blocks(module)
@@ -243,6 +254,12 @@ def build_variant(variant: str, module: nn.Module, x: Tensor, *, train: bool) ->
     return step
 
 
+def _optimized(module: nn.Module, x: Tensor) -> nn.Module:
+    from .engine import optimize_for_inference  # it is built on this module
+
+    return optimize_for_inference(module, x)
+
+
 class Variants:
     """Several variants of one module on one input, built and warmed up: peak memory, time to be ready, and times."""
 
@@ -262,8 +279,9 @@ class Variants:
                 self.ready_s[variant] = time.perf_counter() - start
                 step()
 
-            # What a compiler needs while it compiles is not the model's: on a CPU the two cannot be told apart.
-            measured = x.is_cuda or variant != "compile"
+            # What a compiler needs while it compiles is not the model's: on a CPU the two cannot be told apart, and of
+            # what plans and measures nowhere.
+            measured = variant != "optimized" and (x.is_cuda or variant != "compile")
             self.peak_mib[variant] = peak_memory(build, x.device) if measured else build()
 
     def measure(self, seconds: float, progress=lambda what: None) -> dict:

@@ -196,6 +196,25 @@ def test_wrong_arguments_of_classify_are_named(capsys, photo, bad_files, argv, w
 # --- bench ------------------------------------------------------------------------------------------------------------
 
 
+def test_bench_of_the_optimized_model(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    argv = ["bench", "resnet18", "--batch", "1", "--size", "40", "--seconds", "0.1", "--seeds", "1", "--optimized"]
+    status, out, err = run(capsys, *argv, "--json", str(path))
+    assert status == 0, out + err
+    assert "parity of optimize_for_inference, output: 1 tensors" in " ".join(out.split())
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["variants"]["optimized"]["ratio"] > 0 and case["variants"]["optimized"]["peak_mib"] is None
+    assert case["parity_optimized"]["ok"]
+
+    untouched, other = (measure.build_model("resnet18", seed=seed) for seed in (0, 1))
+    case["parity_optimized"] = measure.parity(untouched, other, [torch.ones(1, 3, 33, 33)])
+    monkeypatch.setattr(cli, "run_bench", lambda *args, **options: {"cases": [case]})
+    status, out, _ = run(capsys, *argv)
+    assert status == cli.DISAGREES and "parity of optimize_for_inference fails" in out
+    status, _, err = run(capsys, *argv, "--train")
+    assert status == 2 and "--optimized: optimize_for_inference is for inference" in err
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_bench_writes_parity_speed_and_environment(capsys, tmp_path, train):
     path = tmp_path / "bench.json"
