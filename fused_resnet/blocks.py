@@ -21,6 +21,7 @@ from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_st
 from .shortcuts import Plain, ZeroPad
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
+ACTIVATED: set[type[nn.Module]] = set()  # batch norms of other libraries, with modules drop and act behind them
 POOLS = (nn.Identity, nn.AvgPool2d)
 
 
@@ -300,11 +301,11 @@ def parts_unfusable(
     """Why convolutions, BNs and ReLUs of these names must be called as modules; None if they need not."""
     if _module._has_any_global_hook():
         return "a global module hook is registered"
-    for names, ask in ((convolutions, convolution_unfusable), (norms, norm_unfusable)):
-        for name in names:
-            reason = ask(part(block, name))
-            if reason is not None:
-                return f"{name}: {reason}"
+    asked = [(name, convolution_unfusable(part(block, name))) for name in convolutions]
+    asked += [(name, norm_unfusable(part(block, name), f"{name}.act" in activations)) for name in norms]
+    for name, reason in asked:
+        if reason is not None:
+            return f"{name}: {reason}"
     for name in activations:
         relu = part(block, name)
         reason = tampered(relu) if type(relu) is nn.ReLU else f"{type(relu).__name__} is not ReLU"
@@ -357,7 +358,14 @@ def convolution_unfusable(conv: nn.Module) -> str | None:
     return tampered(conv)
 
 
-def norm_unfusable(bn: nn.Module) -> str | None:
-    if type(bn) not in NORMS:
+def norm_unfusable(bn: nn.Module, activated: bool = False) -> str | None:
+    """activated: what acts behind a batch norm of ACTIVATED is one of the block's ReLUs."""
+    if type(bn) in ACTIVATED:
+        for name in ("drop",) if activated else ("drop", "act"):
+            module = bn._modules.get(name)
+            reason = tampered(module) if type(module) is nn.Identity else f"{type(module).__name__} is not Identity"
+            if reason is not None:
+                return f"{name}: {reason}"
+    elif type(bn) not in NORMS:
         return f"{type(bn).__name__} is none of {', '.join(t.__name__ for t in NORMS)}"
     return tampered(bn)

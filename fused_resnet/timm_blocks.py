@@ -1,4 +1,5 @@
-"""The residual blocks of timm's ResNets, fused. Importing this imports timm: `swap_blocks` does so where it is in use.
+"""The residual blocks of timm's ResNets and RegNets, fused. Importing this imports timm: `swap_blocks` does so where it is
+in use.
 
 Beside what torchvision's blocks have, these may have an average pool in front of the projection (arXiv 1812.01187),
 channel attention behind the last batch norm (arXiv 1709.01507, 1910.03151), stochastic depth (arXiv 1603.09382),
@@ -8,11 +9,13 @@ long as DropBlock does anything, a block runs timm's own forward.
 
 from __future__ import annotations
 
-from timm.layers import DropBlock2d, DropPath
+import torch
+from timm.layers import BatchNormAct2d, ConvNormAct, DropBlock2d, DropPath
+from timm.models import regnet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from .blocks import Named, tampered
+from .blocks import ACTIVATED, Named, Side, tampered
 from .stem import pooled_stem
 
 
@@ -60,6 +63,48 @@ class FusedTimmBottleneck(_FusedTimm, Bottleneck):
     activations = ("act1", "act2", "act3")
 
 
+class FusedTimmRegNetBottleneck(Named, regnet.Bottleneck):
+    """timm's block of RegNets (1x1, 3x3 of groups, 1x1; Radosavovic et al., arXiv 2003.13678), fused.
+
+    The constructor's arguments are timm's. forward: x [N, in_chs, H, W] -> [N, out_chs, H/stride, W/stride], any float
+    dtype. Squeeze-and-excitation, in front of the last convolution, stays a module. memory, an attribute: as
+    FusedBottleneck's.
+    """
+
+    parts = ("conv1.conv", "conv1.bn", "conv2.conv", "conv2.bn", "conv3.conv", "conv3.bn")
+    activations = ("conv1.bn.act", "conv2.bn.act", "act3")
+    shortcut = ("downsample.conv", "downsample.bn")
+    in_place = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, fx.Proxy) and torch.amp.is_autocast_available(device := x.device.type):
+            # timm's add would give its result the dtype of a wider shortcut.
+            if torch.is_autocast_enabled(device) and x.dtype is not torch.get_autocast_dtype(device):
+                return self._unfused(x)
+        return super().forward(x)
+
+    @staticmethod
+    def obstacle(block: nn.Module) -> str | None:
+        reasons = ((name, _layer_unfusable(block._modules.get(name))) for name in ("conv1", "conv2", "conv3"))
+        reason = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
+        return "downsample: there is no shortcut" if reason is None and block.downsample is None else reason
+
+    @staticmethod
+    def between(block: nn.Module) -> list[list[nn.Module]]:
+        return [[], _at_work(block, "se")]
+
+    @staticmethod
+    def tail(block: nn.Module) -> list[nn.Module]:
+        return _at_work(block, "drop_path")
+
+    @staticmethod
+    def side(block: nn.Module) -> Side:
+        own = block.downsample
+        if _layer_unfusable(own) is None:
+            return own.conv, own.bn
+        return None if type(own) is nn.Identity and tampered(own) is None else own
+
+
 class FusedTimmResNet(ResNet):
     """timm's ResNet with its stem fused while it trains; `swap_blocks` makes one of it, in place."""
 
@@ -72,13 +117,24 @@ class FusedTimmResNet(ResNet):
 
 _RANDOM = (DropBlock2d, DropPath)
 FUSED = {BasicBlock: FusedTimmBasicBlock, Bottleneck: FusedTimmBottleneck}
+FUSED[regnet.Bottleneck] = FusedTimmRegNetBottleneck
 NETWORKS = {ResNet: FusedTimmResNet}
+ACTIVATED.add(BatchNormAct2d)
 
 
 def _at_work(block: nn.Module, *names: str) -> list[nn.Module]:
     """Those of these modules that a block has to call."""
     modules = map(block._modules.get, names)
     return [m for m in modules if m is not None and (not _idle(m) or tampered(m))]
+
+
+def _layer_unfusable(layer: nn.Module | None) -> str | None:
+    """Why this is not a convolution and a batch norm, one behind the other."""
+    if type(layer) is not ConvNormAct:
+        return f"{type(layer).__name__} is not ConvNormAct"
+    if (aa := layer._modules.get("aa")) is not None:
+        return f"aa: {type(aa).__name__} stands behind the batch norm"
+    return tampered(layer)
 
 
 def _idle(module: nn.Module) -> bool:

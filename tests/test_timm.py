@@ -1,9 +1,10 @@
-"""timm's ResNets: their blocks and stems fused, beside timm's own forward; what is in them beyond torchvision's."""
+"""timm's ResNets and RegNets: blocks and stems fused, beside timm's own forward; what is in them beyond torchvision's."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import re
 import statistics
 import subprocess
 import sys
@@ -14,13 +15,19 @@ import pytest
 import timm
 import torch
 from timm.layers.norm_act import freeze_batch_norm_2d
+from timm.models import regnet
 from timm.models import resnet as timm_resnet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import fused_resnet
 from fused_resnet import stem, swap_blocks, swap_report, training
-from fused_resnet.timm_blocks import FusedTimmBasicBlock, FusedTimmBottleneck, FusedTimmResNet
+from fused_resnet.timm_blocks import (
+    FusedTimmBasicBlock,
+    FusedTimmBottleneck,
+    FusedTimmRegNetBottleneck,
+    FusedTimmResNet,
+)
 
 # name: blocks that are fused, of how many, a reason of the others
 NETWORKS = {
@@ -31,6 +38,8 @@ NETWORKS = {
     "seresnet18": (8, 8, ""),
     "ecaresnet26t": (8, 8, ""),
     "resnetblur18": (8, 8, ""),  # BlurPool in front of convolutions
+    "regnetx_002": (13, 13, ""),  # batch norms with a ReLU inside
+    "regnety_002": (13, 13, ""),  # squeeze-and-excitation in front of the last convolution
     "resnet50_gn": (0, 16, "bn1: GroupNorm is none of"),
 }
 FUSED = [name for name, (fused, _, _) in NETWORKS.items() if fused]
@@ -67,13 +76,15 @@ def test_what_is_fused_and_what_is_left(name):
     model = timm.create_model(name)
     keys, types, parameters = list(model.state_dict()), [type(m) for m in model.modules()], list(model.parameters())
     if fused:
-        assert swap_blocks(model) is model and type(model) is FusedTimmResNet
+        assert swap_blocks(model) is model
+        assert type(model) is (regnet.RegNet if "regnet" in name else FusedTimmResNet)
     else:
         with pytest.warns(UserWarning, match=f"model: none of its {blocks} residual blocks.*{reason}"):
             swap_blocks(model)
     report = swap_report(model)
     assert (len(report.fused), len(report.blocks)) == (fused, blocks)
-    assert all(b.type in ("FusedTimmBasicBlock", "FusedTimmBottleneck") and b.reason == "" for b in report.fused)
+    kinds = {"FusedTimmBasicBlock", "FusedTimmBottleneck", "FusedTimmRegNetBottleneck"}
+    assert all(b.type in kinds and b.reason == b.note == "" for b in report.fused)
     assert all(b.reason.startswith(reason) for b in report.left)
     assert list(model.state_dict()) == keys
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
@@ -157,7 +168,7 @@ def test_equals_timm_in_float64(name, train, device):
 
 
 @modes
-@pytest.mark.parametrize("name", ["resnet26d", "seresnet18", "resnet18"])
+@pytest.mark.parametrize("name", ["resnet26d", "seresnet18", "resnet18", "regnety_002"])
 def test_equals_timm_by_the_rule(name, train, device):
     """float32, beside timm's own variants, float64 the judge; of the seeds the worst, in training the median."""
     ours, yardsticks = {"contiguous": [], "channels_last": []}, []
@@ -206,7 +217,7 @@ def test_drop_block(swapped_in, device):
         same(seen(ours, x.double()), seen(model, x.double()))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "ecaresnet26t"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "ecaresnet26t", "regnetx_002"])
 def test_lean_equals_default_to_the_bit(name, device):
     model, x = untouched(name, device)
     default, lean = swap_blocks(copy.deepcopy(model)), swap_blocks(copy.deepcopy(model), memory="lean")
@@ -298,6 +309,98 @@ def test_a_lean_block_decides_once():
         y.square().sum().backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+# --- RegNets ----------------------------------------------------------------------------------------------------------
+
+
+def regnet_block(train: bool = True, channels: tuple[int, int] = (24, 56), **options) -> regnet.Bottleneck:
+    torch.manual_seed(0)
+    block = regnet.Bottleneck(*channels, **{"stride": 2, "group_size": 8, **options}).double().train(train)
+    return parity.randomize_norms(block, 0)
+
+
+@modes
+@pytest.mark.parametrize("options", [{}, {"stride": 1, "channels": (56, 56)}, {"downsample": "avg"}], ids=str)
+def test_a_hook_anywhere_in_a_regnets_block_is_called_and_heeded(options, train):
+    """Of the layers around a convolution and a batch norm as well, and of what acts inside of one."""
+    block = regnet_block(train, drop_path_rate=0.5, **options)
+    ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+    assert type(ours) is FusedTimmRegNetBottleneck
+    x = torch.randn(2, block.conv1.in_channels, 9, 9, dtype=torch.float64)
+    same(seen(ours, x), seen(block, x))
+    names = [name for name, _ in block.named_modules() if name]
+    assert {"conv1", "conv2.bn.act", "conv3.bn.drop", "se", "downsample", "drop_path", "act3"} <= set(names)
+    for name in names:
+        handles = [b.get_submodule(name).register_forward_hook(lambda m, a, y: y * 1.25) for b in (ours, block)]
+        same(seen(ours, x), seen(block, x))
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"linear_out": True}, "act3: Identity is not ReLU"),
+        ({"act_layer": "silu"}, "conv1.bn: act: SiLU is not ReLU|conv1.bn.act: SiLU is not ReLU"),
+        ({"downsample": None}, "downsample: there is no shortcut"),
+        ({"drop_block": lambda: timm_resnet.DropBlock2d(0.3)}, "conv2.bn: drop: DropBlock2d is not Identity"),
+        ({"norm_layer": nn.GroupNorm}, "conv1.bn: GroupNorm.* is none of"),
+    ],
+    ids=["linear", "silu", "no-shortcut", "drop-block", "group-norm"],
+)
+def test_what_a_regnets_block_may_not_be(options, reason):
+    if options.get("norm_layer") is nn.GroupNorm:
+        options = {"norm_layer": "groupnorm1"}
+        reason = "conv1.bn: .* is none of"
+    model = nn.Sequential(regnet.Bottleneck(24, 56, stride=2, group_size=8, **options))
+    with pytest.warns(UserWarning, match=reason):
+        swap_blocks(model)
+    (block,) = swap_report(model).left
+    assert re.match(reason, block.reason)
+
+
+def test_a_regnets_block_that_changes_runs_timms_forward():
+    x = torch.randn(2, 24, 9, 9).double()
+    for name, module in (("conv1.bn.act", nn.SiLU()), ("conv3.bn.act", nn.ReLU()), ("conv2", nn.Identity())):
+        block = regnet_block()
+        ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+        for b in (ours, block):
+            b.set_submodule(name, module)
+        assert swap_report(nn.Sequential(ours)).fused[0].reason.startswith("runs unfused: ")
+        if name != "conv2":
+            same(seen(ours, x), seen(block, x))
+
+
+@modes
+@pytest.mark.parametrize("channels", [(24, 56), (56, 56)], ids=["projection", "identity"])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_dtypes_of_a_regnets_block_under_autocast(given, channels, train):
+    """A wider shortcut gives the sum its dtype."""
+    block = regnet_block(train, channels, stride=1).float()
+    ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+    x = torch.randn(2, channels[0], 8, 8).to(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(x), block(x)
+    assert a.dtype is b.dtype
+    torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
+
+
+def test_batch_norms_with_an_activation_elsewhere():
+    """In a block that does not know of it, what acts behind a batch norm is an obstacle; Identity is none."""
+    for acts, reason in ((True, "bn1: act: ReLU is not Identity"), (False, "")):
+        block = timm_resnet.BasicBlock(8, 8)
+        for name in ("bn1", "bn2"):
+            setattr(block, name, timm.layers.BatchNormAct2d(8, apply_act=acts))
+        x = torch.randn(2, 8, 7, 7)
+        want = block(x)
+        if acts:
+            with pytest.warns(UserWarning, match=reason):
+                swap_blocks(nn.Sequential(block))
+        else:
+            swap_blocks(nn.Sequential(block))
+            assert type(block) is FusedTimmBasicBlock
+        torch.testing.assert_close(block(x), want)
 
 
 # --- the stem ---------------------------------------------------------------------------------------------------------
