@@ -92,11 +92,12 @@ def swap_blocks(
     into ones that train with their stem's batch norm, ReLU and pool in one pass.
 
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Blocks are torchvision's
-    and timm's BasicBlock and Bottleneck, those of timm's RegNets, and those of any other class whose forward, traced by `torch.fx`, is
-    relu(chain(x) + shortcut(x)), the chain being convolution, batch norm and ReLU in turns: Hugging Face's ResNets,
-    RegNets, your own. A block stays an instance of its class; one whose forward does anything beside is left alone.
-    Parameters, buffers, hooks of the blocks, training mode and state_dict keys stay what they are; checkpoints load
-    both ways. A block that cannot be fused without changing what it computes is left alone; `swap_report(model)` tells
+    and timm's BasicBlock and Bottleneck, those of timm's RegNets, and those of any other class whose forward, traced by
+    `torch.fx`, is relu(chain(x) + shortcut(x)), the chain being convolution, batch norm and ReLU in turns: Hugging
+    Face's ResNets, RegNets, your own. A block stays an instance of its class; one whose forward does anything beside is
+    left alone. Parameters, buffers, hooks of the blocks, training mode and state_dict keys stay what they are;
+    checkpoints load both ways. A block that cannot be fused without changing what it computes is left alone;
+    `swap_report(model)` tells
     which and why. torch.jit.script and vmap know no fused block.
 
     memory_format: layout given to the weights of all the model's convolutions if a block is swapped (as

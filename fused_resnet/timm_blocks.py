@@ -1,5 +1,5 @@
-"""The residual blocks of timm's ResNets and RegNets, fused. Importing this imports timm: `swap_blocks` does so where it is
-in use.
+"""The residual blocks of timm's ResNets and RegNets, fused. Importing this imports timm: `swap_blocks` does so where it
+is in use.
 
 Beside what torchvision's blocks have, these may have an average pool in front of the projection (arXiv 1812.01187),
 channel attention behind the last batch norm (arXiv 1709.01507, 1910.03151), stochastic depth (arXiv 1603.09382),

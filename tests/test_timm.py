@@ -1,4 +1,4 @@
-"""timm's ResNets and RegNets: blocks and stems fused, beside timm's own forward; what is in them beyond torchvision's."""
+"""timm's ResNets and RegNets: blocks and stems fused, beside timm's own; what is in them beyond torchvision's."""
 
 from __future__ import annotations
 
