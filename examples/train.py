@@ -81,7 +81,7 @@ class Training:
         self.model: nn.Module = self._captured(found) if chosen.capture else self.bare
         if team.world > 1:
             gpus = [team.device] if team.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.bare, device_ids=gpus, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(self.model, device_ids=gpus, gradient_as_bucket_view=True)
 
     def _captured(self, found: data.Data) -> nn.Module:
         shape = self.loaders.batch, *found.train.images.shape[1:]

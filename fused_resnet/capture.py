@@ -100,6 +100,10 @@ class CapturedTraining(nn.Module):
         shape, _, dtype = self._like[:3]
         return f"CapturedTraining({type(self.model).__name__}, {list(shape)} {dtype})"
 
+    def versions(self) -> list[int]:
+        """How often each parameter that is trained has been modified; those too whose value alone is read."""
+        return [p._version for p in self._trained]
+
     def __reduce_ex__(self, protocol):
         raise TypeError("a captured model can be neither copied nor pickled, as its graphs cannot: take its .model")
 
@@ -171,7 +175,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, captured: CapturedTraining, call: int, x: Tensor, *parameters: Tensor):
         ctx.captured, ctx.call = captured, call
-        ctx.versions = [p._version for p in parameters]
+        ctx.versions = captured.versions()
         captured._x.detach().copy_(x)
         captured._replay()
         kept = captured._results
@@ -188,7 +192,7 @@ class _Step(torch.autograd.Function):
                 "this result of a captured model cannot be differentiated any more: the model was called again, or its "
                 "backward has run"
             )
-        if ctx.versions != [p._version for p in captured._used]:
+        if ctx.versions != captured.versions():
             raise RuntimeError("a parameter was modified between a captured model's call and its backward")
         captured._calls += 1
         of_results = [g for g, on in zip(grads, captured._differentiable, strict=True) if on]

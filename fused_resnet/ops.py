@@ -7,7 +7,7 @@
     conv_bn_act_bwd, bn_act_bwd
     bn_act_bwd_input        dx of bn_act from sums over a batch that is not all here (sync.py)
     bn_act_conv, pointwise_bn_act   and their backwards, in training_ops.py
-    stem_conv, bn_act_pool  and the backward of the latter, in pool_ops.py
+    stem_conv, bn_act_pool  and their backwards, in pool_ops.py
 
 To autograd, the statistics of a batch are constants: the op that normalises with them (`bn_act(..., batch_stats=True)`,
 `bn_act_conv`, `pointwise_bn_act`) carries their derivative. The `_bwd` ops are differentiable in turn, through the
@@ -194,7 +194,7 @@ def check_4d(x: Tensor, error: type[Exception]) -> None:
         raise RuntimeError(f"x: expected a floating dtype, got {x.dtype}")
 
 
-def _check_like(t: Tensor, name: str, x: Tensor) -> None:
+def check_like(t: Tensor, name: str, x: Tensor) -> None:
     if t.dtype != x.dtype:
         raise RuntimeError(f"{name}: expected {x.dtype}, the type of x, got {t.dtype}")
     _check_device(t, name, x)
@@ -219,7 +219,7 @@ def check_vectors(channels, owner: str, x: Tensor, **vectors: Tensor | None) -> 
 def check_residual(residual: Tensor | None, shape, x: Tensor) -> None:
     if residual is not None:
         check_shortcut(residual, shape)
-        _check_like(residual, "residual", x)
+        check_like(residual, "residual", x)
 
 
 def check_shortcut(residual: Tensor, shape) -> None:
@@ -250,7 +250,7 @@ def check_places(x, weight, stride, padding, dilation, groups):
     check_4d(x, ValueError if x.dim() == 3 else RuntimeError)
     if weight.dim() != 4:
         raise RuntimeError(f"weight: expected [K, C/groups, R, S], got {list(weight.shape)}")
-    _check_like(weight, "weight", x)
+    check_like(weight, "weight", x)
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(pair) != 2 or min(pair) < least:
             raise RuntimeError(f"{name}: expected two integers of at least {least}, got {list(pair)}")

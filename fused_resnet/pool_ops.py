@@ -22,6 +22,7 @@ from .ops import (
     as_given,
     check_4d,
     check_given,
+    check_like,
     check_places,
     check_values,
     check_vectors,
@@ -83,6 +84,7 @@ def _stem_conv_backward(ctx, grad):
 
 def _check_stem_conv_weight_grad(grad, x, weight):
     shape = _check_stem_conv(x, weight)
+    check_like(grad, "grad", x)
     if list(grad.shape) != list(shape):
         raise RuntimeError(f"grad: expected the convolution's {list(shape)}, got {list(grad.shape)}")
 

@@ -41,7 +41,7 @@ def test_every_block_model_mode_and_variant_is_collected():
     assert "test_model[compile" not in without
     on_a_gpu = pytest_benchmarks("benchmarks", "--device", "cuda", "--collect-only").stdout
     assert "[fused_captured-128-train-float16-resnet50]" in on_a_gpu
-    assert "[fused_captured-8-train-" not in on_a_gpu and "[fused_captured-128-eval-" not in on_a_gpu
+    assert "[fused_captured-128-eval-" not in on_a_gpu and "[fused-128-eval-" in on_a_gpu
 
 
 def test_a_benchmark_notes_speed_parity_and_environment(tmp_path):

@@ -197,6 +197,20 @@ def test_a_parameter_that_changed_before_the_backward():
         y.backward()
 
 
+class Detached(Two):
+    def forward(self, x):
+        return super().forward(x)["y"] * self.unused.detach()[0]
+
+
+def test_a_parameter_whose_value_alone_is_read_changed_before_the_backward():
+    model = Detached()
+    y = captured(model, x := torch.randn(4, 3, 8, 8))(x).sum()
+    with torch.no_grad():
+        model.unused.mul_(2)
+    with pytest.raises(RuntimeError, match="a parameter was modified between a captured model's call"):
+        y.backward()
+
+
 def test_a_result_is_differentiated_before_the_next_call():
     step = captured(Two(), x := torch.randn(4, 3, 8, 8))
     first = step(x)["y"].sum()

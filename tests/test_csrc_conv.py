@@ -225,8 +225,9 @@ def test_machine_code_of_the_stems_weight_gradient(arch, element):
     (code,) = (code for name, code in whole_code(arch).items() if f"stem_weight_kernel<{element}>" in name)
     (used,) = (used for name, used in resources(arch).items() if re.search(rf"stem_weight_kernelI\d+{element}E", name))
     registers, stack, _, local = used
-    assert registers <= 128 and stack == local == 0, "two blocks of 256 threads a multiprocessor"
+    assert registers <= 128 and stack == local == 0, "two blocks of 256 threads, as shared memory allows"
     assert not re.search(r"\b(LDL|STL)\b", code)
+    assert count(r"\bBAR\.SYNC", code) == 2, "before the loop, and between its turns: the emulation misses neither"
     kind = r"F32\.BF16\b" if element == "__nv_bfloat16" else r"F32(?!\.)"
     # Two rows of g by 7 filter rows and two halves of a warp's channels, within the map and at its edge.
     assert count(r"\bHMMA", code) == count(rf"HMMA\.16816\.{kind}", code) == 2 * 28

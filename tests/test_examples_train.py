@@ -22,6 +22,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from ranks import Ranks
 from test_capture import Rerun
 from torch import nn
 
@@ -232,6 +233,29 @@ def test_steps_of_a_captured_model(uninterrupted, tmp_path, monkeypatch):
     assert train.main([*SHORT, "--capture", "--out", str(tmp_path)]) == 0
     assert made[0]._calls == 2 * STEPS, "forward and backward of every step"
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-3)
+
+
+def one_of_two(rank: int, out: str, *more: str) -> int:
+    """A run by one of two processes; how many calls were a graph's."""
+    made = []
+    fused_resnet.capture_training = lambda network, x: made.append(Rerun(network, x)) or made[0]
+    chosen = options.parse([*SHORT, *more, "--accumulate", "2", "--out", out])
+    train.train(chosen, processes.Team(rank, 2, torch.device("cpu")))
+    return made[0]._calls if made else 0
+
+
+def test_steps_of_a_captured_model_in_two_processes(tmp_path):
+    with Ranks(2) as ranks:
+        assert ranks.run(one_of_two, str(tmp_path / "captured"), "--capture") == [2 * 2 * STEPS] * 2
+        assert ranks.run(one_of_two, str(tmp_path / "not")) == [0, 0]
+    assert losses(tmp_path / "captured") == pytest.approx(losses(tmp_path / "not"), rel=1e-3)
+
+
+def test_a_run_from_before_there_was_a_capture_goes_on(tmp_path):
+    now = {"--lr": 0.1, "--capture": False}
+    checkpoint.require_same(tmp_path, {"--lr": 0.1}, now)
+    with pytest.raises(Refused, match="--capture was False, is True"):
+        checkpoint.require_same(tmp_path, {"--lr": 0.1}, now | {"--capture": True})
 
 
 @pytest.mark.gpu

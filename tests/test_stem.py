@@ -180,6 +180,7 @@ def test_gradients_of_the_weight_gradient():
     ("change", "message"),
     [
         ({"grad": torch.zeros(1, 64, 5, 5)}, r"grad: expected the convolution's \[1, 64, 5, 6\], got \[1, 64, 5, 5\]"),
+        ({"grad": torch.zeros(1, 64, 5, 6).double()}, "grad: expected torch.float32, the type of x, got torch.float64"),
         ({"x": torch.zeros(3, 9, 12)}, "x: expected 4D input"),
         ({"weight": torch.zeros(64, 3, 5, 5)}, r"weight: expected a 7x7 convolution's \[K, C, 7, 7\], got"),
     ],
@@ -285,6 +286,12 @@ def test_the_rows_of_a_block_fill_the_chip_and_no_more():
         rows = stem_conv._rows(batch, 224, 224, 64, 90, 132)
         assert rows > 4 and batch * -(-56 // rows) >= 0.9 * 2 * 132
     assert stem_conv._rows(4, 7, 30, 64, 90, 1) <= 2
+    # Of its weight's gradient one block fits on an A100's multiprocessor, two on an H100's.
+    for arch, sms, resident in ((80, 108, 1), (90, 132, 2)):
+        for batch in (4, 8, 16, 32, 128):
+            rows = stem_conv._rows_of_weight(batch, 224, 224, 64, arch, sms)
+            turns = {r: -(-batch * -(-56 // r) // (sms * resident)) * (r + 2) for r in (1, 2, 4, 7, 14, 28)}
+            assert turns[rows] == min(turns.values())
 
 
 def test_what_is_verified_apart(monkeypatch):

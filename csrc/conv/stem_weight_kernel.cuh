@@ -29,6 +29,7 @@ struct StemWeight : Stem {
   static constexpr int kG = (kRing * kRow + 1023) / 1024 * 1024;  // where two pairs of rows are
   static constexpr int kShared = kG + 4 * kRowOfG;
   static constexpr int kCopies = 2 * kTile * 8 / kThreads;  // of 16 bytes of g, for a thread and a pair of rows
+  static_assert(kShared <= 85 << 10);  // backends/stem_conv.py counts blocks by it
   static_assert(kChunks <= 128 && kTile % kStep == 0 && 2 * kTile * 8 % kThreads == 0);
 };
 

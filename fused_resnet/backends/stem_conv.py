@@ -24,6 +24,8 @@ CHANNELS = 64  # of a block
 _TILE, _TILE_OF_WEIGHT = 124, 112  # columns of a block of the convolution, of its weight's gradient
 _ROWS = (1, 2, 4, 7, 14, 28, 56)
 _MOST_ROWS = 28  # so that ImageNet's maps are in parts at any batch, and have one variant
+_SHARED_KIB = {80: 164, 89: 100, 90: 228, 100: 228}  # of a multiprocessor, by family; a block has 1 beside its own
+_KIB_OF_WEIGHT = 85
 _START, _START_OF_WEIGHT = 1.0, 2.0  # what a block does beside its pairs of rows, in such pairs: to wait, to store
 
 
@@ -107,10 +109,11 @@ def pack(weight: Tensor) -> Tensor:
     return taps.reshape(-1, 2, 4, 4, 2, 224).transpose(2, 3).reshape(k, 224)
 
 
-def rows_by_cost(pairs: int, across: int, start: float, arch: int, sms: int) -> list[int]:
+def rows_by_cost(pairs: int, across: int, start: float, arch: int, sms: int, kib: int = 68) -> list[int]:
     """How many pairs of rows a block may walk, of `pairs` that a map has, the most promising first. The more, the less
-    is done `start` times anew; fewer blocks than the chip holds leave it idle. across: blocks side by side."""
-    resident = sms * (1 if family(arch) == 89 else 2)  # by their shared memory, 63 to 68 KiB
+    is done `start` times anew; fewer blocks than the chip holds leave it idle. across: blocks side by side. kib: of
+    shared memory, at most, in a block."""
+    resident = sms * (2 if 2 * (kib + 1) <= _SHARED_KIB[family(arch)] else 1)
 
     def cost(rows: int) -> float:
         return ceil_div(across * ceil_div(pairs, rows), resident) * (rows + start)
@@ -124,14 +127,18 @@ def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _rows(n: int, h: int, w: int, k: int, arch: int, sms: int, tile: int = _TILE, start: float = _START) -> int:
-    return next(
-        rows for rows in rows_by_cost(_pairs(h), n * _across(w, k, tile), start, arch, sms) if rows <= _MOST_ROWS
-    )
+def _rows(n: int, h: int, w: int, k: int, arch: int, sms: int) -> int:
+    return _first(rows_by_cost(_pairs(h), n * _across(w, k, _TILE), _START, arch, sms))
 
 
-def _rows_of_weight(*sizes_and_chip: int) -> int:
-    return _rows(*sizes_and_chip, _TILE_OF_WEIGHT, _START_OF_WEIGHT)
+@functools.lru_cache(maxsize=1024)
+def _rows_of_weight(n: int, h: int, w: int, k: int, arch: int, sms: int) -> int:
+    across = n * _across(w, k, _TILE_OF_WEIGHT)
+    return _first(rows_by_cost(_pairs(h), across, _START_OF_WEIGHT, arch, sms, _KIB_OF_WEIGHT))
+
+
+def _first(promising: list[int]) -> int:
+    return next(rows for rows in promising if rows <= _MOST_ROWS)
 
 
 def _pairs(size: int) -> int:
