@@ -366,6 +366,8 @@ def norm_unfusable(bn: nn.Module, activated: bool = False) -> str | None:
             reason = tampered(module) if type(module) is nn.Identity else f"{type(module).__name__} is not Identity"
             if reason is not None:
                 return f"{name}: {reason}"
+    elif activated and type(bn) in NORMS:  # what converts modules keeps the children of those it replaces
+        return f"{type(bn).__name__} does not call its act"
     elif type(bn) not in NORMS:
         return f"{type(bn).__name__} is none of {', '.join(t.__name__ for t in NORMS)}"
     return tampered(bn)

@@ -304,7 +304,10 @@ def _on_the_side(block: nn.Module, anatomy) -> list[tuple[str, nn.Module]]:
     """(name, module) of what is called one after another on a block's shortcut, as far as it is known."""
     side = anatomy.side(block)
     if isinstance(side, tuple):
-        return list(zip(anatomy.shortcut, side, strict=True))
+        if isinstance(anatomy, traced_blocks.Anatomy):
+            return list(zip(anatomy.shortcut, side, strict=True))
+        names = {m: name for name, m in block.named_modules()}
+        return [(names[m], m) for m in side]
     if not isinstance(side, nn.Sequential):
         return []
     path = anatomy.shortcut[0] if isinstance(anatomy, traced_blocks.Anatomy) else "downsample"

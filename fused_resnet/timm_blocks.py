@@ -14,8 +14,9 @@ from timm.layers import BatchNormAct2d, ConvNormAct, DropBlock2d, DropPath
 from timm.models import regnet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, fx, nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from .blocks import ACTIVATED, Named, Side, tampered
+from .blocks import ACTIVATED, POOLS, Named, Side, part, projection_unfusable, tampered
 from .stem import pooled_stem
 
 
@@ -73,21 +74,33 @@ class FusedTimmRegNetBottleneck(Named, regnet.Bottleneck):
 
     parts = ("conv1.conv", "conv1.bn", "conv2.conv", "conv2.bn", "conv3.conv", "conv3.bn")
     activations = ("conv1.bn.act", "conv2.bn.act", "act3")
-    shortcut = ("downsample.conv", "downsample.bn")
     in_place = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, fx.Proxy) and torch.amp.is_autocast_available(device := x.device.type):
-            # timm's add would give its result the dtype of a wider shortcut.
-            if torch.is_autocast_enabled(device) and x.dtype is not torch.get_autocast_dtype(device):
+            if torch.is_autocast_enabled(device) and self._widens(x, torch.get_autocast_dtype(device)):
                 return self._unfused(x)
         return super().forward(x)
 
+    def _widens(self, x: Tensor, lowered: torch.dtype) -> bool:
+        """Whether timm's sum is of a wider dtype: that of a shortcut, or of a frozen batch norm's vectors."""
+        side = self.side(self)
+        norms = [part(self, name) for name in self.parts[1::2]]
+        if isinstance(side, tuple):
+            norms.append(side[-1])
+        return (side is None and x.dtype is not lowered) or any(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
+
     @staticmethod
     def obstacle(block: nn.Module) -> str | None:
-        reasons = ((name, _layer_unfusable(block._modules.get(name))) for name in ("conv1", "conv2", "conv3"))
-        reason = next((f"{name}: {reason}" for name, reason in reasons if reason is not None), None)
-        return "downsample: there is no shortcut" if reason is None and block.downsample is None else reason
+        for name in ("conv1", "conv2", "conv3"):
+            if (reason := _layer_unfusable(block._modules.get(name))) is not None:
+                return f"{name}: {reason}"
+        own = block.downsample
+        if own is None:
+            return "downsample: there is no shortcut"
+        side = FusedTimmRegNetBottleneck.side(block)
+        reason = f"{type(own).__name__} is called as it is" if side is own else side and projection_unfusable(side)
+        return reason and f"downsample: {reason}"
 
     @staticmethod
     def between(block: nn.Module) -> list[list[nn.Module]]:
@@ -102,6 +115,9 @@ class FusedTimmRegNetBottleneck(Named, regnet.Bottleneck):
         own = block.downsample
         if _layer_unfusable(own) is None:
             return own.conv, own.bn
+        pooled = type(own) is nn.Sequential and len(own) == 2 and tampered(own) is None
+        if pooled and type(own[0]) in POOLS and _layer_unfusable(own[1]) is None:
+            return own[0], own[1].conv, own[1].bn
         return None if type(own) is nn.Identity and tampered(own) is None else own
 
 

@@ -19,6 +19,7 @@ from timm.models import regnet
 from timm.models import resnet as timm_resnet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
 from fused_resnet import stem, swap_blocks, swap_report, training
@@ -342,18 +343,16 @@ def test_a_hook_anywhere_in_a_regnets_block_is_called_and_heeded(options, train)
     ("options", "reason"),
     [
         ({"linear_out": True}, "act3: Identity is not ReLU"),
-        ({"act_layer": "silu"}, "conv1.bn: act: SiLU is not ReLU|conv1.bn.act: SiLU is not ReLU"),
+        ({"act_layer": "silu"}, "conv1.bn.act: SiLU is not ReLU"),
         ({"downsample": None}, "downsample: there is no shortcut"),
+        ({"dilation": (2, 2), "stride": 1, "downsample": "avg"}, "downsample: Sequential is called as it is"),
         ({"drop_block": lambda: timm_resnet.DropBlock2d(0.3)}, "conv2.bn: drop: DropBlock2d is not Identity"),
-        ({"norm_layer": nn.GroupNorm}, "conv1.bn: GroupNorm.* is none of"),
+        ({"norm_layer": "groupnorm1"}, "downsample: GroupNorm1Act is none of"),
     ],
-    ids=["linear", "silu", "no-shortcut", "drop-block", "group-norm"],
+    ids=["linear", "silu", "no-shortcut", "pool-of-timms", "drop-block", "group-norm"],
 )
 def test_what_a_regnets_block_may_not_be(options, reason):
-    if options.get("norm_layer") is nn.GroupNorm:
-        options = {"norm_layer": "groupnorm1"}
-        reason = "conv1.bn: .* is none of"
-    model = nn.Sequential(regnet.Bottleneck(24, 56, stride=2, group_size=8, **options))
+    model = nn.Sequential(regnet.Bottleneck(24, 56, **{"stride": 2, "group_size": 8, **options}))
     with pytest.warns(UserWarning, match=reason):
         swap_blocks(model)
     (block,) = swap_report(model).left
@@ -370,6 +369,53 @@ def test_a_regnets_block_that_changes_runs_timms_forward():
         assert swap_report(nn.Sequential(ours)).fused[0].reason.startswith("runs unfused: ")
         if name != "conv2":
             same(seen(ours, x), seen(block, x))
+
+
+@pytest.mark.parametrize("swapped_first", [True, False])
+def test_pytorchs_conversion_takes_the_activation_out_of_a_batch_norm(swapped_first):
+    """It keeps the module that acted as a child of a batch norm that does not call it."""
+    block, convert = regnet_block(train=False), nn.SyncBatchNorm.convert_sync_batchnorm
+    x = torch.randn(2, 24, 9, 9).double()
+    ours = nn.Sequential(copy.deepcopy(block))
+    if swapped_first:
+        (report,) = swap_report(convert(swap_blocks(ours))).fused
+        assert report.reason == "runs unfused: conv1.bn: SyncBatchNorm does not call its act"
+    else:
+        with pytest.warns(UserWarning, match="conv1.bn: SyncBatchNorm does not call its act"):
+            swap_blocks(convert(ours))
+    torch.testing.assert_close(ours(x), convert(block)(x), rtol=1e-9, atol=1e-9)
+
+
+class Wide(nn.Module):
+    """A shortcut of one channel, in another dtype."""
+
+    def forward(self, x):
+        return x[:, :1, ::2, ::2].float()
+
+
+def test_another_shortcut_of_a_regnets_block_is_timms_to_add():
+    for block in (regnet_block(), regnet_block(train=False)):
+        ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+        ours.downsample = block.downsample = Wide()
+        assert swap_report(nn.Sequential(ours)).fused[0].reason == "runs unfused: downsample: Wide is called as it is"
+        x = torch.randn(2, 24, 9, 9).double()
+        same(seen(ours, x), seen(block, x))
+
+
+@pytest.mark.parametrize("name", ["conv1.bn", "conv3.bn", "downsample.bn"])
+def test_dtypes_of_a_regnets_block_with_a_frozen_batch_norm_under_autocast(name):
+    """Its vectors are float32."""
+    block = regnet_block().float()
+    block.set_submodule(name, FrozenBatchNorm2d(block.get_submodule(name).num_features))
+    ours = copy.deepcopy(block)
+    if name == "conv1.bn":
+        pytest.warns(UserWarning, swap_blocks, nn.Sequential(ours))
+    else:
+        ours = swap_blocks(nn.Sequential(ours))[0]
+        assert type(ours) is FusedTimmRegNetBottleneck
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = (m(torch.randn(2, 24, 8, 8).bfloat16()) for m in (ours, block))
+    assert a.dtype is b.dtype is (torch.bfloat16 if name == "conv1.bn" else torch.float32)
 
 
 @modes
