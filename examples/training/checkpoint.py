@@ -54,7 +54,8 @@ def setting(options: Options, dataset: str, team: Team) -> dict:
 
 
 def require_same(path: Path, saved: dict, now: dict) -> None:
-    saved = {"--capture": False, **saved}  # younger than the first of these files
+    if "--capture" in now:
+        saved = {"--capture": False, **saved}  # younger than the first of these files
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if names:
         differences = "; ".join(f"{n} was {saved.get(n)}, is {now.get(n)}" for n in names)
