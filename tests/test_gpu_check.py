@@ -80,6 +80,7 @@ def test_smoke_writes_a_line_a_case_and_goes_on_where_it_stopped(tmp_path):
     assert environment["environment"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_triton_and_the_engine_are_sanitized(tmp_path):
     cases = ["bn_act/triton/batch/float32/channels_last", "engine-op/conv-1x1-segment/float16"]
     assert cases[1] in gpu_check.SANITIZED
@@ -166,6 +167,7 @@ def test_comes_last(): pass
 """
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_dies_or_spoils_the_context_costs_that_case_only(tmp_path):
     suite = tmp_path / "test_suite.py"
     suite.write_text(SUITE)
