@@ -11,8 +11,8 @@
 namespace fused_resnet {
 namespace {
 
-// tile: columns of a block, in pairs of the convolution's or, as `of_columns` says, one by one.
-conv::StemPlaces places_of(const char* op, const Tensor& x, int64_t k, int64_t rows, int tile, bool of_columns) {
+// columns: of the convolution's map, of a block.
+conv::StemPlaces places_of(const char* op, const Tensor& x, int64_t k, int64_t rows, int columns) {
   check(x.dim() == 4 && x.size(1) == 3, op, ": x must be [N, 3, H, W]");
   check(x.numel() > 0, op, ": x must not be empty");
   const ScalarType dtype = x.scalar_type();
@@ -39,7 +39,7 @@ conv::StemPlaces places_of(const char* op, const Tensor& x, int64_t k, int64_t r
   check(rows >= 1, op, ": rows must be at least 1, got ", rows);
   p.rows = static_cast<int>(rows < p.p ? rows : p.p);
   p.parts = conv::ceil_div(p.p, p.rows);
-  p.tiles = conv::ceil_div(of_columns ? p.q1 : p.q, tile);
+  p.tiles = conv::ceil_div(p.q1, columns);
   p.groups = p.k / conv::Stem::kChannels;
   const int64_t of_image = int64_t{p.parts} * p.tiles * p.groups;
   check(x.size(0) <= std::numeric_limits<int32_t>::max() / of_image, op, ": needs less than 2^31 blocks, got ",
@@ -47,7 +47,6 @@ conv::StemPlaces places_of(const char* op, const Tensor& x, int64_t k, int64_t r
   p.nchw = nchw;
   p.pixel = nchw ? 4 : 12;
   p.row = w / 2 * p.pixel;
-  p.advance = conv::Stem::kFetch * p.row;
   p.plane = nchw ? h * p.row : 4;
   p.image = 6 * h * w;
   return p;
@@ -58,9 +57,10 @@ template <bool Pools>
 conv::StemParams params_of(const char* op, const Tensor& x, const Tensor& weight, int64_t rows) {
   check(weight.dim() == 2 && weight.size(1) == conv::Stem::kSize && weight.is_contiguous(), op,
         ": weight must be packed, [K, 224]");
-  conv::StemParams p = {places_of(op, x, weight.size(0), rows, conv::StemTile<Pools>::kTile, false)};
+  conv::StemParams p = {places_of(op, x, weight.size(0), rows, 2 * conv::StemTile<Pools>::kTile)};
   check_dtype(op, "weight", weight, x);
   check_aligned(op, "weight", weight.const_data_ptr());
+  p.advance = conv::Stem::kFetch * p.row;
   p.row_of_y = int64_t{2} * (Pools ? p.q : p.q1) * p.k;
   p.ones = 0xffffffffu;
   p.weight = weight.const_data_ptr();
@@ -121,7 +121,7 @@ Tensor stem_conv(const Tensor& x, const Tensor& weight, int64_t rows) {
 Tensor stem_conv_weight_shares(const Tensor& grad, const Tensor& x, int64_t rows) {
   const char* op = "stem_conv_weight_shares";
   check(grad.dim() == 4, op, ": grad must be [N, K, P, Q], it has ", grad.dim(), " dimensions");
-  conv::StemWeightParams p = {places_of(op, x, grad.size(1), rows, conv::StemWeight::kTile, true)};
+  conv::StemWeightParams p = {places_of(op, x, grad.size(1), rows, conv::StemWeight::kTile)};
   check_sized_map(op, "grad", grad, {x.size(0), p.k, p.p1, p.q1}, x);
   p.g = grad.const_data_ptr();
   const int64_t blocks = x.size(0) * p.parts * p.tiles;

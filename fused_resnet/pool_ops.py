@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from . import backends
-from .backends import pooled, reference
+from .backends import aten, pooled, reference
 from .backends.layout import output_format
 from .backends.reference import accumulator
 from .backends.stem_conv import KERNEL, PLACES
@@ -71,15 +71,8 @@ def _stem_conv_backward(ctx, grad):
     need_x, need_weight = ctx.needs_input_grad[:2]
     if grad is None:
         return None, None
-    *places, groups = PLACES
-    dx = dweight = None
-    if need_x:
-        dx, _, _ = torch.ops.aten.convolution_backward.default(
-            grad, x, weight, None, *places, False, [0, 0], groups, [True, False, False]
-        )
-    if need_weight:
-        dweight = torch.ops.fused_resnet.stem_conv_weight_grad.default(grad, x, weight)
-    return dx, dweight
+    dx, _ = aten.conv_gradients(grad, x, weight, *PLACES, [True, False]) if need_x else (None, None)
+    return dx, torch.ops.fused_resnet.stem_conv_weight_grad.default(grad, x, weight) if need_weight else None
 
 
 def _check_stem_conv_weight_grad(grad, x, weight):

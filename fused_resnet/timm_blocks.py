@@ -132,8 +132,11 @@ class FusedTimmResNet(ResNet):
 
 
 _RANDOM = (DropBlock2d, DropPath)
-FUSED = {BasicBlock: FusedTimmBasicBlock, Bottleneck: FusedTimmBottleneck}
-FUSED[regnet.Bottleneck] = FusedTimmRegNetBottleneck
+FUSED = {
+    BasicBlock: FusedTimmBasicBlock,
+    Bottleneck: FusedTimmBottleneck,
+    regnet.Bottleneck: FusedTimmRegNetBottleneck,
+}
 NETWORKS = {ResNet: FusedTimmResNet}
 ACTIVATED.add(BatchNormAct2d)
 

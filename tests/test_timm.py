@@ -237,6 +237,15 @@ def test_frozen_batch_norms(train, device):
     same(parity.observe(ours, x.double()), parity.observe(model.double(), x.double()))
 
 
+def each_hook_is_heeded(names: list[str], ours: nn.Module, block: nn.Module, x: torch.Tensor) -> None:
+    """The results of the modules of these names, one at a time, replaced in both blocks."""
+    for name in names:
+        handles = [b.get_submodule(name).register_forward_hook(lambda m, a, y: y * 1.25) for b in (ours, block)]
+        same(seen(ours, x), seen(block, x))
+        for handle in handles:
+            handle.remove()
+
+
 def hooks(block: nn.Module):
     for name, module in block.named_modules():
         if name and not any(module.children()):
@@ -254,11 +263,7 @@ def test_a_hook_anywhere_is_called_and_heeded(memory, train):
     names = list(hooks(block))
     assert {"act1", "aa", "drop_block", "drop_path", "downsample.0", "conv3"} <= set(names)
     x = torch.randn(2, block.conv1.in_channels, 9, 9, dtype=torch.float64)
-    for name in names:
-        handles = [b.get_submodule(name).register_forward_hook(lambda m, a, y: y * 1.25) for b in (ours, block)]
-        same(seen(ours, x), seen(block, x))
-        for handle in handles:
-            handle.remove()
+    each_hook_is_heeded(names, ours, block, x)
 
 
 @pytest.mark.parametrize(
@@ -332,11 +337,7 @@ def test_a_hook_anywhere_in_a_regnets_block_is_called_and_heeded(options, train)
     same(seen(ours, x), seen(block, x))
     names = [name for name, _ in block.named_modules() if name]
     assert {"conv1", "conv2.bn.act", "conv3.bn.drop", "se", "downsample", "drop_path", "act3"} <= set(names)
-    for name in names:
-        handles = [b.get_submodule(name).register_forward_hook(lambda m, a, y: y * 1.25) for b in (ours, block)]
-        same(seen(ours, x), seen(block, x))
-        for handle in handles:
-            handle.remove()
+    each_hook_is_heeded(names, ours, block, x)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ struct StemPlaces {
   const void* x;
   int64_t image, row, pixel, plane;  // bytes between images, rows and pixel pairs of x, and between the three words of
                                      // a pair, which are its channels, in channels_last its six values
-  int64_t advance;                   // bytes of four rows of x
   int h, pairs;                      // rows of x, pixel pairs of a row
   int p1, q1, k;                     // the convolution's map and channels
   int p, q;                          // pairs of its rows and of its columns: the pooled map
@@ -44,8 +43,8 @@ struct StemParams : StemPlaces {
   const void* weight;
   const float* bias;
   void* y;
-  int64_t row_of_y;  // bytes
-  uint32_t ones;     // all bits: what is masked with it is a value of its own, in registers that the compiler may choose
+  int64_t advance, row_of_y;  // bytes of four rows of x, of a row of y
+  uint32_t ones;  // all bits: what is masked with it is a value of its own, in registers that the compiler may choose
 };
 
 struct Stem {

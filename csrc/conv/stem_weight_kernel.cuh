@@ -56,7 +56,8 @@ __device__ __forceinline__ void stem_weight_multiply(float (&sum)[7][2][4], uint
 #pragma unroll
   for (int row = 0; row < 2; ++row)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) ptx::load_transposed(a[row][half], (g + row * StemWeight::kRowOfG) ^ half * 32);
+    for (int half = 0; half < 2; ++half)
+      ptx::load_transposed(a[row][half], (g + row * StemWeight::kRowOfG) ^ half * 32);
 #pragma unroll
   for (int row = 0; row < 9; ++row) {
     if (row % 2 == 0 && row + 2 < 9) load_x(row + 2);
@@ -109,7 +110,8 @@ __global__ void __launch_bounds__(Stem::kThreads, 2) stem_weight_kernel(const St
     if (is & kFits) *reinterpret_cast<uint4*>(to + 1024) = stem_chunk(words[1], p.nchw);
   };
 
-  // Eight threads a position, 16 bytes each; those of neighbouring positions are exchanged, so that eight meet in no bank.
+  // Eight threads a position, 16 bytes each; those of neighbouring positions are exchanged, so that eight meet in no
+  // bank.
   const int unit = thread % 8, position = thread / 8;
   const uint32_t g_to = shared + Tile::kG + position * 128 + (unit ^ position % 8) * 16;
   const auto copy_g = [&](int row) {  // 2 * row and the one below
