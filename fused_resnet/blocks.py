@@ -17,11 +17,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import training
+from .frozen import eps_of, is_frozen
 from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
 from .shortcuts import Plain, ZeroPad
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.SyncBatchNorm)
-ACTIVATED: set[type[nn.Module]] = set()  # batch norms of other libraries, with modules drop and act behind them
+# Classes of other libraries.
+ACTIVATED: set[type[nn.Module]] = set()  # batch norms with modules drop and act behind them
+NORMED: set[type[nn.Module]] = set()  # convolutions with modules norm and activation behind them
 POOLS = (nn.Identity, nn.AvgPool2d)
 
 
@@ -227,7 +230,7 @@ def stateless(downsample: Side) -> bool:
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     if uses_batch_statistics(bn):
-        return batch_norm_act(conv(x), bn, residual, relu=relu)
+        return batch_norm_act(conv._conv_forward(x, conv.weight, None), bn, residual, relu=relu)  # some call their norm
     return conv_bn_act(
         x,
         conv.weight,
@@ -235,7 +238,7 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None =
         bn.bias,
         bn.running_mean,
         bn.running_var,
-        bn.eps,
+        eps_of(bn),
         residual,
         stride=conv.stride,
         padding=conv.padding,
@@ -301,7 +304,9 @@ def parts_unfusable(
     """Why convolutions, BNs and ReLUs of these names must be called as modules; None if they need not."""
     if _module._has_any_global_hook():
         return "a global module hook is registered"
-    asked = [(name, convolution_unfusable(part(block, name))) for name in convolutions]
+    norms = tuple(norms)
+    pairs = zip(convolutions, norms, strict=False)  # a stem asks for its batch norm alone
+    asked = [(name, convolution_unfusable(part(block, name), part(block, bn))) for name, bn in pairs]
     asked += [(name, norm_unfusable(part(block, name), f"{name}.act" in activations)) for name in norms]
     for name, reason in asked:
         if reason is not None:
@@ -324,7 +329,7 @@ def projection_unfusable(downsample: Side) -> str | None:
         return f"{type(downsample).__name__} is not Sequential(Conv2d, BatchNorm2d)"
     *pools, conv, bn = downsample
     containers = () if type(downsample) is tuple else (downsample,)
-    reason = next(filter(None, map(tampered, (*containers, *pools))), None) or convolution_unfusable(conv)
+    reason = next(filter(None, map(tampered, (*containers, *pools))), None) or convolution_unfusable(conv, bn)
     if reason is None and conv.kernel_size != (1, 1):
         reason = f"kernel_size is {conv.kernel_size}, not (1, 1)"
     return reason or norm_unfusable(bn)
@@ -346,8 +351,12 @@ def tampered(m: nn.Module) -> str | None:
     return overridden and f"{overridden} is overridden on the instance"
 
 
-def convolution_unfusable(conv: nn.Module) -> str | None:
-    if type(conv) is not nn.Conv2d:
+def convolution_unfusable(conv: nn.Module, bn: nn.Module | None = None) -> str | None:
+    """bn: the batch norm behind it, which one of NORMED calls itself."""
+    if type(conv) in NORMED:
+        if bn is None or conv.norm is not bn or conv.activation is not None:
+            return f"{type(conv).__name__} calls another norm, or an activation"
+    elif type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not Conv2d"
     if conv.bias is not None:
         return "has a bias"
@@ -368,6 +377,6 @@ def norm_unfusable(bn: nn.Module, activated: bool = False) -> str | None:
                 return f"{name}: {reason}"
     elif activated and type(bn) in NORMS:  # what converts modules keeps the children of those it replaces
         return f"{type(bn).__name__} does not call its act"
-    elif type(bn) not in NORMS:
+    elif type(bn) not in NORMS and not is_frozen(bn):
         return f"{type(bn).__name__} is none of {', '.join(t.__name__ for t in NORMS)}"
     return tampered(bn)

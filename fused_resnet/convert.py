@@ -1,12 +1,17 @@
 """swap_blocks, restore_blocks, swap_report: the residual blocks in a model become fused ones, in place.
 
-Those of torchvision; timm's, where timm has been imported, as it has been where a model has its blocks; and those of
-any class whose forward, traced, is that of such a block (traced_blocks.py).
+Those of torchvision; timm's and detectron2's, where these have been imported, as they have been where a model has their
+blocks; and those of any class whose forward, traced, is that of such a block (traced_blocks.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import operator
 import sys
+import types
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +24,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from . import traced_blocks
 from .blocks import (
+    NORMED,
     Fused,
     FusedBasicBlock,
     FusedBottleneck,
@@ -140,7 +146,7 @@ def swap_blocks(
             block.__class__ = anatomy
         swapped = True
     if swapped and memory_format is not torch.preserve_format:
-        for conv in (m for m in model.modules() if type(m) is nn.Conv2d):
+        for conv in (m for m in model.modules() if type(m) in (nn.Conv2d, *NORMED)):
             former = _lay_out(conv, memory_format)
             if former is not None:
                 conv.__dict__.setdefault(_FORMER, str(former))  # torch.save cannot write a memory format
@@ -191,27 +197,30 @@ def _module(model) -> nn.Module:
     return model
 
 
-def _timm():
-    """The module of timm's fused blocks, if timm's are in use."""
-    if not hasattr(sys.modules.get("timm.models.resnet"), "Bottleneck"):
-        return None
-    try:
-        from . import timm_blocks
-    except ImportError:  # before 0.9 its modules had other places
-        return None
-    return timm_blocks
+_LIBRARIES = {
+    "timm_blocks": ("timm.models.resnet", "Bottleneck"),
+    "detectron2_blocks": ("detectron2.modeling.backbone.resnet", "BottleneckBlock"),
+}
+
+
+def _libraries() -> list[types.ModuleType]:
+    """Our modules for the libraries in use, which define the class that is asked for."""
+    found = []
+    for ours, (theirs, kind) in _LIBRARIES.items():
+        if hasattr(sys.modules.get(theirs), kind):
+            with contextlib.suppress(ImportError):  # before timm 0.9 its modules had other places
+                found.append(importlib.import_module(f".{ours}", __package__))
+    return found
 
 
 def _kinds() -> dict[type[nn.Module], type[Named]]:
     """The fused class of each library's block."""
-    timm = _timm()
-    return FUSED if timm is None else FUSED | timm.FUSED
+    return functools.reduce(operator.or_, (module.FUSED for module in _libraries()), FUSED)
 
 
 def _networks() -> dict[type[nn.Module], type[nn.Module]]:
     """The class of each library's network whose stem is fused."""
-    timm = _timm()
-    return NETWORKS if timm is None else NETWORKS | timm.NETWORKS
+    return functools.reduce(operator.or_, (module.NETWORKS for module in _libraries()), NETWORKS)
 
 
 class _Found(NamedTuple):

@@ -12,6 +12,7 @@ import operator
 from torch import Tensor, nn
 
 from . import sync
+from .frozen import eps_of
 from .ops import direct
 
 _conv_bn_act, _bn_stats, _bn_act = direct("conv_bn_act"), direct("bn_stats"), direct("bn_act")
@@ -57,13 +58,13 @@ def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, 
     """Batch norm by the module's state, shortcut add and ReLU: relu(bn(x) + residual).
 
     x, residual: [N, C, H, W] of one dtype. bn: nn.BatchNorm2d, nn.SyncBatchNorm (sync.py: over several processes, on a
-    CPU as well, and differentiable once) or torchvision's FrozenBatchNorm2d. Uses the batch's statistics, and updates
+    CPU as well, and differentiable once) or a FrozenBatchNorm2d (torchvision's, or one like it). Uses the batch's statistics, and updates
     the running ones, exactly when `bn` itself would. Returns [N, C, H, W] in the dtype of x.
 
     Raises ValueError for an x that is not 4-D or, with batch statistics, has one value a channel.
     """
     if not uses_batch_statistics(bn):
-        return _bn_act(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, residual, relu, False)
+        return _bn_act(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps_of(bn), residual, relu, False)
     if sync.needs_collective(bn):
         return sync.batch_norm_act(x, bn, residual, relu)
     mean, var = _bn_stats(x)
@@ -81,7 +82,7 @@ def update_running_stats(bn: nn.Module, x: Tensor, mean: Tensor, var: Tensor) ->
 def uses_batch_statistics(bn: nn.Module) -> bool:
     """Whether this BN normalises with the batch's statistics: decided by the BN, never by the block around it."""
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-        return False  # FrozenBatchNorm2d
+        return False  # frozen by its class
     return bn.training or bn.running_mean is None
 
 

@@ -100,8 +100,10 @@ def observe(module: nn.Module, x: Tensor, *, train: bool) -> dict[str, Tensor]:
     """The output; in training also the gradients of the input and of every parameter, and the buffers afterwards."""
     if not train:
         with torch.no_grad():
-            return {"output": module.eval()(x)}
-    module.train().zero_grad(set_to_none=True)
+            module.eval()  # not all return themselves
+            return {"output": module(x)}
+    module.train()
+    module.zero_grad(set_to_none=True)
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = module(x)
     y.backward(_cotangent(y))
@@ -226,7 +228,8 @@ def build_variant(variant: str, module: nn.Module, x: Tensor, *, train: bool) ->
             raise ValueError("variant: 'optimized' is for inference, and train is True")
         fast = _optimized(module, x)
         return lambda: fast(x)
-    module = copy.deepcopy(module).train(train)
+    module = copy.deepcopy(module)
+    module.train(train)
     if variant.startswith("fused"):
         swap_blocks(module)
     if variant not in ("eager", "fused"):

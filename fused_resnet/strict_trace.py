@@ -27,9 +27,10 @@ from torch import fx, nn
 from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torchvision.ops import FrozenBatchNorm2d
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
+from .frozen import is_frozen
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _TORCH = f"{Path(torch.__file__).parent}/"
 _MODULES = f"{_TORCH}nn/"
 # Of torch, what a forward may call.
@@ -77,6 +78,11 @@ def is_plain(value) -> bool:
 
 def has_plain_defaults(function: types.FunctionType) -> bool:
     return is_plain(function.__defaults__ or ()) and all(map(is_plain, (function.__kwdefaults__ or {}).values()))
+
+
+def is_norm(m: nn.Module) -> bool:
+    """Whether m is called behind a convolution as a batch norm is."""
+    return isinstance(m, _NORMS) or is_frozen(m)
 
 
 def is_torchs(kind: type) -> bool:
@@ -148,8 +154,8 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, *args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kinds = (nn.Conv2d, *NORMS)
-        return module_qualified_name in self.leaves or isinstance(m, kinds) or super().is_leaf_module(m, "")
+        known = isinstance(m, nn.Conv2d) or is_norm(m)
+        return known or module_qualified_name in self.leaves or super().is_leaf_module(m, "")
 
 
 class _Spy(TorchFunctionMode):
@@ -169,6 +175,7 @@ class _Watch:
     that they mention."""
 
     unclear = False
+    by_name = False  # getattr was called just now
 
     def __init__(self, root: types.CodeType, modules: list[nn.Module]):
         self.root = root
@@ -177,11 +184,16 @@ class _Watch:
         self.names: set[str] = set()
 
     def __call__(self, frame: types.FrameType, event: str, arg) -> None:
+        by_name, self.by_name = self.by_name, False
         try:
+            if by_name and not (event == "call" and _asks_for_a_child(frame)):
+                raise _Unclear
             if event == "call":
                 self._enter(frame)
-            elif event == "c_call" and frame.f_code in self.codes and not any(arg is f for f in _BUILTINS):
-                raise _Unclear
+            elif event == "c_call" and frame.f_code in self.codes:
+                self.by_name = arg is getattr
+                if not self.by_name and not any(arg is f for f in _BUILTINS):
+                    raise _Unclear
         except BaseException:
             self.unclear = True
             raise
@@ -199,15 +211,18 @@ class _Watch:
             self.names |= names
             for name, attribute in asked:
                 self._check(frame.f_globals.get(name, getattr(builtins, name, None)), attribute)
+            inner = any(code in outer.co_consts for outer in self.codes)  # its free variables are what those had
             for name in code.co_freevars:
                 value = frame.f_locals.get(name)
-                if not isinstance(value, fx.Proxy):
+                if not isinstance(value, fx.Proxy) and not (inner and isinstance(value, nn.Module)):
                     self._check(value, None)
 
     def _check(self, value, attribute: str | None) -> None:
         """What may be called, but neither constants, which may change, nor what holds some: objects, other classes."""
         if isinstance(value, types.ModuleType):
-            known = value.__name__.partition(".")[0] == "torch" and attribute in _OF_TORCH
+            known = value.__name__.partition(".")[0] == "torch" and (
+                attribute in _OF_TORCH or _is_uncalled(getattr(value, attribute or "", None))
+            )
         elif isinstance(value, type):
             known = value in self.kinds or (value in _TYPES and attribute is None)  # attributes of kinds are compared
         elif isinstance(value, types.FunctionType):
@@ -216,6 +231,19 @@ class _Watch:
             known = isinstance(value, types.BuiltinFunctionType)
         if not known:
             raise _Unclear
+
+
+def _asks_for_a_child(frame: types.FrameType) -> bool:
+    """Whether a module is being asked, by fx's function in place of nn.Module.__getattr__, for a child that it has."""
+    mod, name = (frame.f_locals.get(local) for local in ("mod", "attr"))
+    return _is_torchs(frame.f_code) and isinstance(mod, nn.Module) and name in mod._modules
+
+
+def _is_uncalled(value) -> bool:
+    """Whether this is a function of torch's that would end the trace if it were called: it may be mentioned."""
+    return isinstance(value, types.FunctionType) and (
+        _is_torchs(value.__code__) and not value.__code__.co_filename.startswith(_CALLED)
+    )
 
 
 def _is_torchs(code: types.CodeType) -> bool:

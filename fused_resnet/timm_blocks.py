@@ -14,9 +14,9 @@ from timm.layers import BatchNormAct2d, ConvNormAct, DropBlock2d, DropPath
 from timm.models import regnet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, fx, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from .blocks import ACTIVATED, POOLS, Named, Side, part, projection_unfusable, tampered
+from .frozen import is_frozen
 from .stem import pooled_stem
 
 
@@ -88,7 +88,7 @@ class FusedTimmRegNetBottleneck(Named, regnet.Bottleneck):
         norms = [part(self, name) for name in self.parts[1::2]]
         if isinstance(side, tuple):
             norms.append(side[-1])
-        return (side is None and x.dtype is not lowered) or any(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
+        return (side is None and x.dtype is not lowered) or any(map(is_frozen, norms))
 
     @staticmethod
     def obstacle(block: nn.Module) -> str | None:

@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from .blocks import Fused, Side, part, tampered
-from .strict_trace import NORMS, Trace, has_plain_defaults, is_plain, is_torchs, trace
+from .frozen import is_frozen
+from .strict_trace import Trace, has_plain_defaults, is_norm, is_plain, is_torchs, trace
 
 _MOST_CONVOLUTIONS = 8  # in a block: more is a stage
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
@@ -168,7 +168,7 @@ class TracedBlock(Fused):
         # The add would give its result x's dtype, if that is wider; and a frozen batch norm that of its vectors.
         lowers = own.in_place or len(own.shortcut) > 1 or x.dtype is torch.get_autocast_dtype(device)
         norms = (part(self, path) for path in (*own.parts[1::2], *own.shortcut[-1:]))
-        return lowers and not any(isinstance(norm, FrozenBatchNorm2d) for norm in norms)
+        return lowers and not any(map(is_frozen, norms))
 
     def __reduce_ex__(self, protocol):
         build, args, *rest = super().__reduce_ex__(protocol)
@@ -236,7 +236,7 @@ def anatomy_of(block: nn.Module) -> Anatomy | str | None:
         return None
     modules = list(block.modules())
     convolutions = sum(isinstance(m, nn.Conv2d) for m in modules)
-    if not 2 <= convolutions <= _MOST_CONVOLUTIONS or sum(isinstance(m, NORMS) for m in modules) < 2:
+    if not 2 <= convolutions <= _MOST_CONVOLUTIONS or sum(map(is_norm, modules)) < 2:
         return None
     if not any(isinstance(m, nn.ReLU) or "relu" in _mentioned(type(m)) for m in modules):
         return None
@@ -244,7 +244,7 @@ def anatomy_of(block: nn.Module) -> Anatomy | str | None:
     opaque = {
         name
         for name, m in block.named_modules()
-        if name and type(m) is not nn.Sequential and not any(isinstance(inside, NORMS) for inside in m.modules())
+        if name and type(m) is not nn.Sequential and not any(map(is_norm, m.modules()))
     }
     reason = None
     for leaves in (set(), opaque):
@@ -327,7 +327,7 @@ class _Reader:
         module = self.module(node)
         if isinstance(module, nn.Conv2d):
             return "convolution"
-        if isinstance(module, NORMS):
+        if module is not None and is_norm(module):
             return "batch norm"
         return "ReLU" if self.is_relu(node) else "other"
 

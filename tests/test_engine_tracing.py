@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from engine_cases import Net, agree, conv, network_of, ops, randomized
 from torch import nn
 
-from fused_resnet import backend, models, optimize_for_inference
+from fused_resnet import backend, measure, models, optimize_for_inference
 
 X = (5, 3, 11, 13)
 
@@ -263,6 +263,114 @@ def test_norms_of_other_dimensions(shape):
 def test_norms_without_running_statistics():
     found, _ = planned(norm_net(nn.BatchNorm2d, track_running_stats=False))
     assert "traced" in found
+
+
+# --- convolutions of other classes ------------------------------------------------------------------------------------
+
+
+class Own(nn.Conv2d):
+    """A forward written out, which looks at sizes and calls what stands behind the convolution."""
+
+    def __init__(self, *args, norm=None, **options):
+        super().__init__(*args, **options)
+        self.norm = norm
+
+    def forward(self, x):
+        if x.numel() == 0 or (x.requires_grad and self.training):
+            raise ValueError("not this")
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return y if self.norm is None else self.norm(y)
+
+
+class Kernels(nn.Module):
+    """No convolution's class: its tensors are a parameter and a buffer of other names."""
+
+    def __init__(self, inputs=3):
+        super().__init__()
+        self.kernels = nn.Parameter(torch.randn(16, inputs, 3, 3) / 4)
+        self.register_buffer("shift", torch.randn(16))
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernels, stride=2, bias=self.shift, padding=(1, 0))
+
+
+class TwoStrides(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, 2) + F.conv2d(x[:, :, 1:-1, 1:-1], self.weight, None, 2, (1, 1))
+
+
+class Standardised(nn.Conv2d):
+    """The weight is computed at every call."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+
+class Same(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, 1, "same")
+
+
+OWN = {
+    "with a norm": (lambda: Own(3, 16, 3, 2, 1, bias=False, norm=nn.BatchNorm2d(16)), ["conv", "conv"]),
+    "grouped": (lambda: Own(3, 18, 3, dilation=2, groups=3, norm=nn.BatchNorm2d(18)), ["conv", "conv"]),
+    "of other names": (Kernels, ["conv", "conv"]),
+    "twice": (lambda: TwoStrides(3, 16, 3), ["conv", "traced", "conv", "conv"]),
+    "of a computed weight": (lambda: Standardised(3, 16, 3), ["traced"] * 3 + ["conv"]),
+    "padded by a word": (lambda: Same(3, 16, 3), ["traced", "conv"]),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_convolutions_written_out(name):
+    build, ops_of_it = OWN[name]
+    torch.manual_seed(0)
+    own = build()
+    model = randomized(Net(lambda m, x: m.b(F.relu(m.n(x))), n=own, b=conv(own(torch.randn(X)).shape[1])))
+    keys = list(model.state_dict())
+    found, fast = planned(model)
+    assert [op for op in found if op in ("conv", "traced")][-len(ops_of_it) :] == ops_of_it, found
+    other = copy.deepcopy(model)
+    for t in (*other.parameters(), *other.buffers()):
+        if t.is_floating_point():
+            t.data.mul_(1.25)
+    x = torch.randn(X)
+    agree(fast.refresh(other)(x), other, x)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_convolution_beside_its_own_call():
+    """Called as a module as well, it is a module's; its tensors, given to F.conv2d, are read where it holds them."""
+    model = Net(lambda m, x: m.a(x) + F.conv2d(x, m.a.weight, m.a.bias, padding=1), a=conv())
+    found, fast = planned(randomized(model))
+    assert "conv" in found
+    model = Net(lambda m, x: m.a(x) + F.conv2d(x, m.k), a=conv(3))
+    model.k = nn.Parameter(torch.randn(16, 3, 3, 3))
+    model.a.padding = (0, 0)
+    found, fast = planned(randomized(model))
+    assert fast.plan.flop_share == 1.0 and "traced" not in found
+
+
+def test_nothing_requires_a_gradient():
+    def forward(m, x):
+        return m.a(x) * 2 if x.requires_grad else m.b(F.relu(m.a(x)))
+
+    found, _ = planned(Net(forward, a=conv(), b=conv(16)))
+    assert found == ["conv", "conv"]
+
+
+def test_models_whose_train_returns_nothing():
+    """As OpenMMLab's backbones, and many a detector."""
+
+    class Silent(Net):
+        def train(self, mode=True):
+            super().train(mode)
+
+    model = Silent(lambda m, x: m.b(F.relu(m.n(m.a(x)))), a=conv(), n=nn.BatchNorm2d(16), b=conv(16))
+    model.train(True)
+    fast = optimize_for_inference(model, torch.randn(X), tune="off")
+    assert model.training and fast.plan.flop_share == 1.0
+    measure.parity(model, model, [torch.randn(X)], train=True)
 
 
 # --- batch norms behind no convolution --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
@@ -228,7 +229,57 @@ class Widened(BasicBlock):
         super().__init__(inputs, outputs, stride, side)
 
 
-KINDS = (Cifar, Wide, Nested, Padded, Attended, AntiAliased, Dropped, Deep, Widened)
+class Toolkit(nn.Module):
+    """As OpenMMLab's: norms found by names that depend on their kind, the chain a function inside of the forward,
+    plugins and checkpoints that are off."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, norm: type[nn.Module] = nn.BatchNorm2d):
+        super().__init__()
+        self.names = [f"{norm.__name__}{i}".lower() for i in range(2)]
+        self.first_name, self.second_name = self.names
+        self.conv1 = conv3(inputs, outputs, stride)
+        self.add_module(self.first_name, norm(outputs))
+        self.conv2 = conv3(outputs, outputs)
+        self.add_module(self.second_name, norm(outputs))
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(conv1(inputs, outputs, stride), norm(outputs))
+        self.with_checkpoint = self.with_plugins = False
+
+    @property
+    def first(self):
+        return getattr(self, self.first_name)
+
+    @property
+    def second(self):
+        return getattr(self, self.second_name)
+
+    def plugins(self, x, names):
+        for name in names:
+            x = getattr(self, name)(x)
+        return x
+
+    def forward(self, x):
+        def inner(x):
+            identity = x
+            out = self.relu(self.first(self.conv1(x)))
+            if self.with_plugins:
+                out = self.plugins(out, self.plugin_names)
+            out = self.second(self.conv2(out))
+            if self.downsample is not None:
+                identity = self.downsample(x)
+            out += identity
+            return out
+
+        if self.with_checkpoint and x.requires_grad:
+            out = torch_checkpoint.checkpoint(inner, x, use_reentrant=False)
+        else:
+            out = inner(x)
+        return self.relu(out)
+
+
+KINDS = (Cifar, Wide, Nested, Padded, Attended, AntiAliased, Dropped, Deep, Widened, Toolkit)
 
 
 class Network(nn.Module):
@@ -449,6 +500,14 @@ def test_left_with_its_reason(name):
     torch.testing.assert_close(model[0].eval()(x), copy.deepcopy(block).eval()(x))
 
 
+def closed_over(module: nn.Module):
+    def forward(self, x):
+        out = module(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+    return forward
+
+
 class Remembers(Cifar):
     def forward(self, x):
         self.last = super().forward(x)
@@ -664,6 +723,30 @@ class AsksByName(Cifar):
         return super().forward(x) if getattr(self, "on", True) else x
 
 
+class AsksForAProperty(Cifar):
+    @property
+    def norm(self):
+        return self.bn1 if not self.on else nn.Identity()
+
+    on = True
+
+    def forward(self, x):
+        out = F.relu(getattr(self, "norm")(self.conv1(x)))  # noqa: B009
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class HoldsAModule(Cifar):
+    """A function of its own around a module that is none of the block's variables."""
+
+    forward = closed_over(nn.ReLU())
+
+
+class CheckpointedByItsModule(Cifar):
+    def forward(self, x):
+        out = torch_checkpoint.checkpoint(lambda x: self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))), x)
+        return F.relu(out + self.shortcut(x))
+
+
 class AsksForTheMode(Cifar):
     def forward(self, x):
         return x if self.bn1.training and not self.training else super().forward(x)
@@ -850,7 +933,8 @@ FOOLING = (
     *(WithoutGradients, Decorated, DecoratedInside, InFullPrecision, Checkpointed, CheckpointedReentrant),
     *(DropsByPython, DropsByTorch, CountsInABuffer, SteeredByABuffer, ResetsStatistics, ClampsWeights),
     *(Records, RecordsElsewhere, CountsInItsClass, AsksAnObject, AsksAList, AsksAGlobal, ChangesAGlobal),
-    *(AsksForGradients, AsksByName, AsksForTheMode, TwoWays, Prints, ScalesByAParameter),
+    *(AsksForGradients, AsksByName, AsksForAProperty, AsksForTheMode, TwoWays, Prints, ScalesByAParameter),
+    *(HoldsAModule, CheckpointedByItsModule),
     *(AddsToAnIdentity, FreezesANorm, RegistersAHook, AddsAModule, AsksForTheClass, AsksForTheType, AsksForTheDtype),
     *(AsksForTheGraph, Swallows, SwallowsLengths, MapsALog, PartiallyLogs, KeywordOnly, AsksAClass, HoldsAClass),
     *(AsksAFunction, AsksADefault, closed(True), AsksItsDict, AsksForBuffers),
@@ -1038,6 +1122,25 @@ STEERS = {
     "scale": lambda b: setattr(b, "scale", torch.full((), 2.0)),
     "scale of another type": lambda b: setattr(b, "scale", True),
 }
+
+
+def test_norms_found_by_other_names():
+    """The names are asked for at every call; so are the children that they name."""
+    block = swap_blocks(Toolkit(16, 16)).eval()
+    x = torch.randn(2, 16, 9, 9)
+    assert swap_report(block).blocks[0].reason == ""
+    block.first_name = block.second_name
+    assert swap_report(block).blocks[0].reason == "runs unfused: first_name is another than when the block was recognised"
+    torch.testing.assert_close(block(x), Toolkit.forward(block, x))
+    for change in (
+        lambda b: setattr(b, "with_checkpoint", True),
+        lambda b: setattr(b, "with_plugins", b.plugins is None),
+        lambda b: setattr(b, "batchnorm2d0", nn.Identity()),
+    ):
+        block = swap_blocks(Toolkit(16, 16)).eval()
+        torch.testing.assert_close(block(x), Toolkit.forward(block, x))
+        change(block)
+        torch.testing.assert_close(block(x), Toolkit.forward(block, x))
 
 
 @pytest.mark.parametrize("name", STEERS)

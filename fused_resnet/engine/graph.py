@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..convert import restore_blocks
+from ..frozen import eps_of, is_frozen
 
 
 class TracedNorm(nn.BatchNorm2d):
@@ -38,6 +39,17 @@ class TracedNorm(nn.BatchNorm2d):
     def _check_input_dim(self, x: Tensor) -> None: ...
 
 
+class TracedConvolution(nn.Conv2d):
+    """A convolution that the model computes by F.conv2d, with tensors that it holds as they are."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, **options):
+        outputs, inputs, *kernel = weight.shape
+        inputs *= options.get("groups", 1)
+        super().__init__(inputs, outputs, tuple(kernel), bias=False, device="meta", **options)
+        self._parameters |= {"weight": weight, "bias": bias}
+
+
+TRACED = (TracedNorm, TracedConvolution)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IN_PLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow),
@@ -46,9 +58,9 @@ IN_PLACE_OPERATORS = {
 SIZES = {"size", "dim", "ndimension", "numel", "nelement", "element_size"}  # methods that yield no tensor
 # Return a tensor of their own, whatever they are given; of all else it is assumed that the result may share memory.
 FRESH_MODULES = (
+    *TRACED,
     nn.Conv2d,
     nn.BatchNorm2d,
-    TracedNorm,
     nn.SyncBatchNorm,
     FrozenBatchNorm2d,
     nn.ReLU,
@@ -81,6 +93,8 @@ _MODULE = {name: getattr(nn.Module, name) for name in ("__call__", "__getattr__"
 
 class _Proxy(fx.Proxy):
     """fx takes `y += z` for `y = y + z`, after which another name of y would have its old value."""
+
+    requires_grad = False  # nothing does at inference
 
 
 def _in_place_method(function):
@@ -211,7 +225,12 @@ def capture(model: nn.Module, inputs: tuple | None = None) -> Graph:
             f"model: {type(model).__name__} has forward hooks, or a forward of its own, which tracing would pass over; "
             "remove them, or give it inside another module"
         )
-    frozen = restore_blocks(copy.deepcopy(model)).eval().requires_grad_(False)
+    frozen = restore_blocks(copy.deepcopy(model))
+    for m in frozen.modules():
+        if is_frozen(m) and not isinstance(m, FrozenBatchNorm2d):
+            m.eps, m.__class__ = eps_of(m), FrozenBatchNorm2d
+    frozen.eval()  # not all return themselves
+    frozen.requires_grad_(False)
     arguments = {} if inputs is None else _arguments(frozen, len(inputs))
     omitted = {name: default[0] for name, default in arguments.items() if default}
     tracer = _Tracer(inputs)
@@ -233,7 +252,8 @@ def capture(model: nn.Module, inputs: tuple | None = None) -> Graph:
         if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
-    _recognise_norms(traced, frozen)
+    _recognise_norms(traced)
+    _recognise_convolutions(traced)
     graph = Graph(traced, dress=dress_of(tracer.returned))
     graph.opaque = _make_functional(graph)
     if not graph.opaque:  # before, what changes a tensor in place and is read by nobody would be taken for dead
@@ -293,8 +313,8 @@ def _has_proxy(value) -> bool:
     return isinstance(value, fx.Proxy)
 
 
-def _recognise_norms(traced: fx.GraphModule, model: nn.Module) -> None:
-    """What a class derived from BatchNorm2d computes by F.batch_norm becomes a module, as steps.py knows them.
+def _recognise_norms(traced: fx.GraphModule) -> None:
+    """What a class of somebody's own computes by F.batch_norm becomes a module, as steps.py knows them.
 
     traced: changed. Beside the tensors of such a norm, which it holds where the model does, it holds the module.
     """
@@ -308,18 +328,53 @@ def _recognise_norms(traced: fx.GraphModule, model: nn.Module) -> None:
         mine = all(t is None or (t.op, t.target) == ("get_attr", f"{path}.{name}") for name, t in names.items())
         if training is not False or not path or not mine or names["running_var"] is None:
             continue
-        # Where the module itself is called elsewhere, the tracer has not gone through all of its calls.
-        held = traced.get_submodule(path)
-        if not isinstance(model.get_submodule(path), nn.BatchNorm2d) or type(held) is not nn.Module:
+        if not _is_gone_through(traced, path):
             continue
         key = path, eps, names["weight"] is None, names["bias"] is None
         if key not in made:
+            held = traced.get_submodule(path)
             tensors = {name: None if t is None else getattr(held, name) for name, t in names.items()}
             made[key] = f"{path}.traced_norm{len(made)}"
             traced.add_submodule(made[key], TracedNorm(tensors, eps))
-        with traced.graph.inserting_before(node):
-            node.replace_all_uses_with(traced.graph.call_module(made[key], (x,)))
-        traced.graph.erase_node(node)
+        _replace(node, made[key], x)
+
+
+_OF_CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def _recognise_convolutions(traced: fx.GraphModule) -> None:
+    """What a class of somebody's own computes by F.conv2d, of tensors that it holds as they are, becomes a module."""
+    made: dict[tuple, str] = {}
+    for node in traced.graph.find_nodes(op="call_function", target=F.conv2d):
+        given = dict(zip(_OF_CONV2D, node.args, strict=False)) | node.kwargs
+        x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        held = all(isinstance(t, fx.Node) and t.op == "get_attr" for t in (weight, bias) if t is not None)
+        plain = all(isinstance(n, int) for value in given.values() for n in _as_tuple(value))
+        path = weight.target.rpartition(".")[0] if held else ""
+        if not held or not plain or not _is_gone_through(traced, path):
+            continue
+        tensors = [None if t is None else operator.attrgetter(t.target)(traced) for t in (weight, bias)]
+        key = weight.target, bias and bias.target, *sorted((k, _as_tuple(v)) for k, v in given.items())
+        if key not in made:
+            made[key] = f"{path}.traced_convolution{len(made)}".lstrip(".")
+            traced.add_submodule(made[key], TracedConvolution(*tensors, **given))
+        _replace(node, made[key], x)
+
+
+def _is_gone_through(traced: fx.GraphModule, path: str) -> bool:
+    """Whether the tracer has gone through all calls of the module at this path, which it then holds for its tensors."""
+    return not path or type(traced.get_submodule(path)) is nn.Module
+
+
+def _replace(node: fx.Node, path: str, x: fx.Node) -> None:
+    """Call the module at this path for what node does to x."""
+    with node.graph.inserting_before(node):
+        node.replace_all_uses_with(node.graph.call_module(path, (x,)))
+    node.graph.erase_node(node)
+
+
+def _as_tuple(value) -> tuple:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _arguments(model: nn.Module, given: int) -> dict[str, tuple]:

@@ -116,7 +116,8 @@ class _Tracer(fx.Tracer):
 
 def traced(model: nn.Module, size: tuple[int, int, int]) -> fx.GraphModule:
     """The graph of a copy of the model in eval mode on the meta device, shapes for one image of [C, H, W] noted."""
-    model = copy.deepcopy(model).eval().to("meta")
+    model = copy.deepcopy(model).to("meta")
+    model.eval()
     graph = fx.GraphModule(model, _Tracer().trace(model))
     ShapeProp(graph).propagate(torch.empty(1, *size, device="meta"))
     return graph

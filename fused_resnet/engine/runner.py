@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from . import cpu, gpu
 from .captured import Captured
 from .eager import EagerExecutor
-from .graph import Graph, TracedNorm, capture, propagate, words_of
+from .graph import TRACED, Graph, capture, propagate, words_of
 from .plan import Plan, describe
 from .steps import Network, match
 
@@ -163,7 +163,7 @@ class OptimizedModel(nn.Module):
             new = _tensor_at(model, name)
             if new is None and name.startswith("_tensor_constant"):
                 continue  # written in the model's forward
-            if isinstance(_at(module, name.rpartition(".")[0]), TracedNorm):
+            if isinstance(_at(module, name.rpartition(".")[0]), TRACED):
                 continue  # the same tensors have their names in the model as well
             if new is None or new.shape != mine.shape:
                 what = "is missing" if new is None else f"has shape {list(new.shape)}, expected {list(mine.shape)}"

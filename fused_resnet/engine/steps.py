@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..folding import scale_shift
-from .graph import Graph, TracedNorm, changes_numbers, has_hooks, is_in_place, is_size, may_alias
+from .graph import Graph, TracedConvolution, TracedNorm, changes_numbers, has_hooks, is_in_place, is_size, may_alias
 
 RELU_FUNCTIONS = {F.relu, torch.relu, F.relu_, torch.relu_}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
@@ -178,7 +178,7 @@ class _Matcher:
         return m if type(m) in types and not has_hooks(m) else None
 
     def convolution(self, node: fx.Node) -> nn.Conv2d | None:
-        m = self.module(node, nn.Conv2d)
+        m = self.module(node, nn.Conv2d, TracedConvolution)
         if m is None or m.padding_mode != "zeros" or isinstance(m.padding, str) or len(node.args) != 1:
             return None
         shape = self.graph.shape(node)
