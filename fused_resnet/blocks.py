@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.modules import module as _module
@@ -17,6 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from . import training
+from .folding import scale_shift
 from .frozen import eps_of, is_frozen
 from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
 from .shortcuts import Plain, ZeroPad
@@ -230,12 +232,17 @@ def stateless(downsample: Side) -> bool:
 
 def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     if uses_batch_statistics(bn):
-        return batch_norm_act(conv._conv_forward(x, conv.weight, None), bn, residual, relu=relu)  # some call their norm
+        y = conv._conv_forward(x, conv.weight, conv.bias)  # not conv(x): some call their norm
+        return batch_norm_act(y, bn, residual, relu=relu)
+    bias = bn.bias
+    if conv.bias is not None:  # a mean that lies as much lower, the gradient of which is wanted
+        dtype = torch.promote_types(conv.bias.dtype, torch.float32)
+        _, bias = scale_shift(bn.weight, bias, -conv.bias, bn.running_var, eps_of(bn), dtype)
     return conv_bn_act(
         x,
         conv.weight,
         bn.weight,
-        bn.bias,
+        bias,
         bn.running_mean,
         bn.running_var,
         eps_of(bn),
@@ -358,8 +365,6 @@ def convolution_unfusable(conv: nn.Module, bn: nn.Module | None = None) -> str |
             return f"{type(conv).__name__} calls another norm, or an activation"
     elif type(conv) is not nn.Conv2d:
         return f"{type(conv).__name__} is not Conv2d"
-    if conv.bias is not None:
-        return "has a bias"
     if conv.padding_mode != "zeros":
         return f"padding_mode is {conv.padding_mode!r}, not 'zeros'"
     if isinstance(conv.padding, str):

@@ -343,8 +343,8 @@ def _warn_of_biases(model: nn.Module, found: list[_Found]) -> None:
     ]
     if biased:
         warnings.warn(
-            f"bias: {', '.join(biased)}: a batch norm takes away the bias of the convolution before it, and what "
-            "has one is not fused; build it with bias=False",
+            f"bias: {', '.join(biased)}: a batch norm takes away the bias of the convolution before it (and a "
+            "pre-activation block that has one is not fused); build it with bias=False",
             stacklevel=3,
         )
 

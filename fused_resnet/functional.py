@@ -58,8 +58,8 @@ def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None = None, *, 
     """Batch norm by the module's state, shortcut add and ReLU: relu(bn(x) + residual).
 
     x, residual: [N, C, H, W] of one dtype. bn: nn.BatchNorm2d, nn.SyncBatchNorm (sync.py: over several processes, on a
-    CPU as well, and differentiable once) or a FrozenBatchNorm2d (torchvision's, or one like it). Uses the batch's statistics, and updates
-    the running ones, exactly when `bn` itself would. Returns [N, C, H, W] in the dtype of x.
+    CPU as well, and differentiable once) or a FrozenBatchNorm2d (torchvision's, or one like it). Uses the batch's
+    statistics, and updates the running ones, exactly when `bn` itself would. Returns [N, C, H, W] in the dtype of x.
 
     Raises ValueError for an x that is not 4-D or, with batch statistics, has one value a channel.
     """

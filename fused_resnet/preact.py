@@ -89,6 +89,9 @@ class PreAct(nn.Module):
         """Why the block runs its modules one by one, or None if it is fused."""
         convolutions, norms = ([name for name in self._modules if name.startswith(kind)] for kind in ("conv", "bn"))
         reason = parts_unfusable(self, convolutions, norms)
+        reason = reason or next(
+            (f"{name}: has a bias" for name in convolutions if _has_bias(self._modules[name])), None
+        )
         return reason if reason or self.downsample is None else _projection_unfusable(self.downsample)
 
 
@@ -184,7 +187,13 @@ def _projection_unfusable(downsample: nn.Module) -> str | None:
     if type(downsample) is not nn.Sequential or len(downsample) != 1:
         return f"downsample: {type(downsample).__name__} is not Sequential(Conv2d)"
     reason = tampered(downsample) or convolution_unfusable(downsample[0])
+    if reason is None and _has_bias(downsample[0]):
+        reason = "has a bias"
     return reason and f"downsample: {reason}"
+
+
+def _has_bias(conv: nn.Conv2d) -> bool:
+    return conv.bias is not None
 
 
 def _added(shortcut: Tensor | None, out: Tensor) -> Tensor:

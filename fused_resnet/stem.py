@@ -53,6 +53,8 @@ def _is_plain(conv: nn.Module) -> bool:
     """Whether this is the convolution that the op computes, and its module need not be called."""
     if convolution_unfusable(conv) is not None or type(conv.weight) not in (Tensor, nn.Parameter):
         return False
+    if conv.bias is not None:
+        return False
     places = conv.stride, conv.padding, conv.dilation, conv.groups
     return conv.in_channels == 3 and conv.kernel_size == KERNEL and places == PLACES
 

@@ -39,6 +39,19 @@ class Norm(NamedTuple):
 NOTHING = Norm(None, None, None, None, 0.0)
 
 
+def norm_of(conv: nn.Conv2d | None, bn: nn.Module, mean: Tensor, var: Tensor) -> Norm:
+    """bn as the norm of a raw convolution with these statistics, which conv gives without its bias.
+
+    The mean takes that bias away again, so that no result depends on it and its gradient is zero. (PyTorch's is the
+    rounding error of a sum that should be.)
+    """
+    bias = bn.bias
+    if conv is not None and conv.bias is not None:
+        nothing = conv.bias * 0
+        bias = nothing if bias is None else bias + nothing
+    return Norm(mean, var, bn.weight, bias, bn.eps)
+
+
 class Statistics:
     """Where a block's batch statistics come from: the ops; or, when its convolutions run again, the first time's."""
 
@@ -61,14 +74,16 @@ class Statistics:
         """bn as the norm of x."""
         known = self.known()
         if known is not None:
-            return Norm(*known, bn.weight, bn.bias, bn.eps)
+            return norm_of(None, bn, *known)
         mean, var = _bn_stats(x)  # torch.fx can take a result apart, but not spread it
-        return self.keep(bn, x, mean, var)
+        self.keep(None, bn, x, mean, var)
+        return norm_of(None, bn, mean, var)
 
-    def keep(self, bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor) -> Norm:
-        update_running_stats(bn, y, mean, var)
+    def keep(self, conv: nn.Conv2d | None, bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor) -> None:
+        """y: what conv gives without its bias."""
+        biased = conv is not None and conv.bias is not None
+        update_running_stats(bn, y, mean + conv.bias.detach() if biased else mean, var)
         self.kept.append((mean, var))
-        return Norm(mean, var, bn.weight, bn.bias, bn.eps)
 
 
 def convolve(x: Tensor, norm: Norm, conv: nn.Conv2d, bn: nn.Module, statistics: Statistics) -> tuple[Tensor, Norm]:
@@ -77,9 +92,9 @@ def convolve(x: Tensor, norm: Norm, conv: nn.Conv2d, bn: nn.Module, statistics: 
     y, mean, var = _bn_act_conv(
         x, conv.weight, *norm, True, conv.stride, conv.padding, conv.dilation, conv.groups, known is None
     )
-    if known is not None:
-        return y, Norm(*known, bn.weight, bn.bias, bn.eps)
-    return y, statistics.keep(bn, y, mean, var)
+    if known is None:
+        statistics.keep(conv, bn, y, mean, var)
+    return y, norm_of(conv, bn, *(known or (mean, var)))
 
 
 def convolve_shared(
@@ -98,8 +113,9 @@ def convolve_shared(
         return *convolve(x, NOTHING, conv, bn, statistics), x
     known = statistics.known()
     y, mean, var, x = _Shared.apply(x, weight, known is None, own)
-    norm = Norm(*known, bn.weight, bn.bias, bn.eps) if known is not None else statistics.keep(bn, y, mean, var)
-    return y, norm, x
+    if known is None:
+        statistics.keep(conv, bn, y, mean, var)
+    return y, norm_of(conv, bn, *(known or (mean, var))), x
 
 
 def _product(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> bool:
@@ -167,9 +183,10 @@ def normalised(
     if not expands(conv, 2 if relu else 4):
         y, after = convolve(x, norm, conv, bn, statistics)
         return _bn_act(y, *after, residual, relu, True)
-    results = _pointwise_bn_act(x, conv.weight, *norm, True, bn.weight, bn.bias, bn.eps, residual, conv.stride, relu)
+    _, _, weight, bias, eps = norm_of(conv, bn, None, None)
+    results = _pointwise_bn_act(x, conv.weight, *norm, True, weight, bias, eps, residual, conv.stride, relu)
     if statistics.known() is None:
-        statistics.keep(bn, results[0], results[1], results[2])
+        statistics.keep(conv, bn, results[0], results[1], results[2])
     return results[0]  # taken out last: torch.fx's feature extractors return what a block does last
 
 

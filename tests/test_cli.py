@@ -392,5 +392,9 @@ def test_the_module_runs_as_a_program():
     answer = subprocess.run([sys.executable, "-m", "fused_resnet"], capture_output=True, text=True)
     assert answer.returncode == 2
     assert "classify | bench | roofline | zoo | explore | doctor" in answer.stderr
-    answer = subprocess.run([sys.executable, "-m", "fused_resnet", "--version"], capture_output=True, text=True)
-    assert (answer.returncode, answer.stdout) == (0, "fused_resnet 0.1.0\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, "fused_resnet 0.1.0\n")

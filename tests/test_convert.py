@@ -306,12 +306,6 @@ def replaced(name, make):
     return change
 
 
-def with_bias(conv):
-    new = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-    new.weight = conv.weight
-    return new
-
-
 def reflecting(conv):
     conv.padding_mode = "reflect"
     conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
@@ -367,7 +361,6 @@ LEFT = {
     "silu": (replaced("relu", lambda m: nn.SiLU()), "relu: SiLU is not ReLU"),
     "relu6": (replaced("relu", lambda m: nn.ReLU6()), "relu: ReLU6 is not ReLU"),
     "relu_subclass": (replaced("relu", lambda m: MyReLU()), "relu: MyReLU is not ReLU"),
-    "conv_with_bias": (replaced("conv2", with_bias), "conv2: has a bias"),
     "reflect": (replaced("conv2", reflecting), "conv2: padding_mode is 'reflect', not 'zeros'"),
     "same": (replaced("conv2", same_padding), "conv2: padding is 'same', not two integers"),
     "conv_subclass": (replaced("conv1", subclassed(MyConv)), "conv1: MyConv is not Conv2d"),
@@ -498,10 +491,6 @@ def three_by_three():
     return nn.Sequential(conv3x3(256, 512, 2), nn.BatchNorm2d(512))
 
 
-def biased_projection():
-    return nn.Sequential(nn.Conv2d(256, 512, 1, 2), nn.BatchNorm2d(512))
-
-
 def other_norm():
     return nn.Sequential(conv1x1(256, 512, 2), nn.GroupNorm(8, 512))
 
@@ -543,7 +532,6 @@ SHORTCUTS = {
     maxpool_projection: "Sequential is not Sequential(Conv2d, BatchNorm2d)",
     hooked_pool: "has hooks",
     three_by_three: "kernel_size is (3, 3), not (1, 1)",
-    biased_projection: "has a bias",
     other_norm: "GroupNorm is none of",
     bare_convolution: "Conv2d is not Sequential(Conv2d, BatchNorm2d)",
     with_dropout: "Sequential is not Sequential(Conv2d, BatchNorm2d)",

@@ -191,6 +191,7 @@ def build(checkout, **env):
     return done, json.loads(facts.read_text()) if facts.exists() else None
 
 
+@pytest.mark.slow
 def test_build_without_cuda(checkout):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")

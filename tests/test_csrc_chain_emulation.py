@@ -157,9 +157,9 @@ def test_chain_of_128(machine, case, multiprocessors, backwards):
 @pytest.mark.parametrize(
     "instance, options",
     [
-        (NEXT_128, dict(residual=True)),
+        pytest.param(NEXT_128, dict(residual=True), marks=pytest.mark.slow),
         (BY_LINES + NEXT_128, dict(residual=True)),
-        (SEGMENT, dict(segment=(13, 11, 1))),
+        pytest.param(SEGMENT, dict(segment=(13, 11, 1)), marks=pytest.mark.slow),
         (BY_LINES + SEGMENT, dict(segment=(13, 11, 1))),
         (STREAM, dict(residual=True)),
     ],
@@ -185,7 +185,11 @@ def test_y_may_be_the_residuals_own_memory(instance):
 
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["late", "early-backwards"])
-@pytest.mark.parametrize("instance", [NEXT_128, SEGMENT, BY_LINES + NEXT_128, BY_LINES + SEGMENT, STREAM])
+@pytest.mark.parametrize(
+    "instance",
+    [*(pytest.param(i, marks=pytest.mark.slow) for i in (NEXT_128, SEGMENT)), BY_LINES + NEXT_128, BY_LINES + SEGMENT]
+    + [STREAM],
+)
 def test_weights_may_come_before_the_kernel_before_has_ended(machine, instance, backwards):
     """And nothing else: the emulation fails if x is read."""
     machine(2, backwards)

@@ -194,4 +194,6 @@ def test_planned_whole(kind, norm, device):
         for t in (*model.parameters(), *model.buffers()):
             if t.is_floating_point():
                 t.mul_(1.125)
-        assert parity.errors({"y": fast.refresh(model)(x)}, {"y": copy.deepcopy(model).double()(x.double())})["y"] < 1e-5
+        assert (
+            parity.errors({"y": fast.refresh(model)(x)}, {"y": copy.deepcopy(model).double()(x.double())})["y"] < 1e-5
+        )

@@ -594,10 +594,10 @@ print("raised", raised)
 def test_no_program_crashes(isa):
     """Words at random: whatever is run stays inside its buffers."""
     child = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(isa), "4000"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", FUZZ, str(isa), "1200"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert child.returncode == 0, (child.returncode, child.stderr[-1000:])
-    assert 1000 < int(child.stdout.split()[-1]) < 4000
+    assert 300 < int(child.stdout.split()[-1]) < 1200
 
 
 def test_program_isa():

@@ -448,11 +448,12 @@ def test_a_bias_before_a_batch_norm_warns():
     model.layer2[0].downsample[0] = nn.Conv2d(64, 128, 1, 2)
     with pytest.warns(UserWarning, match=r"^bias: layer1\.1\.conv2, layer2\.0\.downsample\.0: .*bias=False"):
         swap_blocks(model)
-    assert [b.name for b in swap_report(model).left] == ["layer1.1"]
+    assert len(swap_report(model).fused) == 8 and {b.note for b in swap_report(model).blocks} == {""}
     model = models.cifar_resnet8(activation="pre")
     model.layer1[0].conv1 = nn.Conv2d(16, 16, 3, padding=1)
     with pytest.warns(UserWarning, match=r"^bias: layer1\.0\.conv1: "):
         swap_blocks(model)
+    assert swap_report(model).blocks[0].reason == "runs unfused: conv1: has a bias"
 
 
 def test_a_bias_that_is_needed_does_not_warn(recwarn):

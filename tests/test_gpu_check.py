@@ -108,8 +108,14 @@ def test_tune_writes_a_table_and_times_the_search(tmp_path):
 @pytest.mark.parametrize(
     ("part", "found"),
     [
-        ("smoke", {"engine/resnet18/float32/off": "torchvision", "engine-op/stem-nchw/float16": "candidates"}),
-        ("test", {"engine/refresh/resnet18": "torchvision", "engine/turns/resnet18": "seconds"}),
+        pytest.param(
+            *("smoke", {"engine/resnet18/float32/off": "torchvision", "engine-op/stem-nchw/float16": "candidates"}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("test", {"engine/refresh/resnet18": "torchvision", "engine/turns/resnet18": "seconds"}),
+            marks=pytest.mark.slow,
+        ),
         ("bench", {"engine/speed/resnet18/float32/1": "images_per_s"}),
     ],
     ids=["smoke", "test", "bench"],

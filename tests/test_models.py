@@ -77,7 +77,7 @@ sizes = pytest.mark.parametrize(
 @layouts
 @modes
 @sizes
-@few_names
+@names(*FEW[:2])
 def test_equals_torchvision(name, size, mode, layout, device):
     """float32: output, gradient of the input and of every parameter, running statistics, num_batches_tracked.
 

@@ -529,7 +529,7 @@ def test_features():
 
 
 @modes
-@pytest.mark.parametrize("name", ["resnet10t", "seresnet18"])
+@pytest.mark.parametrize("name", [pytest.param("resnet10t", marks=pytest.mark.slow), "seresnet18"])
 def test_compiles_whole(name, train, device):
     torch._dynamo.reset()
     model, x = untouched(name, device, train=train)

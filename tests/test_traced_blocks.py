@@ -482,12 +482,10 @@ LEFT = {
     "sliced": (SlicedShortcut(16, 16), "its shortcut is neither the input, nor a projection, nor one module"),
     "name": (Memory(16, 16), "memory: a name that fused blocks have for something else"),
     "group norm": (replaced(bn2=nn.GroupNorm(4, 16)), "bn2: GroupNorm is none of BatchNorm2d"),
-    "bias": (replaced(conv1=nn.Conv2d(16, 16, 3, padding=1)), "conv1: has a bias"),
     "no norm": (replaced(Nested, layer=nn.Sequential(Layer(16, 16), Layer(16, 16), nn.ReLU())), "layer.2: ReLU, where"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:bias")
 @pytest.mark.parametrize("name", LEFT)
 def test_left_with_its_reason(name):
     block, reason = LEFT[name]
@@ -1130,7 +1128,9 @@ def test_norms_found_by_other_names():
     x = torch.randn(2, 16, 9, 9)
     assert swap_report(block).blocks[0].reason == ""
     block.first_name = block.second_name
-    assert swap_report(block).blocks[0].reason == "runs unfused: first_name is another than when the block was recognised"
+    assert (
+        swap_report(block).blocks[0].reason == "runs unfused: first_name is another than when the block was recognised"
+    )
     torch.testing.assert_close(block(x), Toolkit.forward(block, x))
     for change in (
         lambda b: setattr(b, "with_checkpoint", True),
