@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,13 +97,42 @@ def test_the_example_is_of_another_dtype(dtype):
     agree(fast(x), model, x.float())
 
 
-def test_inputs_without_names_are_refused():
+def test_inputs_without_names():
     class Many(Net):
-        def forward(self, *xs):
-            return self.a(xs[0]) if xs[0].shape[1] == 3 else xs[1]
+        def forward(self, *xs, scale=2):
+            return self.a(xs[0]) * scale if len(xs) == 1 else self.a(xs[0]) + self.b(xs[1]) * len(xs)
 
-    with pytest.raises(ValueError, match="^model: Many reads .xs; give it inputs that have names"):
-        optimize_for_inference(Many(None, a=conv()), torch.randn(X), tune="off")
+    model = Many(None, a=conv(), b=conv())
+    x, z = torch.randn(X), torch.randn(X)
+    planned(model, x)
+    fast = optimize_for_inference(model, (x, z), tune="off")
+    agree(fast(x, z), model, x, z)
+    with pytest.raises(TypeError, match="^input: Many takes 2 tensors, got 1"):
+        fast(x)
+
+
+def keywords_of_its_own(function):
+    """As Hugging Face decorates a forward: it takes and adds arguments that the forward's signature has, or has not."""
+
+    @functools.wraps(function)
+    def wrapper(self, *args, **kwargs):
+        first = kwargs.pop("first", True)
+        kwargs["features"] = kwargs.get("features", True)
+        found = function(self, *args, **kwargs)
+        return found[-1] if first else found
+
+    return wrapper
+
+
+def test_a_decorated_forward():
+    class Decorated(Net):
+        @keywords_of_its_own
+        def forward(self, x, features: bool | None = None, first: bool | None = None, **kwargs):
+            y = self.a(x)
+            return (y, self.b(F.relu(y))) if features and not kwargs else y
+
+    found, fast = planned(Decorated(None, a=conv(), b=conv(16)))
+    assert found == ["conv", "conv"] and fast.plan.flop_share == 1.0
 
 
 def test_the_model_keeps_what_it_refuses():

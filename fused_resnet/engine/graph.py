@@ -122,6 +122,12 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """The model is called as the example would be, all else having its default; fx would give it something for
+        each name, past what decorators do with them."""
+        names = _names_of(root_fn, len(self.inputs or ()))
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
     def create_arg(self, a):
         # Of a dictionary of a class of its own fx keeps the contents. The last that it asks for is what is returned.
         if self.depth == 0:
@@ -160,7 +166,7 @@ class _Tracer(fx.Tracer):
     def _yielded(self, node: fx.Node, args: tuple, kwargs: dict):
         if node.op == "placeholder":
             i = [n for n in self.graph.nodes if n.op == "placeholder"].index(node)
-            value = self.inputs[i] if i < len(self.inputs) else args[0]
+            value = self.inputs[i]
             return self.fake.from_tensor(value).to(dtype_of(self.root)) if isinstance(value, Tensor) else value
         if node.op == "call_function":
             return node.target(*args, **kwargs)
@@ -231,22 +237,14 @@ def capture(model: nn.Module, inputs: tuple | None = None) -> Graph:
             m.eps, m.__class__ = eps_of(m), FrozenBatchNorm2d
     frozen.eval()  # not all return themselves
     frozen.requires_grad_(False)
-    arguments = {} if inputs is None else _arguments(frozen, len(inputs))
-    omitted = {name: default[0] for name, default in arguments.items() if default}
     tracer = _Tracer(inputs)
     try:
-        traced = fx.GraphModule(frozen, tracer.trace(frozen, omitted or None), type(model).__name__)
+        traced = fx.GraphModule(frozen, tracer.trace(frozen), type(model).__name__)
     except Exception as error:
         raise ValueError(
             f"model: {type(model).__name__} cannot be traced ({words_of(error)}); "
             "give the part of it that is a fixed sequence of layers, as a detector's `model.backbone`"
         ) from error
-    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    variadic = [n for n in placeholders if n.target.startswith("*")]
-    if used := [n.target for n in variadic if n.users]:
-        raise ValueError(f"model: {type(model).__name__} reads {', '.join(used)}; give it inputs that have names")
-    omitted = [n for n, name in zip(placeholders, arguments, strict=False) if name in omitted]
-    _drop(traced.graph, [*omitted, *variadic])
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
         if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
@@ -377,23 +375,16 @@ def _as_tuple(value) -> tuple:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _arguments(model: nn.Module, given: int) -> dict[str, tuple]:
-    """Arguments in order; with the default of one that is not given, as which way the model goes may depend on it."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind not in kinds]
-    late = [p.name for i, p in enumerate(parameters) if i >= given or p.kind is inspect.Parameter.KEYWORD_ONLY]
-    plain = [p.default is None or isinstance(p.default, (bool, int, float, str)) for p in parameters]
-    return {p.name: (p.default,) if ok and p.name in late else () for p, ok in zip(parameters, plain, strict=True)}
-
-
-def _drop(graph: fx.Graph, placeholders: list[fx.Node]) -> None:
-    """Arguments that are not given, and the assertions that the tracer makes about them."""
-    for node in placeholders:
-        for user in list(node.users):
-            for assertion in list(user.users):
-                graph.erase_node(assertion)
-            graph.erase_node(user)
-        graph.erase_node(node)
+def _names_of(forward: Callable, given: int) -> list[str]:
+    """What a model's forward calls the tensors that it is given by position; those that it cannot do without are among
+    them."""
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(forward).parameters.values())
+    positional = [p for p in parameters if p.kind in named][1:]
+    needed = sum(p.default is inspect.Parameter.empty for p in positional)
+    names = [p.name for p in positional[: max(given, needed)]]
+    more = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+    return names if more is None else names + [f"{more}_{i}" for i in range(given - len(names))]
 
 
 def words_of(error: Exception) -> str:

@@ -97,9 +97,6 @@ class OptimizedModel(nn.Module):
         self._tune, self._new_shapes = tune, new_shapes
         self._lock = threading.RLock()
         self._names = [n.name for n in graph.nodes if n.op == "placeholder"]
-        # An optional argument has a default.
-        self._required = sum(n.op == "placeholder" and not n.args for n in graph.nodes)
-        self._names = self._names[: max(self._required, len(inputs))]
         self._dims = [x.dim() for x in inputs]
         self._channels = [x.shape[1] if x.dim() == 4 else None for x in inputs]
         self._eager = EagerExecutor(graph.module, dtype)
@@ -204,7 +201,7 @@ class OptimizedModel(nn.Module):
     # One input after the other.
 
     def _checked(self, inputs: tuple, argument: str) -> tuple[Tensor, ...]:
-        if not self._required <= len(inputs) <= len(self._names):
+        if len(inputs) != len(self._names):
             raise TypeError(f"{argument}: {self._name} takes {len(self._names)} tensors, got {len(inputs)}")
         for i, x in enumerate(inputs):
             name = argument if len(inputs) == 1 else f"{argument} {i}"
