@@ -98,13 +98,13 @@ def swap_blocks(
     into ones that train with their stem's batch norm, ReLU and pool in one pass.
 
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Blocks are torchvision's
-    and timm's BasicBlock and Bottleneck, those of timm's RegNets, and those of any other class whose forward, traced by
-    `torch.fx`, is relu(chain(x) + shortcut(x)), the chain being convolution, batch norm and ReLU in turns: Hugging
-    Face's ResNets, RegNets, your own. A block stays an instance of its class; one whose forward does anything beside is
-    left alone. Parameters, buffers, hooks of the blocks, training mode and state_dict keys stay what they are;
-    checkpoints load both ways. A block that cannot be fused without changing what it computes is left alone;
-    `swap_report(model)` tells
-    which and why. torch.jit.script and vmap know no fused block.
+    and timm's BasicBlock and Bottleneck, those of timm's RegNets, detectron2's BasicBlock and BottleneckBlock, and
+    those of any other class whose forward, traced by `torch.fx`, is relu(chain(x) + shortcut(x)), the chain being
+    convolution, batch norm and ReLU in turns: OpenMMLab's and Hugging Face's ResNets, RegNets, your own. A block stays
+    an instance of its class; one whose forward does anything beside is left alone. Parameters, buffers, hooks of the
+    blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A block that cannot be
+    fused without changing what it computes is left alone; `swap_report(model)` tells which and why. torch.jit.script
+    and vmap know no fused block.
 
     memory_format: layout given to the weights of all the model's convolutions if a block is swapped (as
     `model.to(memory_format=...)` would; the stem's decides what the first block reads). The default, channels_last, is
@@ -117,8 +117,9 @@ def swap_blocks(
     backward while they train. "default": raw results of convolutions, without those that can be done without; "lean": a
     block's input and output alone, the convolutions run again in the backward. None, the default, changes nothing.
 
-    Returns the same model. Warns if there is no fused block in it then, and of convolutions with a bias, which a batch
-    norm makes useless. Raises TypeError if model is not a module, ValueError for another memory_format or memory.
+    Returns the same model. Warns if there is no fused block in it then, and of convolutions whose bias a batch norm
+    makes useless (it trains to nothing, and has a gradient of zero). Raises TypeError if model is not a module,
+    ValueError for another memory_format or memory.
     """
     if memory_format not in (*_FORMATS, torch.preserve_format):
         raise ValueError(

@@ -133,6 +133,38 @@ def test_new_shapes():
     assert {s.backend.split()[0] for s in fast.plans[1].steps} == {"cpu", "traced"}
 
 
+class Backbone(nn.Sequential):
+    out_channels = 8
+
+
+class Detector(nn.Module):
+    """Asks its backbone for more than maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, images):
+        return self.backbone(torch.stack(images))[:, : self.backbone.out_channels].flatten(1).sum(1)
+
+
+def test_in_the_place_of_a_backbones_forward():
+    """What README says of detectors."""
+    torch.manual_seed(0)
+    model, images = Detector().eval(), [torch.randn(3, 20, 24) for _ in range(2)]
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        want = model(images)
+        fast = optimize_for_inference(model.backbone, torch.stack(images), tune="off")
+        model.backbone.forward = fast.forward
+        torch.testing.assert_close(model(images), want)
+        assert fast.plan.flop_share == 1.0 and list(model.state_dict()) == keys
+        fast.refresh(model.backbone)
+        torch.testing.assert_close(model.eval()(images), want)
+    del model.backbone.forward
+    model.train()(images).sum().backward()
+
+
 # --- what it takes --------------------------------------------------------------------------------------------------
 
 INPUTS = {
