@@ -65,12 +65,13 @@ class Fused:
 class Named(Fused):
     """Fused blocks whose parts are attributes of known names.
 
-    parts: the convolutions and batch norms, in the order of their calls. activations: the ReLUs. residual: whether
-    there is a shortcut. in_place: whether the sum has the dtype of what the shortcut is added to. apart: whether the
-    add is PyTorch's, which broadcasts.
+    parts: the convolutions and batch norms, in the order of their calls. joined: whether those convolutions call those
+    batch norms. activations: the ReLUs. residual: whether there is a shortcut. in_place: whether the sum has the dtype
+    of what the shortcut is added to. apart: whether the add is PyTorch's, which broadcasts.
     """
 
     parts: tuple[str, ...]
+    joined = False
     activations: tuple[str, ...] = ("relu",)
     residual = True
     in_place = True
@@ -106,8 +107,12 @@ class Named(Fused):
         return block.downsample
 
 
+class Joined(tuple):
+    """A convolution that calls its batch norm, and that batch norm."""
+
+
 Side = nn.Module | tuple[nn.Module, ...] | None
-"""A shortcut: None hands the block's input on; a tuple's modules are called one after another."""
+"""A shortcut: None hands the block's input on; a tuple's modules are called one after another, unless Joined."""
 
 
 class FusedBasicBlock(Named, BasicBlock):
@@ -299,7 +304,7 @@ def unfusable(block: nn.Module, anatomy: type[Named] | None = None) -> str | Non
     anatomy = anatomy or block._anatomy
     parts = anatomy.parts
     reason = anatomy.obstacle(block)
-    return reason or parts_unfusable(block, parts[::2], parts[1::2], anatomy.activations)
+    return reason or parts_unfusable(block, parts[::2], parts[1::2], anatomy.activations, anatomy.joined)
 
 
 def parts_unfusable(
@@ -307,13 +312,17 @@ def parts_unfusable(
     convolutions: Iterable[str],
     norms: Iterable[str],
     activations: Iterable[str] = Named.activations,
+    joined: bool = False,
 ) -> str | None:
-    """Why convolutions, BNs and ReLUs of these names must be called as modules; None if they need not."""
+    """Why convolutions, BNs and ReLUs of these names must be called as modules; None if they need not.
+
+    joined: the convolutions call the BNs.
+    """
     if _module._has_any_global_hook():
         return "a global module hook is registered"
-    norms = tuple(norms)
-    pairs = zip(convolutions, norms, strict=False)  # a stem asks for its batch norm alone
-    asked = [(name, convolution_unfusable(part(block, name), part(block, bn))) for name, bn in pairs]
+    own = [part(block, name) if joined else None for name in norms]
+    pairs = zip(convolutions, own, strict=False)  # a stem asks for its batch norm alone
+    asked = [(name, convolution_unfusable(part(block, name), bn)) for name, bn in pairs]
     asked += [(name, norm_unfusable(part(block, name), f"{name}.act" in activations)) for name in norms]
     for name, reason in asked:
         if reason is not None:
@@ -331,12 +340,13 @@ def projection_unfusable(downsample: Side) -> str | None:
 
     An average pool may stand in front of them (He et al., arXiv 1812.01187, figure 2c).
     """
-    plain = type(downsample) in (nn.Sequential, tuple)
+    plain = type(downsample) in (nn.Sequential, tuple, Joined)
     if not plain or not (len(downsample) == 2 or (len(downsample) == 3 and type(downsample[0]) in POOLS)):
         return f"{type(downsample).__name__} is not Sequential(Conv2d, BatchNorm2d)"
     *pools, conv, bn = downsample
-    containers = () if type(downsample) is tuple else (downsample,)
-    reason = next(filter(None, map(tampered, (*containers, *pools))), None) or convolution_unfusable(conv, bn)
+    containers = () if isinstance(downsample, tuple) else (downsample,)
+    reason = next(filter(None, map(tampered, (*containers, *pools))), None)
+    reason = reason or convolution_unfusable(conv, bn if type(downsample) is Joined else None)
     if reason is None and conv.kernel_size != (1, 1):
         reason = f"kernel_size is {conv.kernel_size}, not (1, 1)"
     return reason or norm_unfusable(bn)
@@ -358,13 +368,13 @@ def tampered(m: nn.Module) -> str | None:
     return overridden and f"{overridden} is overridden on the instance"
 
 
-def convolution_unfusable(conv: nn.Module, bn: nn.Module | None = None) -> str | None:
-    """bn: the batch norm behind it, which one of NORMED calls itself."""
-    if type(conv) in NORMED:
-        if bn is None or conv.norm is not bn or conv.activation is not None:
+def convolution_unfusable(conv: nn.Module, own: nn.Module | None = None) -> str | None:
+    """own: the batch norm that it has to call, being one of NORMED."""
+    if own is not None and type(conv) in NORMED:
+        if conv.norm is not own or conv.activation is not None:
             return f"{type(conv).__name__} calls another norm, or an activation"
     elif type(conv) is not nn.Conv2d:
-        return f"{type(conv).__name__} is not Conv2d"
+        return "calls no norm that could be fused" if type(conv) in NORMED else f"{type(conv).__name__} is not Conv2d"
     if conv.padding_mode != "zeros":
         return f"padding_mode is {conv.padding_mode!r}, not 'zeros'"
     if isinstance(conv.padding, str):

@@ -11,10 +11,11 @@ from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import nn
 
-from .blocks import NORMED, Named, Side, projection_unfusable
+from .blocks import NORMED, Joined, Named, Side, projection_unfusable
 
 
 class _FusedDetectron2(Named):
+    joined = True
     activations = ()
 
     @staticmethod
@@ -26,7 +27,7 @@ class _FusedDetectron2(Named):
         own = block.shortcut
         if type(own) is not Conv2d or own.norm is None:
             return own
-        pair = own, own.norm
+        pair = Joined((own, own.norm))
         return own if projection_unfusable(pair) else pair
 
 

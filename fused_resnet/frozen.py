@@ -1,35 +1,38 @@
 """Batch norms that are frozen by their class: torchvision's FrozenBatchNorm2d, and those that others wrote.
 
 detectron2, DETR and its many descendants, and Hugging Face's ports of them have each a class of this name: four buffers
-and y = (x - running_mean) * weight / sqrt(running_var + eps) + bias. A class is believed once it has computed that.
+and y = (x - running_mean) * weight / sqrt(running_var + eps) + bias. Such a class is believed once its forward, tried
+on other buffers, has computed that; and of its instances those that have nothing by which it could do anything else.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 _NAME = "FrozenBatchNorm2d"
-_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
+_BUFFERS = ("bias", "running_mean", "running_var", "weight")
 _EPS = 1e-5  # of those that do not say
-_CLASSES: dict[type[nn.Module], bool] = {}
+_ATTRIBUTES = {*vars(nn.Module()), "eps", "num_features"}
+_CLASSES: dict[tuple[type[nn.Module], bool], bool] = {}  # the class, and whether instances say an eps
 
 
 def is_frozen(m: nn.Module) -> bool:
     """Whether m is a frozen batch norm, torchvision's or one like it."""
     kind = type(m)
-    if kind not in _CLASSES:
-        if isinstance(m, FrozenBatchNorm2d):
-            _CLASSES[kind] = True
-        elif not kind.__name__.endswith(_NAME) or not isinstance(m, nn.Module):
+    if kind is FrozenBatchNorm2d:
+        return True
+    if not kind.__name__.endswith(_NAME) or not isinstance(m, nn.Module) or not _is_made_like_one(m):
+        return False
+    key = kind, "eps" in vars(m)
+    if key not in _CLASSES:
+        if torch.compiler.is_compiling():  # which could not follow: until somebody has asked, it runs as it is
             return False
-        else:
-            _CLASSES[kind] = _computes_it(m)
-    return _CLASSES[kind]
+        _CLASSES[key] = _computes_it(m)
+    return _CLASSES[key]
 
 
 def eps_of(bn: nn.Module) -> float:
@@ -37,30 +40,41 @@ def eps_of(bn: nn.Module) -> float:
     return getattr(bn, "eps", _EPS)
 
 
-@torch.no_grad()
+def _is_made_like_one(m: nn.Module) -> bool:
+    buffers = m._buffers
+    return (
+        vars(m).keys() <= _ATTRIBUTES
+        and not hasattr(type(m), "eps")
+        and all(isinstance(buffers.get(name), Tensor) for name in _BUFFERS)
+        and len(buffers) - ("num_batches_tracked" in buffers) == len(_BUFFERS)
+        and not m._modules
+        and not m._parameters
+    )
+
+
 def _computes_it(m: nn.Module) -> bool:
-    """Whether a copy of m does to numbers what a frozen batch norm does, in either mode, its eps (if it says one) read
-    at the call."""
-    if {name for name, t in m._buffers.items() if t is not None} - {"num_batches_tracked"} != _BUFFERS:
-        return False
-    if m._modules or any(p is not None for p in m._parameters.values()):
-        return False
+    """Whether the forward of m's class does to numbers what a frozen batch norm does, in either mode, its eps (if
+    instances say one) read at the call. m itself is left alone, its hooks as well."""
+    kind, channels = type(m), m._buffers["weight"].numel()
+    probe = kind.__new__(kind)
+    nn.Module.__init__(probe)
+    vars(probe).update({name: vars(m)[name] for name in ("eps", "num_features") if name in vars(m)})
+    if "eps" in vars(probe):
+        probe.eps = 0.25
+    options = {"dtype": torch.float64, "device": "cpu"}
+    steps = torch.arange(1, channels + 1, **options) / channels
+    for i, name in enumerate(_BUFFERS):
+        # Variances near the eps that nobody says.
+        probe.register_buffer(name, steps * 1e-4 if name == "running_var" else steps.roll(i) + i)
+    probe.register_buffer("num_batches_tracked", None)
+    x = torch.linspace(-3, 3, 12 * channels, **options).view(2, channels, 2, 3)
+    scale = probe.weight / (probe.running_var + eps_of(probe)).sqrt()
+    expected = (x - probe.running_mean[:, None, None]) * scale[:, None, None] + probe.bias[:, None, None]
     try:
-        probe = copy.deepcopy(m).to("cpu", torch.float64)
-        channels = probe.weight.numel()
-        steps = torch.arange(1, channels + 1, dtype=torch.float64) / channels
-        for i, name in enumerate(sorted(_BUFFERS)):
-            # Variances near the eps that nobody says.
-            probe._buffers[name] = steps * 1e-4 if name == "running_var" else steps.roll(i) + i
-        if "eps" in vars(probe):
-            probe.eps = 0.25
-        x = torch.linspace(-3, 3, 2 * channels * 6, dtype=torch.float64).view(2, channels, 2, 3)
-        scale = probe.weight / (probe.running_var + eps_of(probe)).sqrt()
-        expected = (x - probe.running_mean[:, None, None]) * scale[:, None, None] + probe.bias[:, None, None]
         for training, differentiable in itertools.product((True, False), repeat=2):
-            probe.train(training)
+            nn.Module.train(probe, training)
             with torch.set_grad_enabled(differentiable):
-                y = probe(x.clone().requires_grad_(differentiable))
+                y = kind.forward(probe, x.clone().requires_grad_(differentiable))  # past what may stand around a call
             if not torch.allclose(y.detach(), expected, rtol=1e-9, atol=1e-9):
                 return False
     except Exception:  # whatever the code of others does with such an x

@@ -27,10 +27,11 @@ from torch import fx, nn
 from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
 
 from .frozen import is_frozen
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
 _TORCH = f"{Path(torch.__file__).parent}/"
 _MODULES = f"{_TORCH}nn/"
 # Of torch, what a forward may call.
@@ -80,8 +81,14 @@ def has_plain_defaults(function: types.FunctionType) -> bool:
     return is_plain(function.__defaults__ or ()) and all(map(is_plain, (function.__kwdefaults__ or {}).values()))
 
 
+def holds_modules(function: types.FunctionType) -> bool:
+    """Whether a function has modules among its free variables, which stay when a block's are replaced or copied."""
+    full = (cell for cell in function.__closure__ or () if cell != types.CellType())
+    return any(isinstance(cell.cell_contents, nn.Module) for cell in full)
+
+
 def is_norm(m: nn.Module) -> bool:
-    """Whether m is called behind a convolution as a batch norm is."""
+    """Whether m is a normalisation, to be called behind a convolution."""
     return isinstance(m, _NORMS) or is_frozen(m)
 
 
@@ -211,7 +218,8 @@ class _Watch:
             self.names |= names
             for name, attribute in asked:
                 self._check(frame.f_globals.get(name, getattr(builtins, name, None)), attribute)
-            inner = any(code in outer.co_consts for outer in self.codes)  # its free variables are what those had
+            # Made by a forward, it has that one's variables. (Functions that come from elsewhere hold no modules.)
+            inner = any(code in outer.co_consts for outer in self.codes)
             for name in code.co_freevars:
                 value = frame.f_locals.get(name)
                 if not isinstance(value, fx.Proxy) and not (inner and isinstance(value, nn.Module)):
@@ -226,7 +234,7 @@ class _Watch:
         elif isinstance(value, type):
             known = value in self.kinds or (value in _TYPES and attribute is None)  # attributes of kinds are compared
         elif isinstance(value, types.FunctionType):
-            known = attribute is None and has_plain_defaults(value)
+            known = attribute is None and has_plain_defaults(value) and not holds_modules(value)
         else:
             known = isinstance(value, types.BuiltinFunctionType)
         if not known:
@@ -240,7 +248,7 @@ def _asks_for_a_child(frame: types.FrameType) -> bool:
 
 
 def _is_uncalled(value) -> bool:
-    """Whether this is a function of torch's that would end the trace if it were called: it may be mentioned."""
+    """Whether this is a function of torch's that would end the trace if a forward called it: it may be mentioned."""
     return isinstance(value, types.FunctionType) and (
         _is_torchs(value.__code__) and not value.__code__.co_filename.startswith(_CALLED)
     )

@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from .blocks import Fused, Side, part, tampered
 from .frozen import is_frozen
-from .strict_trace import Trace, has_plain_defaults, is_norm, is_plain, is_torchs, trace
+from .strict_trace import Trace, has_plain_defaults, holds_modules, is_norm, is_plain, is_torchs, trace
 
 _MOST_CONVOLUTIONS = 8  # in a block: more is a stage
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
@@ -54,14 +54,23 @@ class _Seen(NamedTuple):
             and tuple([(name, type(child)) for name, child in module._modules.items()]) != self.children
         ):
             return f"{where}other modules than when the block was recognised"
+        if any(name in module.__dict__ for name in module._modules):
+            return f"{where}an attribute stands in front of a module"
         for name, value in self.given:
             now = _attribute(module, name)
-            if now is not value and (type(now) is not type(value) or not is_plain(now) or now != value):
+            if now is not value and not (is_plain(now) and _same(now, value)):
                 return f"{where}{name} is another than when the block was recognised"
         if self.path and self.children is not None and "forward" in module.__dict__:
             return f"{where}forward is overridden on the instance"
         reason = tampered(module) if self.called else None
         return reason and f"{where}{reason}"
+
+
+def _same(a, b) -> bool:
+    """Whether constants are equal, and of equal types: (1,) is not (True,)."""
+    if type(a) is tuple is type(b):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and a == b
 
 
 class _From(enum.Enum):
@@ -95,7 +104,7 @@ def _attribute(module: nn.Module, name: str):
 def _is_fixed(value) -> bool:
     """Whether nothing inside this can change, so that it can be compared with itself later."""
     if isinstance(value, types.FunctionType):
-        return has_plain_defaults(value)
+        return has_plain_defaults(value) and not holds_modules(value)
     return is_plain(value) or isinstance(value, (enum.Enum, types.BuiltinFunctionType))
 
 
@@ -121,6 +130,10 @@ class Anatomy(NamedTuple):
     @property
     def residual(self) -> bool:
         return True
+
+    @property
+    def joined(self) -> bool:
+        return False
 
     def obstacle(self, block: nn.Module) -> str | None:
         if isinstance(block, TracedBlock) and type(block)._traced is not type(block)._original.forward:
@@ -409,7 +422,8 @@ def _look(block: nn.Module, found: Trace, opaque: set[str], asked: set[str]) -> 
         inside = any(path.startswith(f"{other}.") for other in opaque) or path in opaque
         given = []
         torchs = is_torchs(type(m))  # whose tensors are for its own forward
-        for name in sorted(found.names - {*m._modules, *_RESERVED, "forward"}):
+        ours = () if path else _RESERVED  # of a block's own names _refused has asked
+        for name in sorted(found.names - {*m._modules, *ours, "forward"}):
             value = _attribute(m, name)
             if value is _From.OBJECT or (value is _From.TENSOR and not torchs and not inside):
                 return None

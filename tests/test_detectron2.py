@@ -10,6 +10,7 @@ import parity
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from fused_resnet import optimize_for_inference, restore_blocks, swap_blocks, swap_report
 
@@ -156,6 +157,22 @@ def test_shortcuts_that_are_called_as_they_are(change, train):
     report = swap_report(ours).blocks[-1]
     assert report.reason == "" and report.note.startswith("downsample is called as it is: Conv2d is not Sequential")
     same(ours, model, x)
+
+
+def test_a_norm_that_is_called_twice():
+    """By its convolution, and by torchvision's block, which knows nothing of that."""
+    block = BasicBlock(8, 8)
+    block.conv1 = resnet.Conv2d(8, 8, 3, padding=1, bias=False, norm=block.bn1)
+    swap_blocks(detectron2 := Network("basic", "BN"))
+    assert len(swap_report(detectron2).fused) == 3
+    with pytest.warns(UserWarning, match="conv1: calls no norm that could be fused"):
+        swap_blocks(block)
+    block = BasicBlock(8, 8, downsample=nn.Sequential(resnet.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)))
+    block.downsample[0].norm = block.downsample[1]
+    x = torch.randn(2, 8, 9, 9)
+    ours = swap_blocks(copy.deepcopy(block)).eval()
+    assert "calls no norm" in swap_report(ours).blocks[0].note
+    torch.testing.assert_close(ours(x), block.eval()(x))
 
 
 def test_group_norm_is_left():

@@ -381,6 +381,124 @@ def test_a_convolution_beside_its_own_call():
     assert fast.plan.flop_share == 1.0 and "traced" not in found
 
 
+class Masked(nn.Conv2d):
+    """As autoregressive models': the weight is changed at every call."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("mask", (torch.rand_like(self.weight) > 0.4).to(self.weight.dtype))
+
+    def forward(self, x):
+        self.weight.mul_(self.mask)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class MaskedByCopy(Masked):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("masked", torch.zeros_like(self.weight))
+
+    def forward(self, x):
+        self.masked.copy_(self.weight * self.mask)
+        return F.conv2d(x, self.masked, self.bias, self.stride, self.padding)
+
+
+class MaskedData(Masked):
+    def forward(self, x):
+        self.weight.data.mul_(self.mask)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class MaskedNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        self.weight.clamp_(max=0.5)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+@pytest.mark.parametrize("kind", [Masked, MaskedByCopy, MaskedData, MaskedNorm])
+def test_tensors_changed_in_place_before_they_are_read(kind):
+    torch.manual_seed(0)
+    first = kind(3) if kind is MaskedNorm else kind(3, 16, 3, padding=1)
+    model = randomized(Net(lambda m, x: m.b(F.relu(m.n(x))), n=first, b=conv(3 if kind is MaskedNorm else 16)))
+    if kind is MaskedNorm:
+        model.n.weight.data += 1
+    model.requires_grad_(False)  # PyTorch changes no leaf in place that wants a gradient
+    before, x = copy.deepcopy(model.state_dict()), torch.randn(X)
+    fast = optimize_for_inference(model, x, tune="off")
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    agree(fast(x), model, x)
+    agree(fast(x), model, x)
+
+
+def changes_what_a_module_has(m, x):
+    m.a.weight.mul_(0.5)
+    return m.a(x)
+
+
+def sets_data(m, x):
+    m.a.weight.data = m.a.weight.data * 0.5
+    return m.a(x)
+
+
+def multiplies_data(m, x):
+    m.a.weight.data *= 0.5
+    return m.a(x)
+
+
+@pytest.mark.parametrize(
+    "forward, message",
+    [
+        (changes_what_a_module_has, "^model: it changes a.weight in place and calls a, which has it; change it before"),
+        (sets_data, "^model: Net cannot be traced .TraceError: data of a tensor is set, which a graph does not show"),
+        (multiplies_data, "^model: Net cannot be traced .TraceError: data of a tensor is set"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+def test_changes_that_a_graph_does_not_show_are_refused(forward, message):
+    with pytest.raises(ValueError, match=message):
+        optimize_for_inference(Net(forward, a=conv()), torch.randn(X), tune="off")
+
+
+def test_names_that_the_model_has_itself():
+    """What stands for a convolution or a norm that was written out takes no name of the model's."""
+    own = Own(3, 16, 3, padding=1, norm=Written(16))
+    own.norm.add_module("traced_norm0", nn.Conv2d(16, 16, 1))
+    model = Net(
+        lambda m, x: m.traced_convolution0(F.conv2d(m.n.norm.traced_norm0(m.n(x)), m.k)) + m.n.traced_convolution0,
+        n=own, traced_convolution0=conv(4), k=nn.Parameter(torch.randn(4, 16, 1, 1)),
+    )  # fmt: skip
+    own.traced_convolution0 = nn.Parameter(torch.randn(1))
+    planned(randomized(model))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(stride=(2,), padding=(1,)), dict(stride=[2], padding=[1], dilation=[1])], ids=str
+)
+def test_strides_of_one_number(options):
+    model = Net(
+        lambda m, x: m.b(F.relu(F.conv2d(x, m.k, **options))), k=nn.Parameter(torch.randn(16, 3, 3, 3)), b=conv(16)
+    )
+    found, _ = planned(randomized(model))
+    assert found == ["conv", "conv"]
+
+
+def test_refresh_compares_the_eps_of_norms_written_out():
+    model = norm_net(Written, eps=0.25)
+    _, fast = planned(model)
+    model.n.eps = 0.5
+    with pytest.raises(ValueError, match="^model: does not fit the plan: n.eps is 0.5, expected 0.25"):
+        fast.refresh(model)
+
+
+def test_a_decision_by_an_input_that_is_not_given():
+    class Two(Net):
+        def forward(self, x, y):
+            return self.a(x) if y.shape[0] > 1 else x
+
+    with pytest.raises(ValueError, match="^model: Two cannot be traced .TypeError: y is not given, and it decides"):
+        optimize_for_inference(Two(None, a=conv()), torch.randn(X), tune="off")
+
+
 def test_nothing_requires_a_gradient():
     def forward(m, x):
         return m.a(x) * 2 if x.requires_grad else m.b(F.relu(m.a(x)))

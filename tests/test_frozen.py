@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FrozenBatchNorm2d as Torchvisions
 
-from fused_resnet import optimize_for_inference, swap_blocks, swap_report
+from fused_resnet import frozen, optimize_for_inference, swap_blocks, swap_report
 from fused_resnet.frozen import eps_of, is_frozen
 from fused_resnet.functional import batch_norm_act
 
@@ -95,6 +96,108 @@ def test_found_by_what_they_compute(kind):
 @pytest.mark.parametrize("forward", WRONG, ids=lambda f: f.__name__)
 def test_others_are_none(forward):
     assert not is_frozen(wrong(forward)(8))
+
+
+class Half(Torchvisions):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class HalfFrozenBatchNorm2d(Half):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Half, HalfFrozenBatchNorm2d])
+def test_a_subclass_of_torchvisions_that_does_more(kind):
+    assert not is_frozen(kind(8))
+    model = nn.Sequential(BasicBlock(8, 8, norm_layer=kind), BasicBlock(8, 8))
+    assert [b.reason for b in swap_report(swap_blocks(model)).left] == [
+        f"bn1: {kind.__name__} is none of BatchNorm2d, FrozenBatchNorm2d, SyncBatchNorm"
+    ]
+
+
+def test_a_subclass_that_changes_nothing():
+    kind = type("MyFrozenBatchNorm2d", (Torchvisions,), {})
+    assert is_frozen(kind(8)) and eps_of(kind(8, eps=0.5)) == 0.5
+
+
+def steered(m, x):
+    return affine(m, x, getattr(m, "epsilon", 1e-5))
+
+
+def with_its_class(m, x):
+    return affine(m, x, m.eps)
+
+
+def test_what_an_instance_may_go_by():
+    """An eps by another name, or any attribute; one of the class."""
+    kind = wrong(steered)
+    assert is_frozen(kind(8))
+    other = kind(8)
+    other.epsilon = 0.5
+    assert not is_frozen(other) and is_frozen(kind(8))
+    assert not is_frozen(wrong(with_its_class, eps=1e-5)(8))
+    assert not is_frozen(wrong(with_its_class, eps=property(lambda m: 1e-5))(8))
+    missing = kind(8)
+    missing.weight = None
+    assert not is_frozen(missing)
+    missing = kind(8)
+    missing.forward = lambda x: x
+    assert not is_frozen(missing)
+
+
+def on_meta(norm):
+    return is_frozen(norm.to("meta"))
+
+
+def under_meta(norm):
+    with torch.device("meta"):
+        return is_frozen(norm)
+
+
+def hooked(norm):
+    norm.register_forward_hook(lambda m, args, y: y * 2)
+    return is_frozen(norm)
+
+
+def while_traced(norm):
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.found = norm, None
+
+        def forward(self, x):
+            self.found = is_frozen(self.norm)
+            return x
+
+    asks = Asks()
+    torch.fx.symbolic_trace(asks)
+    return asks.found
+
+
+def without_gradients(norm):
+    with torch.inference_mode():
+        return is_frozen(norm)
+
+
+@pytest.mark.parametrize(
+    "asked", [on_meta, under_meta, hooked, while_traced, without_gradients], ids=lambda f: f.__name__
+)
+def test_whoever_asks_first(asked):
+    kind = wrong(affine)
+    assert asked(kind(8)) and is_frozen(kind(8))
+
+
+def test_first_asked_by_a_compiler():
+    """Which cannot follow: the block is run as it is, and as soon as somebody has asked, fused."""
+    kind = wrong(affine)
+    block, x = BasicBlock(8, 8, norm_layer=kind).eval(), torch.randn(2, 8, 9, 9)
+    ours = swap_blocks(copy.deepcopy(block))
+    frozen._CLASSES.clear()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
+    assert swap_report(ours).blocks[0].reason == ""
+    torch.testing.assert_close(ours(x), block(x), rtol=1e-4, atol=1e-4)
 
 
 def test_only_what_has_the_name_and_the_buffers_is_tried():

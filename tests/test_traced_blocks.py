@@ -739,6 +739,22 @@ class HoldsAModule(Cifar):
     forward = closed_over(nn.ReLU())
 
 
+def calling(module: nn.Module):
+    return lambda x: module(x)
+
+
+class HoldsAFunctionOfAModule(Cifar):
+    """Like the one that its forward makes, but made before: of a module that may be replaced."""
+
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.second = calling(self.conv2)
+
+    def forward(self, x):
+        first = calling(self.conv1)
+        return F.relu(self.bn2(self.second(F.relu(self.bn1(first(x))))) + self.shortcut(x))
+
+
 class CheckpointedByItsModule(Cifar):
     def forward(self, x):
         out = torch_checkpoint.checkpoint(lambda x: self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))), x)
@@ -932,7 +948,7 @@ FOOLING = (
     *(DropsByPython, DropsByTorch, CountsInABuffer, SteeredByABuffer, ResetsStatistics, ClampsWeights),
     *(Records, RecordsElsewhere, CountsInItsClass, AsksAnObject, AsksAList, AsksAGlobal, ChangesAGlobal),
     *(AsksForGradients, AsksByName, AsksForAProperty, AsksForTheMode, TwoWays, Prints, ScalesByAParameter),
-    *(HoldsAModule, CheckpointedByItsModule),
+    *(HoldsAModule, HoldsAFunctionOfAModule, CheckpointedByItsModule),
     *(AddsToAnIdentity, FreezesANorm, RegistersAHook, AddsAModule, AsksForTheClass, AsksForTheType, AsksForTheDtype),
     *(AsksForTheGraph, Swallows, SwallowsLengths, MapsALog, PartiallyLogs, KeywordOnly, AsksAClass, HoldsAClass),
     *(AsksAFunction, AsksADefault, closed(True), AsksItsDict, AsksForBuffers),
@@ -1154,6 +1170,45 @@ def test_whatever_its_code_mentions_is_compared(name):
         STEERS[name](b)
     assert swap_report(ours).blocks[0].reason.startswith("runs unfused: ")
     torch.testing.assert_close(ours(x), block(x))
+
+
+def test_what_stands_in_front_of_a_module():
+    for kind in (Cifar, Toolkit):
+        block = swap_blocks(kind(16, 16)).eval()
+        x = torch.randn(2, 16, 9, 9)
+        object.__setattr__(block, "conv1", conv3(16, 16))
+        assert swap_report(block).blocks[0].reason == "runs unfused: an attribute stands in front of a module"
+        torch.testing.assert_close(block(x), kind.forward(block, x))
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.memory, self.ways = conv3(16, 16), nn.BatchNorm2d(16), 0, (1, 0)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y * 2 if self.memory or self.ways[0] is True else y
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Branch(), Branch()
+
+    def forward(self, x):
+        return F.relu(self.b(F.relu(self.a(x))) + x)
+
+
+@pytest.mark.parametrize("name, value", [("memory", 1), ("ways", (True, False))])
+def test_attributes_inside_of_a_block(name, value):
+    """One that fused blocks have as well, on a module in it; and one that == would not tell from what it was."""
+    block = swap_blocks(Branches()).eval()
+    x = torch.randn(2, 16, 9, 9)
+    assert swap_report(block).blocks[0].reason == ""
+    setattr(block.a, name, value)
+    assert swap_report(block).blocks[0].reason.startswith(f"runs unfused: a: {name} is another")
+    torch.testing.assert_close(block(x), Branches.forward(block, x))
 
 
 def test_a_forward_that_is_called_by_its_name():

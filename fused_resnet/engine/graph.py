@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,9 +30,11 @@ from ..frozen import eps_of, is_frozen
 class TracedNorm(nn.BatchNorm2d):
     """A batch norm by running statistics that the model computes by F.batch_norm, of as many dimensions as it likes."""
 
-    def __init__(self, tensors: dict[str, Tensor | None], eps: float):
+    def __init__(self, tensors: dict[str, Tensor | None], eps: float, said: float | None):
+        """said: the eps of the module whose tensors these are, for `refresh` to compare."""
         super().__init__(tensors["running_mean"].numel(), eps, affine=False)
         self.eval()
+        self.said = said
         self.num_batches_tracked = None
         self._parameters |= {name: tensors[name] for name in ("weight", "bias")}
         self._buffers |= {name: tensors[name] for name in ("running_mean", "running_var")}
@@ -95,6 +98,11 @@ class _Proxy(fx.Proxy):
     """fx takes `y += z` for `y = y + z`, after which another name of y would have its old value."""
 
     requires_grad = False  # nothing does at inference
+
+    def __setattr__(self, name: str, value) -> None:
+        if name not in ("node", "tracer"):
+            raise fx.proxy.TraceError(f"{name} of a tensor is set, which a graph does not show")
+        super().__setattr__(name, value)
 
 
 def _in_place_method(function):
@@ -166,6 +174,8 @@ class _Tracer(fx.Tracer):
     def _yielded(self, node: fx.Node, args: tuple, kwargs: dict):
         if node.op == "placeholder":
             i = [n for n in self.graph.nodes if n.op == "placeholder"].index(node)
+            if i >= len(self.inputs):
+                raise TypeError(f"{node.target} is not given, and it decides something by it")
             value = self.inputs[i]
             return self.fake.from_tensor(value).to(dtype_of(self.root)) if isinstance(value, Tensor) else value
         if node.op == "call_function":
@@ -250,9 +260,10 @@ def capture(model: nn.Module, inputs: tuple | None = None) -> Graph:
         if type(module) in (nn.Identity, *DROPOUTS) and not has_hooks(module):
             node.replace_all_uses_with(node.all_input_nodes[0])
             traced.graph.erase_node(node)
-    _recognise_norms(traced)
-    _recognise_convolutions(traced)
     graph = Graph(traced, dress=dress_of(tracer.returned))
+    changed = _changed(graph)
+    _recognise_norms(traced, frozen, changed)
+    _recognise_convolutions(traced, changed)
     graph.opaque = _make_functional(graph)
     if not graph.opaque:  # before, what changes a tensor in place and is read by nobody would be taken for dead
         traced.graph.eliminate_dead_code()
@@ -311,10 +322,41 @@ def _has_proxy(value) -> bool:
     return isinstance(value, fx.Proxy)
 
 
-def _recognise_norms(traced: fx.GraphModule) -> None:
+def _changed(graph: Graph) -> set[str]:
+    """The tensors of the model that its forward changes in place. Raises ValueError where a module that is called has
+    one: it would not see the change."""
+    for nodes in _by_target(graph.nodes).values():
+        for node in nodes[1:]:  # of a buffer fx makes one at every mention
+            node.replace_all_uses_with(nodes[0])
+            graph.module.graph.erase_node(node)
+    changed: set[str] = set()
+    for node in graph.nodes:
+        if is_in_place(graph, node) and node.args and isinstance(node.args[0], fx.Node):
+            chain = [node.args[0], *_viewed(graph, node.args[0])]
+            changed.update(n.target for n in chain if n.op == "get_attr")
+    for node in graph.nodes:
+        mine = [target for target in changed if node.op == "call_module" and target.startswith(f"{node.target}.")]
+        if mine:
+            raise ValueError(
+                f"model: it changes {mine[0]} in place and calls {node.target}, which has it; change it before, and "
+                "plan for the model as it is then"
+            )
+    return changed
+
+
+def _by_target(nodes: list[fx.Node]) -> dict[str, list[fx.Node]]:
+    found: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            found.setdefault(node.target, []).append(node)
+    return found
+
+
+def _recognise_norms(traced: fx.GraphModule, model: nn.Module, changed: set[str]) -> None:
     """What a class of somebody's own computes by F.batch_norm becomes a module, as steps.py knows them.
 
     traced: changed. Beside the tensors of such a norm, which it holds where the model does, it holds the module.
+    changed: tensors that are not what the model holds by the time of the call.
     """
     made: dict[tuple, str] = {}
     for node in traced.graph.find_nodes(op="call_function", target=F.batch_norm):
@@ -326,27 +368,29 @@ def _recognise_norms(traced: fx.GraphModule) -> None:
         mine = all(t is None or (t.op, t.target) == ("get_attr", f"{path}.{name}") for name, t in names.items())
         if training is not False or not path or not mine or names["running_var"] is None:
             continue
-        if not _is_gone_through(traced, path):
+        if not _is_gone_through(traced, path) or not changed.isdisjoint(t.target for t in names.values() if t):
             continue
         key = path, eps, names["weight"] is None, names["bias"] is None
         if key not in made:
             held = traced.get_submodule(path)
             tensors = {name: None if t is None else getattr(held, name) for name, t in names.items()}
-            made[key] = f"{path}.traced_norm{len(made)}"
-            traced.add_submodule(made[key], TracedNorm(tensors, eps))
+            said = getattr(model.get_submodule(path), "eps", None)
+            made[key] = _add(traced, path, "traced_norm", TracedNorm(tensors, eps, said))
         _replace(node, made[key], x)
 
 
 _OF_CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-def _recognise_convolutions(traced: fx.GraphModule) -> None:
-    """What a class of somebody's own computes by F.conv2d, of tensors that it holds as they are, becomes a module."""
+def _recognise_convolutions(traced: fx.GraphModule, changed: set[str]) -> None:
+    """What a class of somebody's own computes by F.conv2d, of tensors that it holds and has not changed, becomes a
+    module."""
     made: dict[tuple, str] = {}
     for node in traced.graph.find_nodes(op="call_function", target=F.conv2d):
         given = dict(zip(_OF_CONV2D, node.args, strict=False)) | node.kwargs
         x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
-        held = all(isinstance(t, fx.Node) and t.op == "get_attr" for t in (weight, bias) if t is not None)
+        given_tensors = [t for t in (weight, bias) if t is not None]
+        held = all(isinstance(t, fx.Node) and t.op == "get_attr" and t.target not in changed for t in given_tensors)
         plain = all(isinstance(n, int) for value in given.values() for n in _as_tuple(value))
         path = weight.target.rpartition(".")[0] if held else ""
         if not held or not plain or not _is_gone_through(traced, path):
@@ -354,14 +398,22 @@ def _recognise_convolutions(traced: fx.GraphModule) -> None:
         tensors = [None if t is None else operator.attrgetter(t.target)(traced) for t in (weight, bias)]
         key = weight.target, bias and bias.target, *sorted((k, _as_tuple(v)) for k, v in given.items())
         if key not in made:
-            made[key] = f"{path}.traced_convolution{len(made)}".lstrip(".")
-            traced.add_submodule(made[key], TracedConvolution(*tensors, **given))
+            options = {k: v if k == "groups" else (_as_tuple(v) * 2)[:2] for k, v in given.items()}
+            made[key] = _add(traced, path, "traced_convolution", TracedConvolution(*tensors, **options))
         _replace(node, made[key], x)
 
 
 def _is_gone_through(traced: fx.GraphModule, path: str) -> bool:
     """Whether the tracer has gone through all calls of the module at this path, which it then holds for its tensors."""
     return not path or type(traced.get_submodule(path)) is nn.Module
+
+
+def _add(traced: fx.GraphModule, path: str, name: str, module: nn.Module) -> str:
+    """Let the module at this path hold another, by a name that it has not; that one's path."""
+    holder = traced.get_submodule(path)
+    free = next(f"{name}{i}" for i in itertools.count() if not hasattr(holder, f"{name}{i}"))
+    holder.add_module(free, module)
+    return f"{path}.{free}".lstrip(".")
 
 
 def _replace(node: fx.Node, path: str, x: fx.Node) -> None:

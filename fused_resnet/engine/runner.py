@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from . import cpu, gpu
 from .captured import Captured
 from .eager import EagerExecutor
-from .graph import TRACED, Graph, capture, propagate, words_of
+from .graph import TRACED, Graph, TracedNorm, capture, propagate, words_of
 from .plan import Plan, describe
 from .steps import Network, match
 
@@ -167,9 +167,12 @@ class OptimizedModel(nn.Module):
                 raise ValueError(f"model: does not fit the plan: {name} {what}")
             pairs.append((mine, new))
         for name, mine in module.named_modules():
-            new = _at(model, name)
-            if hasattr(mine, "eps") and mine.eps != getattr(new, "eps", mine.eps):
-                raise ValueError(f"model: does not fit the plan: {name}.eps is {new.eps}, expected {mine.eps}")
+            eps = getattr(mine, "eps", None)
+            if isinstance(mine, TracedNorm):
+                name, eps = name.rpartition(".")[0], mine.said
+            new = getattr(_at(model, name), "eps", eps)
+            if eps is not None and new != eps:
+                raise ValueError(f"model: does not fit the plan: {name}.eps is {new}, expected {eps}")
         with self._lock, torch.inference_mode(False), torch.no_grad(), _undisturbed(self._device):
             if self._device.type == "cuda":
                 self._fast.wait()
