@@ -7,7 +7,9 @@ on other buffers, has computed that; and of its instances those that have nothin
 
 from __future__ import annotations
 
+import functools
 import itertools
+import types
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +42,21 @@ def eps_of(bn: nn.Module) -> float:
     return getattr(bn, "eps", _EPS)
 
 
+@functools.cache
+def _said(kind: type[nn.Module]) -> frozenset[str]:
+    """All names and words in the code of a class: attributes that are not among them are others' notes."""
+    own = (c for c in kind.__mro__ if c.__module__.partition(".")[0] != "torch")
+    codes = [f.__code__ for c in own for f in vars(c).values() if isinstance(f, types.FunctionType)]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    words = (w for code in codes for w in (*code.co_names, *code.co_consts) if isinstance(w, str))
+    return frozenset({"forward", *words})
+
+
 def _is_made_like_one(m: nn.Module) -> bool:
     buffers = m._buffers
     return (
-        vars(m).keys() <= _ATTRIBUTES
+        (vars(m).keys() <= _ATTRIBUTES or _said(type(m)).isdisjoint(vars(m).keys() - _ATTRIBUTES))
         and not hasattr(type(m), "eps")
         and all(isinstance(buffers.get(name), Tensor) for name in _BUFFERS)
         and len(buffers) - ("num_batches_tracked" in buffers) == len(_BUFFERS)

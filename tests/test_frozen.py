@@ -133,6 +133,9 @@ def test_what_an_instance_may_go_by():
     """An eps by another name, or any attribute; one of the class."""
     kind = wrong(steered)
     assert is_frozen(kind(8))
+    noted = kind(8)
+    noted._is_initialized = True  # by a library, for itself
+    assert is_frozen(noted)
     other = kind(8)
     other.epsilon = 0.5
     assert not is_frozen(other) and is_frozen(kind(8))
@@ -188,12 +191,15 @@ def test_whoever_asks_first(asked):
     assert asked(kind(8)) and is_frozen(kind(8))
 
 
-def test_first_asked_by_a_compiler():
+@pytest.mark.parametrize("noted", [False, True])
+def test_first_asked_by_a_compiler(noted):
     """Which cannot follow: the block is run as it is, and as soon as somebody has asked, fused."""
     kind = wrong(affine)
     block, x = BasicBlock(8, 8, norm_layer=kind).eval(), torch.randn(2, 8, 9, 9)
+    block.bn1._is_initialized = noted
     ours = swap_blocks(copy.deepcopy(block))
     frozen._CLASSES.clear()
+    frozen._said.cache_clear()
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
     assert swap_report(ours).blocks[0].reason == ""
