@@ -454,6 +454,16 @@ def default_choice(program: Program, step: Step) -> Choice:
     return gemm_choice(program, k, images * p * q)
 
 
+def without_winograd(program: Program) -> dict[str, Choice]:
+    """What else to choose for the steps that go by Winograd's filtering, by their outputs."""
+    found = {}
+    for step in program.network.steps:
+        if step.op == "conv" and not unsupported(step, program.target) and program.choice(step).kernel == "winograd":
+            images, (_, p, q, k) = program.size[step.output], program.nhwc(step.output)
+            found[step.output] = gemm_choice(program, k, images * p * q)
+    return found
+
+
 def gemm_choice(program: Program, channels: int, rows: int, block: int = 96) -> Choice:
     """Equal blocks of about `block` rows; as many columns as leave each worker several tasks."""
     unit = program.target.columns

@@ -323,25 +323,31 @@ def _has_proxy(value) -> bool:
 
 
 def _changed(graph: Graph) -> set[str]:
-    """The tensors of the model that its forward changes in place. Raises ValueError where a module that is called has
-    one: it would not see the change."""
+    """The tensors of the model that its forward may change in place. Raises ValueError where it does so, and a module
+    that is called has the tensor: it would not see the change."""
     for nodes in _by_target(graph.nodes).values():
         for node in nodes[1:]:  # of a buffer fx makes one at every mention
             node.replace_all_uses_with(nodes[0])
             graph.module.graph.erase_node(node)
-    changed: set[str] = set()
+    perhaps: set[str] = set()
+    certainly: set[str] = set()
     for node in graph.nodes:
         if is_in_place(graph, node) and node.args and isinstance(node.args[0], fx.Node):
             chain = [node.args[0], *_viewed(graph, node.args[0])]
-            changed.update(n.target for n in chain if n.op == "get_attr")
-    for node in graph.nodes:
-        mine = [target for target in changed if node.op == "call_module" and target.startswith(f"{node.target}.")]
+            perhaps.update(n.target for n in chain if n.op == "get_attr")
+            first = node.args[0]
+            while isinstance(first, fx.Node) and (first.op == "call_method" or first.target is getattr):
+                first = first.args[0]  # a view, or `data`
+            if isinstance(first, fx.Node) and first.op == "get_attr":
+                certainly.add(first.target)
+    for node in graph.nodes if certainly else ():
+        mine = [target for target in certainly if node.op == "call_module" and target.startswith(f"{node.target}.")]
         if mine:
             raise ValueError(
                 f"model: it changes {mine[0]} in place and calls {node.target}, which has it; change it before, and "
                 "plan for the model as it is then"
             )
-    return changed
+    return perhaps
 
 
 def _by_target(nodes: list[fx.Node]) -> dict[str, list[fx.Node]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections import OrderedDict
@@ -282,13 +283,27 @@ class OptimizedModel(nn.Module):
     def _judge(self, network: Network, inputs: tuple[Tensor, ...]) -> Callable[[object], str | None]:
         """A function that says what is wrong with a result for these inputs; None if nothing is.
 
-        Of large batches it looks at the first and the last image, whichever lie between.
+        Of large batches it looks at the first and the last image, whichever lie between. Where a network magnifies
+        rounding errors beyond the limit, PyTorch's own among them, float64 decides: a result may be four times as far
+        off as PyTorch's, whose own ways lie apart by more than twice.
         """
         # What is traced may mind how many images there are.
         rows = None if any(s.op == "traced" for s in network.steps) else _sample(inputs)
-        sample = self._converted(inputs if rows is None else tuple(x[rows] for x in inputs))
-        expected, _ = tree_flatten(self._eager.run(network, sample))
+        sample = inputs if rows is None else tuple(x[rows] for x in inputs)
+        expected, _ = tree_flatten(self._eager.run(network, self._converted(sample)))
         limit = TOLERANCE[self._dtype]
+
+        @functools.cache
+        def exact() -> list | None:
+            doubled = tuple(x.to(torch.float64, copy=True) for x in sample)
+            try:
+                return tree_flatten(EagerExecutor(self._graph.module, torch.float64).run(network, doubled))[0]
+            except RuntimeError:  # too little memory, or an operator that knows no float64
+                return None
+
+        def excused(i: int, a: Tensor, b: Tensor, finite: Tensor) -> bool:
+            judge = exact()
+            return judge is not None and bool((judge[i][finite] - a).norm() <= 4 * (judge[i][finite] - b).norm())
 
         def objection(result) -> str | None:
             got, _ = tree_flatten(result)
@@ -304,7 +319,7 @@ class OptimizedModel(nn.Module):
                     return f"result {i} is finite in other places than PyTorch's"
                 a, b = a[finite].double(), b[finite].double()
                 error = ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-                if error > limit:
+                if error > limit and not excused(i, a, b, finite):
                     return f"result {i} differs from PyTorch's by {error:.1e} of its norm, more than {limit:.0e}"
             return None
 
