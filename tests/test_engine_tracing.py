@@ -29,6 +29,16 @@ def planned(model, x=None, **options):
     return ops(network_of(model, x)), fast
 
 
+def refreshes(fast, model):
+    """The plan takes the numbers of another model that is built alike."""
+    other = copy.deepcopy(model)
+    for t in (*other.parameters(), *other.buffers()):
+        if t.is_floating_point():
+            t.data.mul_(1.25)
+    x = torch.randn(X)
+    agree(fast.refresh(other)(x), other, x)
+
+
 # --- decisions by sizes -----------------------------------------------------------------------------------------------
 
 
@@ -202,12 +212,7 @@ def test_derived_norms_are_folded(kind, options):
     assert found in (["conv", "conv"], ["conv", "traced", "conv"])  # Written: a second ReLU
     assert all(s.layers != ("n",) for s in fast.plan.steps)
     assert list(model.state_dict()) == keys and type(model.n) is kind
-    other = copy.deepcopy(model)
-    for t in (*other.parameters(), *other.buffers()):
-        if t.is_floating_point():
-            t.data.mul_(1.25)
-    x = torch.randn(X)
-    agree(fast.refresh(other)(x), other, x)
+    refreshes(fast, model)
 
 
 @pytest.mark.parametrize("kind", [OnItsBatch, Scaled, Twice])
@@ -360,12 +365,7 @@ def test_convolutions_written_out(name):
     keys = list(model.state_dict())
     found, fast = planned(model)
     assert [op for op in found if op in ("conv", "traced")][-len(ops_of_it) :] == ops_of_it, found
-    other = copy.deepcopy(model)
-    for t in (*other.parameters(), *other.buffers()):
-        if t.is_floating_point():
-            t.data.mul_(1.25)
-    x = torch.randn(X)
-    agree(fast.refresh(other)(x), other, x)
+    refreshes(fast, model)
     assert list(model.state_dict()) == keys
 
 
