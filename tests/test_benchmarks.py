@@ -28,6 +28,7 @@ def pytest_benchmarks(*options, **environment):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_block_model_mode_and_variant_is_collected():
     answer = pytest_benchmarks("benchmarks", "--device", "cpu", "--collect-only")
     assert answer.returncode == 0, answer.stdout

@@ -370,13 +370,12 @@ def untouched(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("accumulate", "options"),
     [
-        (1, {}),
-        (2, {}),
-        (1, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1}),
-        (1, {"find_unused_parameters": True}),
-        (1, {"static_graph": True}),
+        pytest.param(1, {}, id="plain"),
+        pytest.param(2, {}, id="accumulated"),
+        pytest.param(1, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1}, id="views", marks=pytest.mark.slow),
+        pytest.param(1, {"find_unused_parameters": True}, id="unused"),
+        pytest.param(1, {"static_graph": True}, id="static", marks=pytest.mark.slow),
     ],
-    ids=["plain", "accumulated", "views", "unused", "static"],
 )
 def test_data_parallel_training_of_a_captured_model(two, accumulate, options):
     found = two.run(over_processes, as_captured, accumulate, options)

@@ -377,6 +377,7 @@ def test_doctor_tells_of_a_forced_backend_that_cannot_run():
         assert report["bn_stats"]["declined"] == ["cudnn: needs CUDA tensors, got cpu"]
 
 
+@pytest.mark.slow
 def test_the_example_trains_alike():
     script = str(Path(__file__).resolve().parent.parent / "examples" / "swap_and_train.py")
     command = [sys.executable, script, "--steps", "2", "--device", "cpu"]

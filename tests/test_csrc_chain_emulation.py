@@ -128,7 +128,11 @@ def test_chain(machine, case, multiprocessors, backwards):
 
 
 @machines
-@pytest.mark.parametrize("case", (CASES | LINES).values(), ids=CASES | LINES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in CASES.items()]
+    + [pytest.param(case, id=name) for name, case in LINES.items()],
+)
 def test_chain_by_lines(machine, case, multiprocessors, backwards):
     machine(multiprocessors, backwards)
     instance, n, h, w, options = case
@@ -174,7 +178,10 @@ def test_the_order_of_threads_and_loads_changes_no_bit(machine, instance, option
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("instance", [NEXT_64, BY_LINES + NEXT_64, BY_LINES + NEXT_128, STREAM])
+@pytest.mark.parametrize(
+    "instance",
+    [*(pytest.param(i, marks=pytest.mark.slow) for i in (NEXT_64, BY_LINES + NEXT_128)), BY_LINES + NEXT_64, STREAM],
+)
 def test_y_may_be_the_residuals_own_memory(instance):
     call = Call(instance, 3, 7, 9, residual=True)
     y, z = call.run()

@@ -91,6 +91,7 @@ def test_triton_and_the_engine_are_sanitized(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= FILES
 
 
+@pytest.mark.slow
 def test_tune_writes_a_table_and_times_the_search(tmp_path):
     case, network = "bn_act/n1-c64-14x14/float32", "engine/tune/resnet18/float32/1"
     answer = check("tune", "--dry-run", "--out", tmp_path, "--only", f"{case} {network}")
@@ -129,6 +130,7 @@ def test_the_engines_cases_run_dry(part, found, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= FILES | {"engine"}
 
 
+@pytest.mark.slow
 def test_cases_are_named_by_pattern_too(tmp_path):
     asked = "bn_stats/cpu/batch bn_act/cpu/batch/float32/* bn_act_/nothing"
     answer = check("smoke", "--dry-run", "--out", tmp_path, "--only", asked)
@@ -206,6 +208,7 @@ def test_a_broken_test_file_is_told(tmp_path):
     assert "nothing_of_that_name" in (tmp_path / "out" / "summary.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_part_ends_at_its_deadline_and_is_resumed(tmp_path):
     suite = tmp_path / "test_suite.py"
     suite.write_text("import time, pytest\n@pytest.mark.parametrize('i', range(90))\ndef test(i): time.sleep(1)\n")
@@ -217,6 +220,7 @@ def test_the_part_ends_at_its_deadline_and_is_resumed(tmp_path):
     assert set(done.values()) == {"passed"}  # what was cut off has no status, and runs next time
 
 
+@pytest.mark.slow
 def test_bench_logs_what_was_measured(tmp_path):
     only = "-k 'basic-projection and eval and (eager or fused_channels_last)'"
     answer = check("bench", "--dry-run", "--out", tmp_path, "--only", only)

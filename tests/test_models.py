@@ -178,6 +178,7 @@ def sgd(model: nn.Module, x: torch.Tensor, steps: int = 5) -> parity.Seen:
     return {"parameter all": parameters, "buffer all": buffers, "buffer num_batches_tracked": tracked}
 
 
+@pytest.mark.slow
 @names("resnet18")
 def test_five_sgd_steps(name, device):
     """float32, the median of three seeds in each layout: where a ReLU flips, trajectories part, torchvision's own
@@ -197,7 +198,7 @@ def test_five_sgd_steps(name, device):
         parity.check({key: statistics.median(e[key] for e in errors) for key in errors[0]}, parity.worst(yardsticks))
 
 
-@names("resnet18", "resnet50")
+@names("resnet18")
 def test_five_sgd_steps_in_float64(name, device):
     """Nothing flips, and so nothing drifts: the sharp half of the test above."""
     model, x = untouched(name, 0, True, device)
@@ -345,7 +346,7 @@ def test_zero_init_residual_has_effect(name):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50"])
 def test_zero_init_residual_trains(name, mode, layout, device):
     """A gamma of zero still has a gradient, and passes none on."""
     torch.manual_seed(0)

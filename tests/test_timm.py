@@ -169,7 +169,9 @@ def test_equals_timm_in_float64(name, train, device):
 
 
 @modes
-@pytest.mark.parametrize("name", ["resnet26d", "seresnet18", "resnet18", "regnety_002"])
+@pytest.mark.parametrize(
+    "name", ["seresnet18", "regnety_002", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet26d", "resnet18"))]
+)
 def test_equals_timm_by_the_rule(name, train, device):
     """float32, beside timm's own variants, float64 the judge; of the seeds the worst, in training the median."""
     ours, yardsticks = {"contiguous": [], "channels_last": []}, []
@@ -187,7 +189,9 @@ def test_equals_timm_by_the_rule(name, train, device):
 
 @modes
 @pytest.mark.parametrize("memory", ["default", "lean"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "seresnet18"])
+@pytest.mark.parametrize(
+    "name", ["resnet26d", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "seresnet18"))]
+)
 def test_stochastic_depth(name, memory, train, device):
     """The same paths are dropped from the same seed; a lean block does not draw twice, and says that it is not lean."""
     model, x = untouched(name, device, train=train, drop_path_rate=0.6)
