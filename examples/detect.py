@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
-import time
 from pathlib import Path
 
 import torch
 import torchvision
+from label_folder import DTYPES, fetched, named_weights
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +27,8 @@ from torchvision.utils import draw_bounding_boxes
 
 import fused_resnet
 from fused_resnet.cli import positive, upright
+from fused_resnet.measure import time_once
 
-DTYPES = ("float16", "bfloat16", "float32")
 MODELS = [name for name in torchvision.models.list_models(torchvision.models.detection) if "resnet50" in name]
 
 
@@ -79,17 +80,10 @@ def photo(path: Path) -> Tensor:
 
 def detector(options: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     """(a detector in evaluation mode, the name of each class)."""
-    enum = torchvision.models.get_model_weights(options.model)
-    weights = None
-    if options.weights.lower() != "none":
-        if options.weights not in enum.__members__:
-            raise SystemExit(f"--weights: {options.model} has {', '.join(enum.__members__)} or none")
-        weights = enum[options.weights]
-    try:
-        model = torchvision.models.get_model(options.model, weights=weights, weights_backbone=None)
-    except OSError as error:  # no network, or a full disk
-        raise SystemExit(f"--weights: they could not be fetched ({error}); `--weights none` tries without") from None
-    return model.to(options.device).eval(), enum.DEFAULT.meta["categories"]
+    weights, _ = named_weights(options.model, options.weights)
+    model = fetched(options.model, weights=weights, weights_backbone=None)
+    labels = torchvision.models.get_model_weights(options.model).DEFAULT.meta["categories"]
+    return model.to(options.device).eval(), labels
 
 
 def with_planned_backbone(model: nn.Module, image: Tensor, dtype: torch.dtype) -> tuple[nn.Module, str]:
@@ -105,11 +99,7 @@ def in_turns(models: dict[str, nn.Module], image: Tensor, runs: int) -> dict[str
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(runs):
         for name, model in models.items():
-            start = time.perf_counter()
-            model([image])
-            if image.is_cuda:
-                torch.cuda.synchronize(image.device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time_once(functools.partial(model, [image]), image.device, 1))
     return seconds
 
 

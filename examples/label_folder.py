@@ -22,7 +22,7 @@ import torch
 import torchvision
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet.cli import positive, upright
@@ -102,13 +102,18 @@ def named_weights(model: str, name: str):
     return enum[name], enum[name].meta["categories"]
 
 
+def fetched(model: str, **options) -> nn.Module:
+    """torchvision's model of this name."""
+    try:
+        return torchvision.models.get_model(model, **options)
+    except OSError as error:  # no network, or a full disk
+        raise SystemExit(f"--weights: they could not be fetched ({error}); `--weights none` tries without") from None
+
+
 def classifier(options: argparse.Namespace):
     """(the network on its device, what makes a picture its input, the name of each class)."""
     weights, labels = named_weights(options.model, options.weights)
-    try:
-        model = torchvision.models.get_model(options.model, weights=weights)
-    except OSError as error:  # no network, or a full disk
-        raise SystemExit(f"--weights: they could not be fetched ({error}); `--weights none` tries without") from None
+    model = fetched(options.model, weights=weights)
     transform = (weights or torchvision.models.get_model_weights(options.model).DEFAULT).transforms()
     return model.to(options.device), transform, labels
 

@@ -108,7 +108,7 @@ class Named(Fused):
 
 
 class Joined(tuple):
-    """A convolution that calls its batch norm, and that batch norm."""
+    """A convolution that calls its module `norm`, and that batch norm."""
 
 
 Side = nn.Module | tuple[nn.Module, ...] | None
@@ -316,13 +316,11 @@ def parts_unfusable(
 ) -> str | None:
     """Why convolutions, BNs and ReLUs of these names must be called as modules; None if they need not.
 
-    joined: the convolutions call the BNs.
+    joined: the convolutions call the BNs, their modules `norm`.
     """
     if _module._has_any_global_hook():
         return "a global module hook is registered"
-    own = [part(block, name) if joined else None for name in norms]
-    pairs = zip(convolutions, own, strict=False)  # a stem asks for its batch norm alone
-    asked = [(name, convolution_unfusable(part(block, name), bn)) for name, bn in pairs]
+    asked = [(name, convolution_unfusable(part(block, name), joined)) for name in convolutions]
     asked += [(name, norm_unfusable(part(block, name), f"{name}.act" in activations)) for name in norms]
     for name, reason in asked:
         if reason is not None:
@@ -346,7 +344,7 @@ def projection_unfusable(downsample: Side) -> str | None:
     *pools, conv, bn = downsample
     containers = () if isinstance(downsample, tuple) else (downsample,)
     reason = next(filter(None, map(tampered, (*containers, *pools))), None)
-    reason = reason or convolution_unfusable(conv, bn if type(downsample) is Joined else None)
+    reason = reason or convolution_unfusable(conv, type(downsample) is Joined)
     if reason is None and conv.kernel_size != (1, 1):
         reason = f"kernel_size is {conv.kernel_size}, not (1, 1)"
     return reason or norm_unfusable(bn)
@@ -368,11 +366,11 @@ def tampered(m: nn.Module) -> str | None:
     return overridden and f"{overridden} is overridden on the instance"
 
 
-def convolution_unfusable(conv: nn.Module, own: nn.Module | None = None) -> str | None:
-    """own: the batch norm that it has to call, being one of NORMED."""
-    if own is not None and type(conv) in NORMED:
-        if conv.norm is not own or conv.activation is not None:
-            return f"{type(conv).__name__} calls another norm, or an activation"
+def convolution_unfusable(conv: nn.Module, joined: bool = False) -> str | None:
+    """joined: whether its module `norm` is the batch norm that is fused with it."""
+    if joined and type(conv) in NORMED:
+        if conv.activation is not None:
+            return f"{type(conv).__name__} calls an activation"
     elif type(conv) is not nn.Conv2d:
         return "calls no norm that could be fused" if type(conv) in NORMED else f"{type(conv).__name__} is not Conv2d"
     if conv.padding_mode != "zeros":

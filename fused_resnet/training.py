@@ -76,8 +76,14 @@ class Statistics:
         if known is not None:
             return norm_of(None, bn, *known)
         mean, var = _bn_stats(x)  # torch.fx can take a result apart, but not spread it
-        self.keep(None, bn, x, mean, var)
-        return norm_of(None, bn, mean, var)
+        return self.norm(None, None, bn, x, mean, var)
+
+    def norm(self, known, conv: nn.Conv2d | None, bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor) -> Norm:
+        """bn as the norm of y, with the statistics that are `known`; where none are, these, which are kept."""
+        if known is None:
+            self.keep(conv, bn, y, mean, var)
+            known = mean, var
+        return norm_of(conv, bn, *known)
 
     def keep(self, conv: nn.Conv2d | None, bn: nn.Module, y: Tensor, mean: Tensor, var: Tensor) -> None:
         """y: what conv gives without its bias."""
@@ -92,9 +98,7 @@ def convolve(x: Tensor, norm: Norm, conv: nn.Conv2d, bn: nn.Module, statistics: 
     y, mean, var = _bn_act_conv(
         x, conv.weight, *norm, True, conv.stride, conv.padding, conv.dilation, conv.groups, known is None
     )
-    if known is None:
-        statistics.keep(conv, bn, y, mean, var)
-    return y, norm_of(conv, bn, *(known or (mean, var)))
+    return y, statistics.norm(known, conv, bn, y, mean, var)
 
 
 def convolve_shared(
@@ -113,9 +117,7 @@ def convolve_shared(
         return *convolve(x, NOTHING, conv, bn, statistics), x
     known = statistics.known()
     y, mean, var, x = _Shared.apply(x, weight, known is None, own)
-    if known is None:
-        statistics.keep(conv, bn, y, mean, var)
-    return y, norm_of(conv, bn, *(known or (mean, var))), x
+    return y, statistics.norm(known, conv, bn, y, mean, var), x
 
 
 def _product(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> bool:

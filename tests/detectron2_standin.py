@@ -1,7 +1,7 @@
 """What of detectron2 its residual blocks are made of, for where it is not installed (no package index has it).
 
-Written anew after its interface: a convolution that calls its norm, blocks of such convolutions, a batch norm that is
-frozen, and a network. `imported()` gives detectron2 itself where there is one.
+Written anew after its interface: a convolution that calls its norm, blocks of such convolutions, and a batch norm that
+is frozen. `imported()` gives detectron2 itself where there is one.
 """
 
 from __future__ import annotations
@@ -53,15 +53,14 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 _NORMS = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm, "FrozenBN": FrozenBatchNorm2d}
-_NORMS["GN"] = lambda channels: nn.GroupNorm(4, channels)
 
 
 def _norm(norm, channels):
-    return None if norm == "" else (_NORMS[norm] if isinstance(norm, str) else norm)(channels)
+    return (_NORMS[norm] if isinstance(norm, str) else norm)(channels)
 
 
 class _Block(nn.Module):
-    def __init__(self, sizes, in_channels, stride, norm, groups=1, dilation=1):
+    def __init__(self, sizes, in_channels, stride, norm, dilation=1):
         """sizes: (channels in, channels out, kernel size, stride, groups) of each convolution."""
         super().__init__()
         self.in_channels, self.out_channels, self.stride = in_channels, sizes[-1][1], stride

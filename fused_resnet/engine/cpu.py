@@ -43,7 +43,9 @@ class Cpu:
         program = self.program(network, inputs, chosen)
         times: dict[str, float] = {}
         why = objection(self.run(program, inputs, times))
-        if why and (plain := cp.without_winograd(program)):  # it magnifies rounding errors, some networks do as well
+        if why and (
+            plain := cpu_tune.without_winograd(program)
+        ):  # it magnifies rounding errors, some networks do as well
             program = self.program(network, inputs, chosen | plain)
             if not objection(self.run(program, inputs, times := {})):
                 wrong.append(f"Winograd's filtering is not used: {why}")

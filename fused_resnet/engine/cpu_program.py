@@ -445,23 +445,18 @@ def tiles_of(program: Program, step: Step, m: int, images: int) -> int:
 
 def default_choice(program: Program, step: Step) -> Choice:
     """The choice without measurement: Winograd where its weights are few beside its work."""
-    images, (_, p, q, k) = program.size[step.output], program.nhwc(step.output)
+    images = program.size[step.output]
     if fits_winograd(step, program.target):
         tiles = tiles_of(program, step, 4, images)
         # Its weights are four times as large: worth reading only if enough tiles use them.
         if tiles >= 32:
             return winograd_choice(program, step, 4, images)
-    return gemm_choice(program, k, images * p * q)
+    return default_gemm(program, step)
 
 
-def without_winograd(program: Program) -> dict[str, Choice]:
-    """What else to choose for the steps that go by Winograd's filtering, by their outputs."""
-    found = {}
-    for step in program.network.steps:
-        if step.op == "conv" and not unsupported(step, program.target) and program.choice(step).kernel == "winograd":
-            images, (_, p, q, k) = program.size[step.output], program.nhwc(step.output)
-            found[step.output] = gemm_choice(program, k, images * p * q)
-    return found
+def default_gemm(program: Program, step: Step) -> Choice:
+    _, p, q, k = program.nhwc(step.output)
+    return gemm_choice(program, k, program.size[step.output] * p * q)
 
 
 def gemm_choice(program: Program, channels: int, rows: int, block: int = 96) -> Choice:

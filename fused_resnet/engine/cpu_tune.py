@@ -75,6 +75,12 @@ def tunable(program: cp.Program) -> list[Step]:
     return [s for s in program.network.steps if s.op in ("conv", "linear") and not cp.unsupported(s, program.target)]
 
 
+def without_winograd(program: cp.Program) -> dict[str, cp.Choice]:
+    """What else to choose for the steps that go by Winograd's filtering, by their outputs."""
+    steps = [s for s in tunable(program) if program.choice(s).kernel == "winograd"]
+    return {s.output: cp.default_gemm(program, s) for s in steps}
+
+
 def problem(program: cp.Program, step: Step) -> str:
     """The step's name in the cache: all that its time depends on but the machine."""
     shapes = [program.nhwc(step.x), program.nhwc(step.output)]

@@ -155,8 +155,8 @@ class EagerExecutor:
 
 
 def named(network: Network, inputs: tuple) -> dict[str, object]:
-    """The inputs by name; what was not given has its default."""
-    return {n.name: inputs[i] if i < len(inputs) else n.args[0] for i, n in enumerate(network.placeholders)}
+    """The inputs by name."""
+    return {n.name: x for n, x in zip(network.placeholders, inputs, strict=True)}
 
 
 def run_traced(network: Network, node: fx.Node, values: dict[str, object], attribute: Callable[[str], object]):

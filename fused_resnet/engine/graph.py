@@ -325,9 +325,10 @@ def _has_proxy(value) -> bool:
 def _changed(graph: Graph) -> set[str]:
     """The tensors of the model that its forward may change in place. Raises ValueError where it does so, and a module
     that is called has the tensor: it would not see the change."""
-    for nodes in _by_target(graph.nodes).values():
-        for node in nodes[1:]:  # of a buffer fx makes one at every mention
-            node.replace_all_uses_with(nodes[0])
+    first_of: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and first_of.setdefault(node.target, node) is not node:
+            node.replace_all_uses_with(first_of[node.target])  # of a buffer fx makes one at every mention
             graph.module.graph.erase_node(node)
     perhaps: set[str] = set()
     certainly: set[str] = set()
@@ -348,14 +349,6 @@ def _changed(graph: Graph) -> set[str]:
                 "plan for the model as it is then"
             )
     return perhaps
-
-
-def _by_target(nodes: list[fx.Node]) -> dict[str, list[fx.Node]]:
-    found: dict[str, list[fx.Node]] = {}
-    for node in nodes:
-        if node.op == "get_attr":
-            found.setdefault(node.target, []).append(node)
-    return found
 
 
 def _recognise_norms(traced: fx.GraphModule, model: nn.Module, changed: set[str]) -> None:
