@@ -27,6 +27,7 @@ from torch._C import (
     _are_functorch_transforms_active,
     _AutoDispatchBelowAutograd,
     _dispatch_keys,
+    _ExcludeDispatchKeyGuard,
     _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
@@ -42,6 +43,7 @@ from .backends.reference import accumulator
 _lib = torch.library.Library("fused_resnet", "DEF")
 _kernels: dict[str, Callable] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
+_casts: dict[str, Callable] = {}
 
 PLACES = "int[] stride, int[] padding, int[] dilation, int groups"
 _CONV = f"{PLACES}, bool relu"
@@ -120,15 +122,16 @@ def register_autograd(name: str, setup, formula) -> None:
 
 
 def direct(name: str) -> Callable:
-    """The op, called without the dispatcher where nothing but autograd has to see it. Of a change in place autograd
-    knows from the operators that make it, so such an op must have no function of its own."""
+    """The op, called without the dispatcher where nothing but autograd and autocast have to see it. Of a change in
+    place autograd knows from the operators that make it, so such an op must have no function of its own."""
     op = getattr(torch.ops.fused_resnet, name).default
-    floats = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "float"]
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    tensors = [i for i, kind in enumerate(kinds) if "Tensor" in kind]
+    numbers = [i for i, kind in enumerate(kinds) if "Tensor" not in kind]
+    floats = [i for i in numbers if kinds[i] == "float"]
+    lists = [i for i in numbers if kinds[i].startswith("List")]
 
-    def call(*args):
-        if not plain(args) or any(type(args[i]) is not float for i in floats):
-            return op(*args)
-        args = [list(a) if type(a) is tuple else a for a in args]  # as the dispatcher has it
+    def called(args):
         function = _functions.get(name)
         if function is None:
             return _kernels[name](*args)
@@ -137,15 +140,28 @@ def direct(name: str) -> Callable:
         with _AutoDispatchBelowAutograd():
             return _kernels[name](*args)
 
+    def call(*args):
+        if not plain(args, tensors, numbers) or args[0] is None or any(type(args[i]) is not float for i in floats):
+            return op(*args)
+        if any(type(args[i]) is tuple for i in lists):
+            args = [list(a) if type(a) is tuple else a for a in args]  # as the dispatcher has it
+        cast = _casts.get(name)
+        if cast is None or not _is_any_autocast_enabled():
+            return called(args)
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return called(args)
+        with _ExcludeDispatchKeyGuard(_AUTOCAST):
+            return called(cast(torch.get_autocast_dtype(device), args))
+
     return call
 
 
-def plain(args) -> bool:
-    """Whether these are an eager call's: plain tensors and numbers, and no tracer, transform, mode, profiler or
-    autocast that has to see the op."""
+def plain(args, tensors: list[int], numbers: list[int]) -> bool:
+    """Whether these are an eager call's: plain tensors and numbers, at these places, and no tracer, transform, mode or
+    profiler that has to see the op."""
     if (
         torch.compiler.is_compiling()
-        or _is_any_autocast_enabled()
         or _profiler_enabled()
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
@@ -154,14 +170,15 @@ def plain(args) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    for a in args:
-        kind = type(a)
-        if kind is Tensor or kind is torch.nn.Parameter:
+    for i in tensors:
+        a = args[i]
+        if a is not None:
+            kind = type(a)
+            if kind is not Tensor and kind is not torch.nn.Parameter:
+                return False
             if not _is_dense(_dispatch_keys(a).raw_repr()):
                 return False
-        elif kind not in _PLAIN:
-            return False
-    return True
+    return all(type(args[i]) in _PLAIN for i in numbers)
 
 
 _PLAIN = {float, int, bool, list, tuple, type(None)}
@@ -297,8 +314,13 @@ def optional(result, output_mask, like: Tensor):
     return tuple(r if on else like.new_empty(0) for r, on in zip(result, output_mask, strict=True))
 
 
-def _run_bwd(op: str, grad, y, x, *args):
-    *gradients, dbn_weight, dbn_bias, dresidual = backends.run(op, grad, y, x, *args)
+def _run_bwd(op: str, *args):
+    return backends.run(op, *args, finish=_finish_bwd)
+
+
+def _finish_bwd(args, result):
+    grad, _, x, *_ = args
+    *gradients, dbn_weight, dbn_bias, dresidual = result
     acc = accumulator(x.dtype)
     of_bn = (d if d is None else d.to(acc) for d in (dbn_weight, dbn_bias))
     if dresidual is not None and dresidual.data_ptr() == grad.data_ptr():
@@ -545,15 +567,19 @@ def register_double_backward(name: str, function, differentiable: tuple[int, ...
 # --- autocast: activations, weights and the shortcut are cast; BN's vectors stay as they are ---
 
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
 def register_autocast(name: str, cast) -> None:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
+    """cast(dtype, args): the arguments that the op takes under autocast to this dtype."""
     op = getattr(torch.ops.fused_resnet, name).default
+    _casts[name] = cast
 
     def kernel(device):
         def autocast(keyset, *args):
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with _ExcludeDispatchKeyGuard(_AUTOCAST):
                 return op(*cast(torch.get_autocast_dtype(device), args))
 
         return autocast

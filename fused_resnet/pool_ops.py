@@ -117,8 +117,12 @@ def _bn_act_pool_fake(x, mean, *args):
     return empty(shape, x, format), empty(shape, x, format, torch.uint8)
 
 
-def _bn_act_pool_bwd(grad, x, *args):
-    dx, *of_bn = backends.run("bn_act_pool_bwd", grad, x, *args)
+def _bn_act_pool_bwd(*args):
+    return backends.run("bn_act_pool_bwd", *args, finish=_finish_bn_act_pool_bwd)
+
+
+def _finish_bn_act_pool_bwd(args, result):
+    x, (dx, *of_bn) = args[1], result
     acc = accumulator(x.dtype)
     return optional((dx, *(d if d is None else d.to(acc) for d in of_bn)), args[-1], x)
 

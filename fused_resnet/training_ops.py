@@ -81,8 +81,12 @@ def _check_pointwise(
 
 def _bn_act_conv(*args):
     check_given(x=args[0], weight=args[1])
-    y, *stats = backends.run("bn_act_conv", *args, check=_check_bn_act_conv)
-    return y, *optional(stats, (args[-1],) * 2, y.new_empty(0, dtype=accumulator(y.dtype)))
+    return backends.run("bn_act_conv", *args, check=_check_bn_act_conv, finish=_finish_bn_act_conv)
+
+
+def _finish_bn_act_conv(args, result):
+    y, *stats = result
+    return result if args[-1] else (y, *optional(stats, (False, False), y.new_empty(0, dtype=accumulator(y.dtype))))
 
 
 def _bn_act_conv_fake(*args):
@@ -94,7 +98,11 @@ def _bn_act_conv_fake(*args):
 
 
 def _bn_act_conv_bwd(*args):
-    dx, dweight, *of_bn = backends.run("bn_act_conv_bwd", *args)
+    return backends.run("bn_act_conv_bwd", *args, finish=_finish_bn_act_conv_bwd)
+
+
+def _finish_bn_act_conv_bwd(args, result):
+    dx, dweight, *of_bn = result
     acc = accumulator(args[0].dtype)
     return optional((dx, dweight, *(d if d is None else d.to(acc) for d in of_bn)), args[-1], args[1])
 
@@ -150,8 +158,12 @@ def _pointwise_fake(*args):
     return y, y_mean, y_var, x.new_empty(x.shape[1], dtype=acc), x.new_empty(x.shape[1], x.shape[1], dtype=acc)
 
 
-def _pointwise_bwd(grad, *args):
-    *gradients, dresidual = backends.run("pointwise_bn_act_bwd", grad, *args)
+def _pointwise_bwd(*args):
+    return backends.run("pointwise_bn_act_bwd", *args, finish=_finish_pointwise_bwd)
+
+
+def _finish_pointwise_bwd(args, result):
+    grad, *gradients, dresidual = args[0], *result
     acc = accumulator(grad.dtype)
     gradients = (*gradients[:2], *(d if d is None else d.to(acc) for d in gradients[2:]))
     if dresidual is not None and dresidual.data_ptr() == grad.data_ptr():

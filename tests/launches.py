@@ -3,8 +3,9 @@
     python tests/launches.py
 
 Triton compiles for sm_90 and hands each launch to a driver that only writes it down. Prints one JSON object a case:
-whether the launches of a prepared call (backends/triton.py) are, argument by argument, those that Triton's dispatch
-would have made, and the microseconds that either takes on this CPU, the launch itself left out.
+whether the launches of a prepared call (backends/triton.py), and of one that was written down (backends/straight.py),
+are, argument by argument, those that Triton's dispatch would have made, and the microseconds that each takes on this
+CPU, the launch itself left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from triton.runtime.driver import driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import gpu_training  # noqa: E402
+from fused_resnet.backends import straight  # noqa: E402
 
 
 class Driver:
@@ -191,6 +193,12 @@ def main() -> None:
         fake.launches.clear()
         prepared(*others)
         direct = [seen(launch, inputs) for launch in fake.launches]
+        fake.launches.clear()
+        _, written = straight.watch(prepared, args)
+        assert callable(written), f"{name}: {written}"
+        fake.launches.clear()
+        written(*others)
+        straightened = [seen(launch, inputs) for launch in fake.launches]
         pairs = itertools.zip_longest(itertools.chain(*dispatched), itertools.chain(*direct))
         line = {
             "case": name,
@@ -198,10 +206,11 @@ def main() -> None:
             "triton": triton.__version__,
             "launches": len(dispatched),
             "skips_the_dispatch": len(prepared.found or ()) == len(dispatched),
-            "same": dispatched == direct,
+            "same": dispatched == direct == straightened,
             "differences": [[i, a, b] for i, (a, b) in enumerate(pairs) if a != b],
             "dispatched_us": microseconds(lambda: function(*args)),  # noqa: B023  called at once
             "prepared_us": microseconds(lambda: prepared(*args)),  # noqa: B023
+            "written_us": microseconds(lambda: written(*args)),  # noqa: B023
         }
         fake.launches.clear()
         print(json.dumps(line), flush=True)

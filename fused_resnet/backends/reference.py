@@ -27,7 +27,7 @@ def declines(op: str, *args) -> str | None:
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def inverse_and_scale(acc: torch.dtype, bn_weight: Tensor | None, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:

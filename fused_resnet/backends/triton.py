@@ -20,6 +20,7 @@ from ..kernels import tiles
 from .aten import nearest_power_of_2
 from .layout import conv_output_size, output_format
 from .library import chip
+from .straight import watched
 from .verify import tf32_allowed
 
 try:
@@ -176,6 +177,8 @@ def _device_of(x: Tensor):
 def _dispatch(kernel, grid: tuple[int, ...], *args, **constants):
     """Launch by Triton's own dispatch, which compiles or finds the kernel and looks at every argument. constants: the
     kernel's, and Triton's own options. Returns what was launched; the interpreter returns None."""
+    if (watch := watched()) is not None:
+        watch.refuse("a kernel is launched by Triton's dispatch")
     return kernel[grid](*args, **constants)
 
 
@@ -192,11 +195,13 @@ class _Prepared:
 
     def __call__(self, *args):
         if self.found is not None:
-            found = iter(self.found)
+            found, watch = iter(self.found), watched()
 
             def launch(kernel, grid, *args, **constants):
                 compiled, values = next(found)
                 compiled(*args, *values)
+                if watch is not None:
+                    watch.launched(compiled, (*args, *values))
 
             return self.function(*args, launch=launch)
 

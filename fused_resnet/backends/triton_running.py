@@ -21,6 +21,7 @@ except ImportError:  # backends/triton.py says so
 _BLOCK = 512
 _ready: dict[tuple, _base._Prepared] = {}
 _agreed: dict[tuple, bool] = {}
+_serving: set[tuple] = set()  # the kinds that the kernel takes, and does right
 
 
 def follow(
@@ -29,18 +30,29 @@ def follow(
     """Update running_mean, running_var: [C] and tracked by a batch's mean and biased var; scalars: its count of values
     and the momentum. Whether it was done: False leaves them as they are."""
     tensors = running_mean, running_var, tracked, mean, var
-    if not _serves(tensors) or not _agrees(tensors):
+    if not mean.is_cuda or torch.compiler.is_compiling():
         return False
-    _run(tensors, *scalars)
-    for t in tensors[:3]:
-        if t is not None:
-            torch.autograd.graph.increment_version(t)  # as any change in place does
+    key = _key(tensors)
+    if key not in _serving:
+        if not _serves(tensors) or not _agrees(tensors):
+            return False
+        _serving.add(key)
+    _run(tensors, *scalars, key=key)
+    changed = tensors[:2] if tracked is None else tensors[:3]
+    torch.autograd.graph.increment_version(changed)  # as any change in place does
     return True
+
+
+def _key(tensors: tuple) -> tuple:
+    """All that tells one kind of update from another; scalars are told to every launch."""
+    mean = tensors[3]
+    facts = ((t.dtype, t.device, t.stride(), t.data_ptr() % 16) for t in tensors if t is not None)
+    return mean.shape, tensors[2] is None, *facts
 
 
 def _serves(tensors: tuple) -> bool:
     running_mean, running_var, tracked, mean, var = tensors
-    if not mean.is_cuda or mean.dtype is not torch.float32 or torch.compiler.is_compiling():
+    if mean.dtype is not torch.float32:
         return False
     if any(t is not None and (not t.is_contiguous() or t.device != mean.device) for t in tensors):
         return False
@@ -54,12 +66,11 @@ def _refused(device: torch.device) -> str | None:
     return refuses_device(_base.NAME, device)
 
 
-def _run(tensors: tuple, count: int, momentum: float) -> None:
-    mean = tensors[3]
-    key = (mean.shape[0], mean.device, *(None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors))
+def _run(tensors: tuple, count: int, momentum: float, *, key: tuple | None = None) -> None:
+    key = key or _key(tensors)
     if key not in _ready:
         _ready[key] = _base._Prepared(_launch)
-    with _base._device_of(mean):
+    with _base._device_of(tensors[3]):
         _ready[key](*tensors, count / (count - 1), 1 - momentum, momentum)
 
 

@@ -1,0 +1,308 @@
+"""A call written down: what an op's host code did, as one straight line of Python.
+
+Between the kernels of a training step stands the host code that picks tiles, counts rows and asks tensors for their
+strides, with the same answers for all calls of one kind (shapes, strides, alignments, dtypes, options). A GPU that is
+fast waits for it. So once a kind of call has come often enough, one call of it is watched: every operator of PyTorch's
+that it calls, every launch, and which tensor goes where. What was seen becomes a function that allocates, launches and
+calls in the same order and does nothing else. Before it serves, its results are compared with those of the call that
+was watched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .verify import capturing, difference, unobserved
+
+logger = logging.getLogger("fused_resnet")
+
+WATCH_AT = 6  # calls of one kind: to write one down takes as long as a dozen calls
+_aten = torch.ops.aten
+_ALLOCATES = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+# PyTorch's own bindings, where they do the same at less cost than the operator's handle.
+_BOUND = {
+    _aten.mm.default: torch.mm,
+    _aten.addmm.default: torch.addmm,
+    _aten.addmm_.default: Tensor.addmm_,
+    _aten.mul_.Tensor: Tensor.mul_,
+    _aten.convolution.default: torch.convolution,
+    _aten.copy_.default: Tensor.copy_,
+    _aten.clone.default: torch.clone,
+    _aten._foreach_copy_.default: torch._foreach_copy_,
+}
+_UNPREDICTABLE = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_PLAIN = (int, float, bool, str, type(None))
+_watching = threading.local()
+
+
+def watched() -> _Watch | None:
+    """Who watches the call that runs now in this thread: launches have to be told (`launched`)."""
+    return getattr(_watching, "watch", None)
+
+
+class _Refused(Exception):
+    """Why a call cannot be written down."""
+
+
+class _View:
+    """A view of a tensor that has a name, which is made when something wants it."""
+
+    def __init__(self, base: str, t: Tensor):
+        self.base, self.shape, self.stride = base, tuple(t.shape), t.stride()
+
+
+class _Watch(TorchDispatchMode):
+    """Writes down the operators and launches of a call with these arguments."""
+
+    def __init__(self, args: tuple):
+        super().__init__()
+        self.refusal: str | None = None
+        self.names: dict[int, str | _View] = {}  # by id, as long as a tensor lives
+        self.living: list[weakref.ref] = []
+        self.lines: list[tuple[str, list[str]]] = []  # a statement and the names in it
+        self.bound: dict[str, object] = {}
+        self.made: set[str] = set()
+        for i, a in enumerate(args):
+            if isinstance(a, Tensor):
+                if id(a) in self.names:
+                    self.refuse("one tensor is two arguments, which the next call may not repeat")
+                self._call(a, f"a{i}")
+
+    def __enter__(self):
+        _watching.watch = self
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        _watching.watch = None
+        return super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self._try(self._called, func, args, kwargs, result)
+        return result
+
+    def launched(self, runner: Callable, args: tuple) -> None:
+        """runner(*args) was called, which reads and writes memory and returns nothing."""
+        self._try(self._launched, runner, args)
+
+    def _try(self, step, *args) -> None:
+        if self.refusal is None:
+            try:
+                step(*args)
+            except _Refused as refused:
+                self.refuse(str(refused))
+
+    def refuse(self, reason: str) -> None:
+        self.refusal = self.refusal or reason
+
+    # --- what happened, as statements ---
+
+    def _called(self, func, args, kwargs, result) -> None:
+        if any(tag in func.tags for tag in _UNPREDICTABLE):
+            raise _Refused(f"{func} gives other results each time, or others for other values")
+        if isinstance(result, Tensor) and id(result) in self.names and not func._schema.is_mutable:
+            return  # an argument that needed no change: of dtype, say
+        if func in _ALLOCATES:
+            self._allocated(result)
+            return
+        if self._is_view(func, args, result):
+            base = self.names.get(id(args[0]))
+            self._call(result, _View(base.base if isinstance(base, _View) else base, result))
+            return
+        uses: list[str] = []
+        call = ", ".join(
+            [self._value(a, uses) for a in args] + [f"{k}={self._value(v, uses)}" for k, v in kwargs.items()]
+        )
+        results, spread = (result, True) if isinstance(result, (tuple, list)) else ((result,), False)
+        targets = [self._target(func, r) for r in results]
+        statement = f"{self._bind(_BOUND.get(func, func))}({call})"
+        if any(t != "_" for t in targets):
+            statement = f"{', '.join(targets)}{',' if spread and len(targets) == 1 else ''} = {statement}"
+        self.lines.append((statement, [*uses, *(t for t in targets if t != "_")]))
+
+    def _allocated(self, t: Tensor) -> None:
+        if t.is_pinned():
+            raise _Refused("pinned memory")
+        name = self._named(t)
+        layout = f"{tuple(t.shape)}, {t.stride()}, dtype={self._bind(t.dtype)}, device={self._bind(t.device)}"
+        self.lines.append((f"{name} = {self._bind(torch.empty_strided)}({layout})", [name]))
+
+    def _is_view(self, func, args, result) -> bool:
+        """Whether this is a view of a tensor from its own first element on. (Some operators give a view or a copy.)"""
+        if not func.is_view or not isinstance(result, Tensor):
+            return False
+        base = args[0]
+        return (
+            id(base) in self.names
+            and torch._C._is_alias_of(result, base)
+            and result.dtype is base.dtype
+            and result.storage_offset() == base.storage_offset()
+            and result.is_neg() == base.is_neg()
+        )
+
+    def _launched(self, runner, args) -> None:
+        uses: list[str] = []
+        call = ", ".join(self._value(a, uses) for a in args)
+        self.lines.append((f"{self._bind(runner)}({call})", uses))
+
+    def _target(self, func, t) -> str:
+        if t is None or (isinstance(t, Tensor) and id(t) in self.names):  # changed in place, say
+            return "_"
+        if not isinstance(t, Tensor):
+            raise _Refused(f"{func} gives a {type(t).__name__}")
+        return self._named(t)
+
+    def _named(self, t: Tensor) -> str:
+        name = f"v{len(self.made)}"
+        self.made.add(name)
+        self._call(t, name)
+        return name
+
+    def _call(self, t: Tensor, name: str | _View) -> None:
+        # Not kept alive: a call's largest tensors would add up.
+        key = id(t)
+        self.names[key] = name
+        self.living.append(weakref.ref(t, lambda _: self.names.pop(key, None)))
+
+    def _value(self, a, uses: list[str]) -> str:
+        """An argument as source; the names in it are added to uses."""
+        if isinstance(a, Tensor):
+            name = self.names.get(id(a))
+            if name is None:
+                raise _Refused("a tensor comes from nowhere")
+            if isinstance(name, _View):
+                name = self._materialised(a, name)
+            uses.append(name)
+            return name
+        if isinstance(a, (list, tuple)):
+            inner = ", ".join(self._value(v, uses) for v in a)
+            return f"[{inner}]" if isinstance(a, list) else f"({inner}{',' if len(a) == 1 else ''})"
+        if type(a) in _PLAIN and not (type(a) is float and not math.isfinite(a)):
+            return repr(a)
+        return self._bind(a)
+
+    def _materialised(self, t: Tensor, view: _View) -> str:
+        name = self._named(t)
+        statement = f"{name} = {self._bind(torch.as_strided)}({view.base}, {view.shape}, {view.stride})"
+        self.lines.append((statement, [view.base, name]))
+        return name
+
+    def _bind(self, value) -> str:
+        """The name of a constant in the function to be generated."""
+        for name, known in self.bound.items():
+            if known is value or (type(known) is type(value) and isinstance(value, (torch.device,)) and known == value):
+                return name
+        name = f"c{len(self.bound)}"
+        self.bound[name] = value
+        return name
+
+    # --- the function ---
+
+    def function(self, args: tuple, result, serve: Callable) -> Callable:
+        """A function of arguments like args that does what was seen, result having come out. serve: what does the same
+        where another device is the current one. Raises _Refused."""
+        if self.refusal is not None:
+            raise _Refused(self.refusal)
+        uses: list[str] = []
+        returned = self._value(result, uses)
+        parameters = ", ".join(f"a{i}" for i in range(len(args)))
+        body = []
+        if args[0].is_cuda:
+            here, instead = self._bind(torch._C._cuda_getDevice), self._bind(serve)
+            body.append(f"if {here}() != {args[0].get_device()}: return {instead}({parameters})")
+        last = {name: i for i, (_, names) in enumerate(self.lines) for name in names}
+        kept = set(uses)
+        for i, (statement, names) in enumerate(self.lines):
+            body.append(statement)
+            over = [n for n in dict.fromkeys(names) if last[n] == i and n in self.made and n not in kept]
+            if over:
+                body.append(f"del {', '.join(over)}")
+        source = "\n    ".join([f"def straight({parameters}):", *body, f"return {returned}"])
+        scope = dict(self.bound)
+        exec(compile(source, "<fused_resnet: a call written down>", "exec"), scope)
+        return scope["straight"]
+
+
+class Repeated:
+    """serve, which has served a first call of a kind, for later ones; `became` gets what one of them is written down
+    as."""
+
+    def __init__(self, op: str, serve: Callable, limit: float, became: Callable[[Callable], None]):
+        self.op, self.serve, self.limit, self.became = op, serve, limit, became
+        self.calls = 1
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls != WATCH_AT:
+            return self.serve(*args)
+        if capturing(args[0].device):
+            self.calls -= 1
+            return self.serve(*args)
+        result, function = write_down(self.op, self.serve, args, self.limit)
+        if function is not None:
+            self.became(function)
+        return result
+
+
+def write_down(op: str, serve: Callable, args: tuple, limit: float) -> tuple:
+    """(serve(*args), a function that does the same for calls of this kind, or None where it could not be written or
+    gave something else). limit: what `difference` may be of results that are not the same to the bit."""
+    result, function = watch(serve, args)
+    if isinstance(function, str):
+        logger.debug("%s is not written down: %s", op, function)
+        return result, None
+    try:
+        with unobserved(args[0].device):
+            pairs = zip(_flat(function(*args)), _flat(result), strict=True)
+            if all(_agrees(v, e, limit) for v, e in pairs):
+                return result, function
+    except torch.OutOfMemoryError:
+        return result, None
+    logger.warning("%s: written down, a call gave something else; its host code runs every time", op)
+    return result, None
+
+
+def watch(serve: Callable, args: tuple) -> tuple:
+    """(serve(*args), a function that does the same or why there is none, as the rest of a sentence)."""
+    seen = _Watch(args)
+    with seen:
+        result = serve(*args)
+    try:
+        return result, seen.function(args, result, serve)
+    except _Refused as refused:
+        return result, str(refused)
+
+
+def _flat(result) -> tuple:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def _agrees(v: Tensor | None, e: Tensor | None, limit: float) -> bool:
+    if v is None or e is None:
+        return v is e
+    if (v.shape, v.stride(), v.dtype, v.device) != (e.shape, e.stride(), e.dtype, e.device):
+        return False
+    if torch.equal(_bits(v), _bits(e)):
+        return True
+    return v.is_floating_point() and difference(v, e) <= limit
+
+
+def _bits(t: Tensor) -> Tensor:
+    """A floating tensor as integers, which are equal where NaNs are the same."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t.view(whole[t.element_size()]) if t.is_floating_point() else t
