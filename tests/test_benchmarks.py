@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_resnet import measure
+from fused_resnet import backends, measure
+from fused_resnet.backends import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # unlike `python -m pytest`, `pytest` does not look into the checkout
@@ -216,3 +217,14 @@ def test_recording_writes_what_the_table_reads(tmp_path, monkeypatch, capsys):
     (tmp_path / "named.json").write_text(json.dumps(result))
     with pytest.raises(SystemExit, match="another machine or version: cpu differ"):
         record.main(again)
+
+
+def test_the_hosts_part_of_a_step(tmp_path):
+    """And nothing of what stands in for a GPU stays."""
+    host = importlib.import_module("benchmarks.host")
+    before = backends.ORDER, backends.TRUSTED, backends.WRITTEN_DOWN, triton._dispatch
+    assert host.main(["--rounds", "1", "--json", str(tmp_path / "host.json")]) == 0
+    assert before == (backends.ORDER, backends.TRUSTED, backends.WRITTEN_DOWN, triton._dispatch)
+    for found in json.loads((tmp_path / "host.json").read_text())["steps"].values():
+        assert found["launches"] > 500
+        assert all(0 < found[name]["backward_ms"] for name in ("eager", "run", "written"))

@@ -416,6 +416,41 @@ def test_autocast_bn_act_follows_x():
     torch.testing.assert_close(y.float(), unfused_bn(*case.args), rtol=2**-6, atol=2**-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", ["conv_bn_act", "bn_act", "bn_act_conv", "pointwise_bn_act"])
+def test_autocast_past_the_dispatcher(op, dtype, monkeypatch):
+    """The call that goes to the function itself gives what the dispatcher's gives: values, gradients, their dtypes."""
+    given = conv_case(SHAPES["1x1"], torch.float32, residual=op != "bn_act_conv", requires_grad=True)
+    x, weight, gamma, beta, mean, var, eps, residual, *places, relu = given.args
+    loaded = (x.mean((0, 2, 3)).detach(), x.var((0, 2, 3)).detach(), *torch.ones(2, x.shape[1]).unbind(), eps, True)
+    args = {
+        "conv_bn_act": given.args,
+        "bn_act": bn_case(torch.bfloat16, requires_grad=True).args,
+        "bn_act_conv": (x, weight, *loaded, *places, True),
+        "pointwise_bn_act": (x, weight, *loaded, gamma, beta, eps, residual, places[0], relu),
+    }[op]
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    casts = []
+    monkeypatch.setitem(ops._casts, op, lambda to, args, cast=ops._casts[op]: casts.append(to) or cast(to, args))
+
+    def results(call):
+        with torch.autocast("cpu", dtype=dtype):
+            found = call(*args)
+            found = found if isinstance(found, tuple) else (found,)
+        found[0].float().square().sum().backward()
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return [*found, *gradients]
+
+    for a, b in zip(results(ops.direct(op)), results(getattr(torch.ops.fused_resnet, op)), strict=True):
+        assert a.dtype is b.dtype and torch.equal(a, b)
+    assert casts == [dtype]  # not by way of the kernel that was registered
+    with torch.autocast("cpu", dtype=dtype, enabled=False):
+        ops.direct(op)(*args)
+    assert casts == [dtype]
+
+
 # --- update_running_stats_ ---
 
 
