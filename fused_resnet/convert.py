@@ -35,7 +35,7 @@ from .blocks import (
     stateless,
     unfusable,
 )
-from .preact import PreAct
+from .preact import PreAct, preact_unfusable
 from .residual_network import ResidualNetwork
 from .stem import FusedResNet
 from .training import check_memory
@@ -98,13 +98,13 @@ def swap_blocks(
     into ones that train with their stem's batch norm, ReLU and pool in one pass.
 
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Blocks are torchvision's
-    and timm's BasicBlock and Bottleneck, those of timm's RegNets, detectron2's BasicBlock and BottleneckBlock, and
-    those of any other class whose forward, traced by `torch.fx`, is relu(chain(x) + shortcut(x)), the chain being
-    convolution, batch norm and ReLU in turns: OpenMMLab's and Hugging Face's ResNets, RegNets, your own. A block stays
-    an instance of its class; one whose forward does anything beside is left alone. Parameters, buffers, hooks of the
-    blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A block that cannot be
-    fused without changing what it computes is left alone; `swap_report(model)` tells which and why. torch.jit.script
-    and vmap know no fused block.
+    and timm's BasicBlock and Bottleneck, those of timm's RegNets and ResNetV2, detectron2's BasicBlock and
+    BottleneckBlock, and those of any other class whose forward, traced by `torch.fx`, is relu(chain(x) + shortcut(x)),
+    the chain being convolution, batch norm and ReLU in turns: OpenMMLab's and Hugging Face's ResNets, RegNets, your
+    own. A block stays an instance of its class; one whose forward does anything beside is left alone. Parameters,
+    buffers, hooks of the blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A
+    block that cannot be fused without changing what it computes is left alone; `swap_report(model)` tells which and
+    why. torch.jit.script and vmap know no fused block.
 
     memory_format: layout given to the weights of all the model's convolutions if a block is swapped (as
     `model.to(memory_format=...)` would; the stem's decides what the first block reads). The default, channels_last, is
@@ -132,7 +132,7 @@ def swap_blocks(
     shared = _shared_convolutions(found)
     _warn_of_biases(model, found)
     swapped = False
-    networks = _networks()
+    kinds, networks = _preact_kinds(), _networks()
     for network in model.modules():
         if isinstance(network, ResidualNetwork):
             network.fused = True
@@ -146,6 +146,10 @@ def swap_blocks(
         else:
             block.__class__ = anatomy
         swapped = True
+    for block in model.modules():
+        if type(block) in kinds and _why_left_pre_activation(block, kinds[type(block)]) is None:
+            block.__class__ = kinds[type(block)]
+            swapped = True
     if swapped and memory_format is not torch.preserve_format:
         for conv in (m for m in model.modules() if type(m) in (nn.Conv2d, *NORMED)):
             former = _lay_out(conv, memory_format)
@@ -156,19 +160,20 @@ def swap_blocks(
         for block in fused:
             block.memory = memory
     if not fused:
-        warnings.warn(_nothing_to_fuse(_reports(found, shared)), stacklevel=2)
+        warnings.warn(_nothing_to_fuse(_reports(model, found, shared)), stacklevel=2)
     return model
 
 
 def restore_blocks(model: nn.Module) -> nn.Module:
     """Undo `swap_blocks` in place: fused blocks inside `model` are their library's again, weights laid out as before.
 
-    Blocks that no library has, plain and pre-activation ones, stay; the stem of a network of
+    Blocks that no library has, plain and pre-activation ones of this package, stay; the stem of a network of
     `fused_resnet.models` is called module by module from now on, until blocks are swapped again.
 
     Returns the same model. Raises TypeError if model is not a module.
     """
-    originals = {fused: original for original, fused in (*_kinds().items(), *_networks().items())}
+    swaps = _kinds() | _preact_kinds() | _networks()
+    originals = {fused: original for original, fused in swaps.items()}
     for m in _module(model).modules():
         if isinstance(m, ResidualNetwork):
             m.fused = False
@@ -187,8 +192,7 @@ def swap_report(model: nn.Module) -> SwapReport:
     """Every residual block inside `model`, as it is now: fused, fusable, or left and why. `str()` of it is a table."""
     found = _found(_module(model))
     shared = _shared_convolutions(found)
-    blocks = _reports(found, shared)
-    blocks |= {m: _report_pre_activation(name, m) for name, m in model.named_modules() if isinstance(m, PreAct)}
+    blocks = _reports(model, found, shared)
     return SwapReport(tuple(blocks[m] for m in model.modules() if m in blocks))
 
 
@@ -219,6 +223,11 @@ def _kinds() -> dict[type[nn.Module], type[Named]]:
     return functools.reduce(operator.or_, (module.FUSED for module in _libraries()), FUSED)
 
 
+def _preact_kinds() -> dict[type[nn.Module], type[PreAct]]:
+    """The fused class of each library's pre-activation block."""
+    return functools.reduce(operator.or_, (getattr(module, "PREACTIVATED", {}) for module in _libraries()), {})
+
+
 def _networks() -> dict[type[nn.Module], type[nn.Module]]:
     """The class of each library's network whose stem is fused."""
     return functools.reduce(operator.or_, (module.NETWORKS for module in _libraries()), NETWORKS)
@@ -235,7 +244,8 @@ class _Found(NamedTuple):
 def _found(model: nn.Module) -> list[_Found]:
     """The post-activation blocks of a model."""
     kinds = _kinds()
-    traced = traced_blocks.discover(model, lambda m: isinstance(m, (Fused, PreAct)) or type(m) in kinds)
+    others = kinds.keys() | _preact_kinds().keys()
+    traced = traced_blocks.discover(model, lambda m: isinstance(m, (Fused, PreAct)) or type(m) in others)
     found = []
     for name, m in model.named_modules():
         if isinstance(m, Fused):
@@ -258,10 +268,20 @@ def _nothing_to_fuse(reports: dict[nn.Module, BlockReport]) -> str:
     return f"model: none of its {len(left)} residual blocks could be swapped; first reason: {next(iter(reasons))}"
 
 
-def _report_pre_activation(name: str, block: PreAct) -> BlockReport:
+def _report_pre_activation(name: str, block: nn.Module, kind: type[PreAct]) -> BlockReport:
+    type_name = type(block).__name__
+    if not isinstance(block, PreAct):
+        reason = _why_left_pre_activation(block, kind)
+        return BlockReport(name, type_name, "left" if reason else "fusable", reason or "")
     reason = block.unfusable()
     note = _lean_note(block, block.not_lean) if block.memory == "lean" else ""
-    return BlockReport(name, type(block).__name__, "fused", reason and f"runs unfused: {reason}" or "", note)
+    return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
+
+
+def _why_left_pre_activation(block: nn.Module, kind: type[PreAct]) -> str | None:
+    if "forward" in block.__dict__:
+        return "forward is overridden on the instance"
+    return preact_unfusable(block, kind)
 
 
 def _report(name: str, block: nn.Module, anatomy, shared: set[int]) -> BlockReport:
@@ -279,8 +299,13 @@ def _report(name: str, block: nn.Module, anatomy, shared: set[int]) -> BlockRepo
     return BlockReport(name, type_name, "left", reason)
 
 
-def _reports(found: list[_Found], shared: set[int]) -> dict[nn.Module, BlockReport]:
-    return {block: _report(name, block, anatomy, shared) for name, block, anatomy in found}
+def _reports(model: nn.Module, found: list[_Found], shared: set[int]) -> dict[nn.Module, BlockReport]:
+    reports = {block: _report(name, block, anatomy, shared) for name, block, anatomy in found}
+    kinds = _preact_kinds()
+    for name, m in model.named_modules():
+        if isinstance(m, PreAct) or type(m) in kinds:
+            reports[m] = _report_pre_activation(name, m, kinds.get(type(m), type(m)))
+    return reports
 
 
 def _lean_note(block: nn.Module, not_lean) -> str:
@@ -333,10 +358,12 @@ def _shared_convolutions(found: list[_Found]) -> set[int]:
 
 def _warn_of_biases(model: nn.Module, found: list[_Found]) -> None:
     pairs = [(name, triple) for name, block, anatomy in found for triple in _normalised(block, anatomy)]
+    kinds = _preact_kinds()
     for name, block in model.named_modules():
-        if isinstance(block, PreAct):
-            own = block._pairs()
-            pairs += [(name, (f"conv{i}", own[i - 1][1], own[i][0])) for i in range(1, len(own))]
+        if isinstance(block, PreAct) or type(block) in kinds:
+            convolutions, norms, _ = kinds.get(type(block), type(block)).parts(block)
+            own = zip(convolutions[:-1], norms[1:], strict=True)
+            pairs += [(name, (conv, part(block, conv), part(block, norm))) for conv, norm in own]
     biased = [
         f"{name}.{conv_name}".lstrip(".")
         for name, (conv_name, conv, norm) in pairs

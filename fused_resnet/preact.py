@@ -16,21 +16,48 @@ from torch import Tensor, fx, nn
 from torchvision.models.resnet import conv1x1, conv3x3
 
 from . import training
-from .blocks import conv_bn, convolution_unfusable, parts_unfusable, recorded, tampered
+from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, recorded, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch
 from .ops import check_shortcut
 from .shortcuts import Plain, ZeroPad
 
 
 class PreAct(nn.Module):
-    """What both blocks share: pairs (bn1, conv1), (bn2, conv2), ..., relu, downsample."""
+    """What pre-activation blocks share: pairs (batch norm, convolution), each batch norm with a ReLU behind it, and a
+    shortcut. The static methods say where these are in a block of this kind, or in one that may become one."""
 
     memory = "default"
     residual = True
 
+    @staticmethod
+    def parts(block: nn.Module) -> tuple[list[str], list[str], list[str]]:
+        """The names of its convolutions, of its batch norms in front of them, and of its ReLUs."""
+        convolutions, norms = ([name for name in block._modules if name.startswith(kind)] for kind in ("conv", "bn"))
+        return convolutions, norms, ["relu"]
+
+    @staticmethod
+    def projection(block: nn.Module) -> nn.Module | None:
+        """The convolution that is all of its shortcut, where it is one."""
+        return block.downsample[0] if isinstance(block.downsample, nn.Sequential) else None
+
+    @staticmethod
+    def obstacle(block: nn.Module) -> str | None:
+        """Why a block cannot be fused for what it has beside its pairs."""
+        return None if block.downsample is None else _projection_unfusable(block.downsample)
+
+    @staticmethod
+    def tail(block: nn.Module) -> list[nn.Module]:
+        """Modules that stand between the last convolution and the add."""
+        return []
+
+    @staticmethod
+    def runs_once(block: nn.Module) -> str | None:
+        """What in a block may not be computed again in the backward."""
+        return None
+
     def _pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        count = sum(name.startswith("conv") for name in self._modules)
-        return [(self._modules[f"bn{i}"], self._modules[f"conv{i}"]) for i in range(1, count + 1)]
+        convolutions, norms, _ = self.parts(self)
+        return [(part(self, bn), part(self, conv)) for bn, conv in zip(norms, convolutions, strict=True)]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.unfusable() is not None or recorded(x):
@@ -44,7 +71,11 @@ class PreAct(nn.Module):
         for bn, following in rest:
             out = conv_bn(out, conv, bn)
             conv = following
-        return _convolved(out, conv, shortcut)
+        return self._ended(out, conv, shortcut)
+
+    def _ended(self, out: Tensor, conv: nn.Conv2d, shortcut: Tensor | None) -> Tensor:
+        """The last convolution and the add, where no batch norm uses the batch's statistics."""
+        return convolved(out, conv, shortcut)
 
     def _shortcut(self, x: Tensor, activated: Tensor) -> Tensor | None:
         if not self.residual:
@@ -53,12 +84,14 @@ class PreAct(nn.Module):
 
     def _trained(self, x: Tensor, pairs) -> Tensor:
         training.check_memory(self.memory)
+        tail = self.tail(self)
 
         def run(x: Tensor, statistics: training.Statistics) -> Tensor:
             (bn, conv), *rest = pairs
             out, norm = x, statistics.of(x, bn)
-            if isinstance(self.downsample, nn.Sequential):
-                shortcut = training.convolved(x, norm, self.downsample[0])
+            projection = self.projection(self)
+            if projection is not None:
+                shortcut = training.convolved(x, norm, projection)
             else:
                 if self.downsample is not None:  # it wants relu(bn1(x)): there it is
                     out, norm = training.activated(x, norm), training.NOTHING
@@ -66,9 +99,13 @@ class PreAct(nn.Module):
             for bn, following in rest:
                 out, norm = training.convolve(out, norm, conv, bn, statistics)
                 conv = following
-            return _added(shortcut, training.convolved(out, norm, conv))
+            out = training.convolved(out, norm, conv)
+            for module in tail:
+                out = module(out)
+            return _added(shortcut, out)
 
-        return training.lean(run, x, self) if self.memory == "lean" else run(x, training.Statistics())
+        lean = self.memory == "lean" and self.runs_once(self) is None
+        return training.lean(run, x, self) if lean else run(x, training.Statistics())
 
     def _unfused(self, x: Tensor) -> Tensor:
         (bn, conv), *rest = self._pairs()
@@ -83,16 +120,21 @@ class PreAct(nn.Module):
         """Why a block whose memory is "lean" keeps what others keep; None if it does not."""
         if reason := self.unfusable():
             return reason
-        return None if all(on_own_batch(bn) for bn, _ in self._pairs()) else "a batch norm is frozen or synchronised"
+        if not all(on_own_batch(bn) for bn, _ in self._pairs()):
+            return "a batch norm is frozen or synchronised"
+        return self.runs_once(self)
 
     def unfusable(self) -> str | None:
         """Why the block runs its modules one by one, or None if it is fused."""
-        convolutions, norms = ([name for name in self._modules if name.startswith(kind)] for kind in ("conv", "bn"))
-        reason = parts_unfusable(self, convolutions, norms)
-        reason = reason or next(
-            (f"{name}: has a bias" for name in convolutions if _has_bias(self._modules[name])), None
-        )
-        return reason if reason or self.downsample is None else _projection_unfusable(self.downsample)
+        return preact_unfusable(self, type(self))
+
+
+def preact_unfusable(block: nn.Module, kind: type[PreAct]) -> str | None:
+    """Why this block cannot be fused as one of this kind, or None."""
+    convolutions, norms, activations = kind.parts(block)
+    reason = parts_unfusable(block, convolutions, norms, activations)
+    reason = reason or next((f"{name}: has a bias" for name in convolutions if _has_bias(part(block, name))), None)
+    return reason or kind.obstacle(block)
 
 
 class FusedPreActBasicBlock(PreAct):
@@ -204,6 +246,6 @@ def _added(shortcut: Tensor | None, out: Tensor) -> Tensor:
     return shortcut + out
 
 
-def _convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor | None) -> Tensor:
+def convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor | None) -> Tensor:
     places = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
     return conv_bn_act(x, conv.weight, residual=residual, relu=False, **places)

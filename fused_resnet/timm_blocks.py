@@ -1,5 +1,5 @@
-"""The residual blocks of timm's ResNets and RegNets, fused. Importing this imports timm: `swap_blocks` does so where it
-is in use.
+"""The residual blocks of timm's ResNets, RegNets and ResNetV2, fused. Importing this imports timm: `swap_blocks` does
+so where it is in use.
 
 Beside what torchvision's blocks have, these may have an average pool in front of the projection (arXiv 1812.01187),
 channel attention behind the last batch norm (arXiv 1709.01507, 1910.03151), stochastic depth (arXiv 1603.09382),
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, DropBlock2d, DropPath
-from timm.models import regnet
+from timm.models import regnet, resnetv2
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, fx, nn
 
-from .blocks import ACTIVATED, POOLS, Named, Side, part, projection_unfusable, tampered
+from .blocks import ACTIVATED, POOLS, Named, Side, convolution_unfusable, part, projection_unfusable, tampered
 from .frozen import is_frozen
+from .preact import PreAct, convolved
 from .stem import pooled_stem
 
 
@@ -121,6 +122,67 @@ class FusedTimmRegNetBottleneck(Named, regnet.Bottleneck):
         return None if type(own) is nn.Identity and tampered(own) is None else own
 
 
+class _FusedTimmPreAct(PreAct):
+    @staticmethod
+    def parts(block: nn.Module) -> tuple[list[str], list[str], list[str]]:
+        convolutions, norms = ([name for name in block._modules if name.startswith(kind)] for kind in ("conv", "norm"))
+        return convolutions, norms, [f"{name}.act" for name in norms]
+
+    @staticmethod
+    def projection(block: nn.Module) -> nn.Module | None:
+        own = block.downsample
+        if type(own) is not resnetv2.DownsampleConv or tampered(own) or not _idle(own.norm) or tampered(own.norm):
+            return None
+        return own.conv if convolution_unfusable(own.conv) is None and own.conv.bias is None else None
+
+    @staticmethod
+    def obstacle(block: nn.Module) -> str | None:
+        return None  # a shortcut that is none of these is called as the module that it is
+
+    @staticmethod
+    def tail(block: nn.Module) -> list[nn.Module]:
+        return _at_work(block, "drop_path")
+
+    @staticmethod
+    def runs_once(block: nn.Module) -> str | None:
+        if tail := _FusedTimmPreAct.tail(block):
+            return f"{type(tail[0]).__name__} in front of the add"
+        known = block.downsample is None or _FusedTimmPreAct.projection(block) is not None
+        return None if known else f"downsample: {type(block.downsample).__name__} is called as it is"
+
+    def _ended(self, out: Tensor, conv: nn.Conv2d, shortcut: Tensor) -> Tensor:
+        tail = self.tail(self)
+        if not tail and shortcut.dtype is out.dtype:
+            return super()._ended(out, conv, shortcut)
+        out = convolved(out, conv, None)
+        for module in tail:
+            out = module(out)
+        return out + shortcut  # under autocast of the shortcut's dtype, if that is wider
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        return super(PreAct, self).forward(x)
+
+
+# Absent from versions before 1.0.
+_PreActBasic = getattr(resnetv2, "PreActBasic", resnetv2.PreActBottleneck)
+
+
+class FusedTimmPreActBasic(_FusedTimmPreAct, _PreActBasic):
+    """timm's PreActBasic (BN, ReLU, 3x3, twice; He et al., arXiv 1603.05027), fused where its norms are BatchNormAct2d.
+
+    The constructor's arguments are timm's. forward: x [N, in_chs, H, W] -> [N, out_chs, H/stride, W/stride], any float
+    dtype. memory, an attribute: as FusedBasicBlock's.
+    """
+
+
+class FusedTimmPreActBottleneck(_FusedTimmPreAct, resnetv2.PreActBottleneck):
+    """timm's PreActBottleneck (BN, ReLU and 1x1, 3x3 with the stride, 1x1), fused where its norms are BatchNormAct2d.
+
+    The constructor's arguments are timm's. forward: x [N, in_chs, H, W] -> [N, out_chs, H/stride, W/stride], any float
+    dtype. memory, an attribute: as FusedBottleneck's.
+    """
+
+
 class FusedTimmResNet(ResNet):
     """timm's ResNet with its stem fused while it trains; `swap_blocks` makes one of it, in place."""
 
@@ -137,6 +199,7 @@ FUSED = {
     Bottleneck: FusedTimmBottleneck,
     regnet.Bottleneck: FusedTimmRegNetBottleneck,
 }
+PREACTIVATED = {_PreActBasic: FusedTimmPreActBasic, resnetv2.PreActBottleneck: FusedTimmPreActBottleneck}
 NETWORKS = {ResNet: FusedTimmResNet}
 ACTIVATED.add(BatchNormAct2d)
 

@@ -1,4 +1,4 @@
-"""timm's ResNets and RegNets: blocks and stems fused, beside timm's own; what is in them beyond torchvision's."""
+"""timm's ResNets, RegNets and ResNetV2: blocks and stems fused, beside timm's own; what torchvision's do not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from timm.layers.norm_act import freeze_batch_norm_2d
-from timm.models import regnet
+from timm.models import regnet, resnetv2
 from timm.models import resnet as timm_resnet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -26,6 +26,8 @@ from fused_resnet import stem, swap_blocks, swap_report, training
 from fused_resnet.timm_blocks import (
     FusedTimmBasicBlock,
     FusedTimmBottleneck,
+    FusedTimmPreActBasic,
+    FusedTimmPreActBottleneck,
     FusedTimmRegNetBottleneck,
     FusedTimmResNet,
 )
@@ -41,6 +43,10 @@ NETWORKS = {
     "resnetblur18": (8, 8, ""),  # BlurPool in front of convolutions
     "regnetx_002": (13, 13, ""),  # batch norms with a ReLU inside
     "regnety_002": (13, 13, ""),  # squeeze-and-excitation in front of the last convolution
+    "resnetv2_18": (8, 8, ""),  # pre-activation
+    "resnetv2_18d": (8, 8, ""),
+    "resnetv2_50": (16, 16, ""),
+    "resnetv2_50d_gn": (0, 16, "norm1: GroupNormAct is none of"),
     "resnet50_gn": (0, 16, "bn1: GroupNorm is none of"),
 }
 FUSED = [name for name, (fused, _, _) in NETWORKS.items() if fused]
@@ -78,13 +84,14 @@ def test_what_is_fused_and_what_is_left(name):
     keys, types, parameters = list(model.state_dict()), [type(m) for m in model.modules()], list(model.parameters())
     if fused:
         assert swap_blocks(model) is model
-        assert type(model) is (regnet.RegNet if "regnet" in name else FusedTimmResNet)
+        assert type(model) is (FusedTimmResNet if types[0] is timm_resnet.ResNet else types[0])
     else:
         with pytest.warns(UserWarning, match=f"model: none of its {blocks} residual blocks.*{reason}"):
             swap_blocks(model)
     report = swap_report(model)
     assert (len(report.fused), len(report.blocks)) == (fused, blocks)
     kinds = {"FusedTimmBasicBlock", "FusedTimmBottleneck", "FusedTimmRegNetBottleneck"}
+    kinds |= {"FusedTimmPreActBasic", "FusedTimmPreActBottleneck"}
     assert all(b.type in kinds and b.reason == b.note == "" for b in report.fused)
     assert all(b.reason.startswith(reason) for b in report.left)
     assert list(model.state_dict()) == keys
@@ -170,7 +177,13 @@ def test_equals_timm_in_float64(name, train, device):
 
 @modes
 @pytest.mark.parametrize(
-    "name", ["seresnet18", "regnety_002", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet26d", "resnet18"))]
+    "name",
+    [
+        "seresnet18",
+        "regnety_002",
+        "resnetv2_18d",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet26d", "resnet18")),
+    ],
 )
 def test_equals_timm_by_the_rule(name, train, device):
     """float32, beside timm's own variants, float64 the judge; of the seeds the worst, in training the median."""
@@ -190,7 +203,7 @@ def test_equals_timm_by_the_rule(name, train, device):
 @modes
 @pytest.mark.parametrize("memory", ["default", "lean"])
 @pytest.mark.parametrize(
-    "name", ["resnet26d", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "seresnet18"))]
+    "name", ["resnet26d", "resnetv2_18", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "seresnet18"))]
 )
 def test_stochastic_depth(name, memory, train, device):
     """The same paths are dropped from the same seed; a lean block does not draw twice, and says that it is not lean."""
@@ -222,7 +235,7 @@ def test_drop_block(swapped_in, device):
         same(seen(ours, x.double()), seen(model, x.double()))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "ecaresnet26t", "regnetx_002"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "ecaresnet26t", "regnetx_002", "resnetv2_18"])
 def test_lean_equals_default_to_the_bit(name, device):
     model, x = untouched(name, device)
     default, lean = swap_blocks(copy.deepcopy(model)), swap_blocks(copy.deepcopy(model), memory="lean")
@@ -454,6 +467,129 @@ def test_batch_norms_with_an_activation_elsewhere():
         torch.testing.assert_close(block(x), want)
 
 
+# --- ResNetV2 ---------------------------------------------------------------------------------------------------------
+
+
+def preact_block(kind=resnetv2.PreActBottleneck, train: bool = True, channels=(24, 48), side="conv", **options):
+    torch.manual_seed(0)
+    norm, conv = timm.layers.BatchNormAct2d, timm.layers.create_conv2d
+    proj = {"conv": resnetv2.DownsampleConv, "avg": resnetv2.DownsampleAvg, None: None}[side]
+    layers = {"norm_layer": norm, "conv_layer": conv, "proj_layer": proj}
+    stride = 1 if side is None else 2
+    block = kind(*channels, **{"stride": stride, **layers, **options}).double().train(train)
+    return parity.randomize_norms(block, 0)
+
+
+@modes
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (resnetv2.PreActBasic, {}),
+        (resnetv2.PreActBottleneck, {"drop_path_rate": 0.5}),
+        (resnetv2.PreActBottleneck, {"side": "avg"}),
+        (resnetv2.PreActBottleneck, {"side": None, "channels": (48, 48), "groups": 4}),
+    ],
+    ids=["basic", "drops", "pooled", "identity"],
+)
+@pytest.mark.parametrize("memory", ["default", "lean"])
+def test_a_hook_anywhere_in_a_pre_activation_block_is_called_and_heeded(kind, options, memory, train):
+    block = preact_block(kind, train, **options)
+    ours = swap_blocks(nn.Sequential(copy.deepcopy(block)), memory=memory)[0]
+    assert type(ours) in (FusedTimmPreActBasic, FusedTimmPreActBottleneck) and isinstance(ours, kind)
+    x = torch.randn(2, block.conv1.in_channels, 9, 9, dtype=torch.float64)
+    same(seen(ours, x), seen(block, x))
+    names = [name for name, _ in block.named_modules() if name]
+    assert {"conv1", "norm1.act", "norm2.drop", "drop_path"} <= set(names)
+    each_hook_is_heeded(names, ours, block, x)
+    (report,) = swap_report(nn.Sequential(ours)).fused
+    drops, pools = "drop_path_rate" in options, options.get("side") == "avg"
+    why = "DropPath in front of the add" if drops else "downsample: DownsampleAvg is called as it is" if pools else ""
+    if memory == "lean" and train:
+        assert report.note == (f"not lean: {why}" if why else "lean")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"norm_layer": lambda c, **kw: timm.layers.BatchNormAct2d(c, act_layer="silu")},
+            "norm1.act: SiLU is not ReLU",
+        ),
+        ({"norm_layer": lambda c, **kw: timm.layers.GroupNormAct(c, 4)}, "norm1: GroupNormAct is none of"),
+        ({"norm_layer": lambda c, **kw: timm.layers.BatchNormAct2d(c, apply_act=False)}, "norm1.act: Identity is not"),
+        ({"conv_layer": timm.layers.StdConv2d}, "conv1: StdConv2d is not Conv2d"),
+        ({"conv_layer": lambda *a, **kw: timm.layers.create_conv2d(*a, **kw, bias=True)}, "conv1: has a bias"),
+    ],
+    ids=["silu", "group-norm", "no-activation", "standardised", "bias"],
+)
+@pytest.mark.filterwarnings("ignore:bias")
+def test_what_a_pre_activation_block_may_not_be(options, reason):
+    model = nn.Sequential(preact_block(**options))
+    with pytest.warns(UserWarning, match=reason):
+        swap_blocks(model)
+    (block,) = swap_report(model).left
+    assert block.reason.startswith(reason)
+    ours = preact_block()
+    ours.forward = ours.forward
+    assert swap_report(nn.Sequential(ours)).left[0].reason == "forward is overridden on the instance"
+    assert swap_report(nn.Sequential(preact_block())).blocks[0].status == "fusable"
+
+
+def test_a_pre_activation_block_that_changes_runs_timms_forward():
+    x = torch.randn(2, 24, 9, 9).double()
+    changes = {
+        "norm2.act": nn.SiLU(),
+        "norm1": timm.layers.GroupNormAct(24, 4).double(),
+        "conv2": nn.Conv2d(16, 16, 3, 2, 1).double(),
+        "downsample": nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(24, 48, 1)).double(),
+        "downsample.norm": nn.Hardtanh(),
+        "downsample.conv": nn.Conv2d(24, 48, 1, 2, bias=True).double(),
+        "drop_path": nn.Tanh(),
+    }
+    for train in (True, False):
+        for name, module in changes.items():
+            block = preact_block(train=train)
+            ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+            for b in (ours, block):
+                b.set_submodule(name, copy.deepcopy(module))
+            reason = swap_report(nn.Sequential(ours)).fused[0].reason
+            assert reason.startswith("runs unfused: ") == (not name.startswith(("downsample", "drop_path"))), name
+            same(seen(ours, x), seen(block, x))
+
+
+@pytest.mark.parametrize("convert", [freeze_batch_norm_2d, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_converted_batch_norms_of_a_pre_activation_block_are_timms_to_call(convert):
+    block = preact_block(train=False)
+    ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))
+    block, (ours,) = convert(block), convert(ours)
+    assert type(ours) is FusedTimmPreActBottleneck and ours.unfusable().startswith("norm1: ")
+    x = torch.randn(2, 24, 9, 9).double()
+    torch.testing.assert_close(ours(x), block(x), rtol=1e-9, atol=1e-9)
+
+
+@modes
+@pytest.mark.parametrize("options", [{}, {"side": None, "channels": (48, 48)}], ids=["projection", "identity"])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_dtypes_of_a_pre_activation_block_under_autocast(given, options, train):
+    """A wider shortcut gives the sum its dtype."""
+    block = preact_block(train=train, **options).float()
+    ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+    x = torch.randn(2, block.conv1.in_channels, 8, 8).to(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(x), block(x)
+    assert a.dtype is b.dtype
+    torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
+
+
+def test_a_batch_norm_in_eval_mode_in_a_training_pre_activation_block():
+    for name in ("norm1", "norm2", "norm3"):
+        block = preact_block()
+        block.get_submodule(name).eval()
+        ours = swap_blocks(nn.Sequential(copy.deepcopy(block)))[0]
+        x = torch.randn(2, 24, 9, 9).double()
+        same(seen(ours, x), seen(block, x))
+
+
 # --- the stem ---------------------------------------------------------------------------------------------------------
 
 
@@ -533,7 +669,7 @@ def test_features():
 
 
 @modes
-@pytest.mark.parametrize("name", [pytest.param("resnet10t", marks=pytest.mark.slow), "seresnet18"])
+@pytest.mark.parametrize("name", [pytest.param("resnet10t", marks=pytest.mark.slow), "seresnet18", "resnetv2_18"])
 def test_compiles_whole(name, train, device):
     torch._dynamo.reset()
     model, x = untouched(name, device, train=train)
