@@ -5,7 +5,10 @@ strides, with the same answers for all calls of one kind (shapes, strides, align
 fast waits for it. So once a kind of call has come often enough, one call of it is watched: every operator of PyTorch's
 that it calls, every launch, and which tensor goes where. What was seen becomes a function that allocates, launches and
 calls in the same order and does nothing else. Before it serves, its results are compared with those of the call that
-was watched.
+was watched, memory being filled with NaN before it is written to.
+
+What a backend's function must not do, then, and nothing here could see: go by an address or a storage's offset, or by
+values that it reads otherwise than through PyTorch's operators (`numpy()`, `untyped_storage()`).
 """
 
 from __future__ import annotations
@@ -13,18 +16,21 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import types
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .verify import capturing, difference, unobserved
 
 logger = logging.getLogger("fused_resnet")
 
 WATCH_AT = 6  # calls of one kind: to write one down takes as long as a dozen calls
+TRIES = 3  # so many calls apart: an infinity that came by, or one tensor as two arguments, may not come again
 _aten = torch.ops.aten
 _ALLOCATES = {
     _aten.empty.memory_format,
@@ -45,8 +51,11 @@ _BOUND = {
     _aten._foreach_copy_.default: torch._foreach_copy_,
 }
 _UNPREDICTABLE = (torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+# By an offset in a storage, which is no part of an argument's kind. (Views from a first element on are not called.)
+_BY_PLACE = {_aten.as_strided.default, _aten.as_strided_.default, *map(_aten.set_.__getattr__, _aten.set_.overloads())}
 _PLAIN = (int, float, bool, str, type(None))
 _watching = threading.local()
+_one_at_a_time = threading.Lock()  # what PyTorch notes of modes is the whole process'
 
 
 def watched() -> _Watch | None:
@@ -82,12 +91,16 @@ class _Watch(TorchDispatchMode):
                     self.refuse("one tensor is two arguments, which the next call may not repeat")
                 self._call(a, f"a{i}")
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
     def __enter__(self):
-        _watching.watch = self
+        self.outer, _watching.watch = watched(), self
         return super().__enter__()
 
     def __exit__(self, *exception):
-        _watching.watch = None
+        _watching.watch = self.outer
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -106,6 +119,8 @@ class _Watch(TorchDispatchMode):
                 step(*args)
             except _Refused as refused:
                 self.refuse(str(refused))
+            except Exception as failure:  # no reason for the call that is watched to fail
+                self.refuse(f"{type(failure).__name__}: {failure}")
 
     def refuse(self, reason: str) -> None:
         self.refusal = self.refusal or reason
@@ -113,8 +128,11 @@ class _Watch(TorchDispatchMode):
     # --- what happened, as statements ---
 
     def _called(self, func, args, kwargs, result) -> None:
-        if any(tag in func.tags for tag in _UNPREDICTABLE):
+        if any(tag in func.tags for tag in _UNPREDICTABLE) and not _by_numbers(func, args):
             raise _Refused(f"{func} gives other results each time, or others for other values")
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        if not tensors:
+            return  # a question about dtypes, say
         if isinstance(result, Tensor) and id(result) in self.names and not func._schema.is_mutable:
             return  # an argument that needed no change: of dtype, say
         if func in _ALLOCATES:
@@ -124,6 +142,8 @@ class _Watch(TorchDispatchMode):
             base = self.names.get(id(args[0]))
             self._call(result, _View(base.base if isinstance(base, _View) else base, result))
             return
+        if func in _BY_PLACE or len({t.device for t in tensors}) > 1:
+            raise _Refused(f"{func} goes by what a later call may have elsewhere")
         uses: list[str] = []
         call = ", ".join(
             [self._value(a, uses) for a in args] + [f"{k}={self._value(v, uses)}" for k, v in kwargs.items()]
@@ -140,7 +160,7 @@ class _Watch(TorchDispatchMode):
             raise _Refused("pinned memory")
         name = self._named(t)
         layout = f"{tuple(t.shape)}, {t.stride()}, dtype={self._bind(t.dtype)}, device={self._bind(t.device)}"
-        self.lines.append((f"{name} = {self._bind(torch.empty_strided)}({layout})", [name]))
+        self.lines.append((f"{name} = {_ALLOCATE}({layout})", [name]))
 
     def _is_view(self, func, args, result) -> bool:
         """Whether this is a view of a tensor from its own first element on. (Some operators give a view or a copy.)"""
@@ -233,9 +253,16 @@ class _Watch(TorchDispatchMode):
             if over:
                 body.append(f"del {', '.join(over)}")
         source = "\n    ".join([f"def straight({parameters}):", *body, f"return {returned}"])
-        scope = dict(self.bound)
+        scope = {**self.bound, _ALLOCATE: torch.empty_strided}
         exec(compile(source, "<fused_resnet: a call written down>", "exec"), scope)
         return scope["straight"]
+
+
+def _by_numbers(func, args) -> bool:
+    """Whether this takes elements at places that are given by numbers: as many, whatever the numbers are."""
+    if func is not _aten.index.Tensor:
+        return False
+    return all(t is None or t.dtype in (torch.int32, torch.int64) for t in args[1])
 
 
 class Repeated:
@@ -245,40 +272,52 @@ class Repeated:
     def __init__(self, op: str, serve: Callable, limit: float, became: Callable[[Callable], None]):
         self.op, self.serve, self.limit, self.became = op, serve, limit, became
         self.calls = 1
+        self.tries = 0
 
     def __call__(self, *args):
         self.calls += 1
-        if self.calls != WATCH_AT:
+        if self.tries == TRIES or self.calls < WATCH_AT * (self.tries + 1) or capturing(args[0].device):
             return self.serve(*args)
-        if capturing(args[0].device):
-            self.calls -= 1
+        if watched() is not None or not _one_at_a_time.acquire(blocking=False):
             return self.serve(*args)
-        result, function = write_down(self.op, self.serve, args, self.limit)
-        if function is not None:
+        try:
+            self.tries += 1
+            result, function = write_down(self.op, self.serve, args, self.limit)
+        finally:
+            _one_at_a_time.release()
+        if isinstance(function, str):
+            logger.log(
+                logging.INFO if self.tries < TRIES else logging.WARNING,
+                "%s: the host code runs at every call: %s",
+                self.op,
+                function,
+            )
+        else:
             self.became(function)
         return result
 
 
 def write_down(op: str, serve: Callable, args: tuple, limit: float) -> tuple:
-    """(serve(*args), a function that does the same for calls of this kind, or None where it could not be written or
-    gave something else). limit: what `difference` may be of results that are not the same to the bit."""
+    """(serve(*args), a function that does the same for calls of this kind, or why there is none). limit: what
+    `difference` may be of results that are not the same to the bit."""
     result, function = watch(serve, args)
     if isinstance(function, str):
-        logger.debug("%s is not written down: %s", op, function)
-        return result, None
+        return result, function
+    check = types.FunctionType(function.__code__, {**function.__globals__, _ALLOCATE: _poisoned})
     try:
         with unobserved(args[0].device):
-            pairs = zip(_flat(function(*args)), _flat(result), strict=True)
+            pairs = zip(_flat(check(*args)), _flat(result), strict=True)
             if all(_agrees(v, e, limit) for v, e in pairs):
                 return result, function
-    except torch.OutOfMemoryError:
-        return result, None
-    logger.warning("%s: written down, a call gave something else; its host code runs every time", op)
-    return result, None
+    except torch.AcceleratorError:  # nothing can go on after it
+        raise
+    except Exception as failure:  # there is too little memory for a second result, say; there is a first one
+        return result, f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
+    return result, "written down, it gave something else"
 
 
 def watch(serve: Callable, args: tuple) -> tuple:
-    """(serve(*args), a function that does the same or why there is none, as the rest of a sentence)."""
+    """(serve(*args), a function that does the same or why there is none)."""
     seen = _Watch(args)
     with seen:
         result = serve(*args)
@@ -286,6 +325,15 @@ def watch(serve: Callable, args: tuple) -> tuple:
         return result, seen.function(args, result, serve)
     except _Refused as refused:
         return result, str(refused)
+
+
+_ALLOCATE = "empty_strided"  # its name in the functions that are generated
+
+
+def _poisoned(*shape, **kind) -> Tensor:
+    """torch.empty_strided, with memory that nobody can have meant."""
+    t = torch.empty_strided(*shape, **kind)
+    return t.fill_(math.nan if t.is_floating_point() else 85)
 
 
 def _flat(result) -> tuple:

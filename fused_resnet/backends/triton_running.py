@@ -71,6 +71,7 @@ def _run(tensors: tuple, count: int, momentum: float, *, key: tuple | None = Non
     if key not in _ready:
         _ready[key] = _base._Prepared(_launch)
     with _base._device_of(tensors[3]):
+        momentum = float(momentum)  # Triton makes a constant of the integer 1
         _ready[key](*tensors, count / (count - 1), 1 - momentum, momentum)
 
 
