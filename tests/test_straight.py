@@ -253,7 +253,11 @@ def test_places_that_the_next_call_may_not_have():
     whole = torch.randn(40)
     assert "elsewhere" in refusal(lambda x: torch.as_strided(x, (2, 2), (2, 1), 3) + 1, whole[8:])
     assert "elsewhere" in refusal(lambda x: torch.empty(0).set_(x.untyped_storage(), 8, (4,)), whole)
-    assert "elsewhere" in refusal(lambda x: torch.empty_like(x, device="meta").copy_(x), whole)
+    assert "another device" in refusal(lambda x: x.to("meta") if x.dim() else x, whole)
+    assert "another device" in refusal(lambda x: torch.empty_like(x, device="meta").copy_(x), whole)
+    assert "another device" in refusal(lambda x: x.sum().to("meta"), whole)
+    _, function = straight.watch(lambda x: x + torch.full((), 2.0, device="cpu"), (whole.to("meta"),))
+    assert callable(function)  # a number may come
     function = written(lambda x: torch.as_strided(x, (2, 2), (2, 1)) + 1, whole)
     assert torch.equal(function(whole[8:]), whole[8:12].view(2, 2) + 1)
 

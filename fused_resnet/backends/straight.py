@@ -80,6 +80,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, args: tuple):
         super().__init__()
         self.refusal: str | None = None
+        self.device = args[0].device
         self.names: dict[int, str | _View] = {}  # by id, as long as a tensor lives
         self.living: list[weakref.ref] = []
         self.lines: list[tuple[str, list[str]]] = []  # a statement and the names in it
@@ -142,8 +143,10 @@ class _Watch(TorchDispatchMode):
             base = self.names.get(id(args[0]))
             self._call(result, _View(base.base if isinstance(base, _View) else base, result))
             return
-        if func in _BY_PLACE or len({t.device for t in tensors}) > 1:
+        if func in _BY_PLACE:
             raise _Refused(f"{func} goes by what a later call may have elsewhere")
+        if self._leaves_the_device(tensors, result):
+            raise _Refused(f"{func} takes values to another device, where they may be read")
         uses: list[str] = []
         call = ", ".join(
             [self._value(a, uses) for a in args] + [f"{k}={self._value(v, uses)}" for k, v in kwargs.items()]
@@ -161,6 +164,14 @@ class _Watch(TorchDispatchMode):
         name = self._named(t)
         layout = f"{tuple(t.shape)}, {t.stride()}, dtype={self._bind(t.dtype)}, device={self._bind(t.device)}"
         self.lines.append((f"{name} = {_ALLOCATE}({layout})", [name]))
+
+    def _leaves_the_device(self, tensors: list[Tensor], result) -> bool:
+        """A number that is made elsewhere, as a tensor without dimensions, may come; nothing may go."""
+        away = [t for t in tensors if t.device != self.device]
+        if not away:
+            return False
+        comes = len(away) < len(tensors) and all(t.device == self.device for t in tree_leaves(result) if t is not None)
+        return any(t.dim() > 0 for t in away) or not (comes or len(away) == len(tensors))
 
     def _is_view(self, func, args, result) -> bool:
         """Whether this is a view of a tensor from its own first element on. (Some operators give a view or a copy.)"""
