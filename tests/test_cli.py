@@ -250,6 +250,7 @@ class WrongGradient(torch.nn.Conv2d):
         return self._conv_forward(x, 1.01 * self.weight - 0.01 * self.weight.detach(), None)
 
 
+@pytest.mark.slow
 def test_bench_fails_when_a_gradient_is_wrong_by_one_percent(capsys, monkeypatch):
     def spoiled(model):
         model.layer2[0].conv1.__class__ = WrongGradient

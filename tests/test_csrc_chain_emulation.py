@@ -164,7 +164,7 @@ def test_chain_of_128(machine, case, multiprocessors, backwards):
         pytest.param(NEXT_128, dict(residual=True), marks=pytest.mark.slow),
         (BY_LINES + NEXT_128, dict(residual=True)),
         pytest.param(SEGMENT, dict(segment=(13, 11, 1)), marks=pytest.mark.slow),
-        (BY_LINES + SEGMENT, dict(segment=(13, 11, 1))),
+        pytest.param(BY_LINES + SEGMENT, dict(segment=(13, 11, 1)), marks=pytest.mark.slow),
         (STREAM, dict(residual=True)),
     ],
 )
@@ -191,10 +191,12 @@ def test_y_may_be_the_residuals_own_memory(instance):
     assert torch.equal(given["y"], y) and torch.equal(given["z"], z)
 
 
-@pytest.mark.parametrize("backwards", [False, True], ids=["late", "early-backwards"])
+@pytest.mark.parametrize(
+    "backwards", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["late", "early-backwards"]
+)
 @pytest.mark.parametrize(
     "instance",
-    [*(pytest.param(i, marks=pytest.mark.slow) for i in (NEXT_128, SEGMENT)), BY_LINES + NEXT_128, BY_LINES + SEGMENT]
+    [*(pytest.param(i, marks=pytest.mark.slow) for i in (NEXT_128, SEGMENT, BY_LINES + SEGMENT)), BY_LINES + NEXT_128]
     + [STREAM],
 )
 def test_weights_may_come_before_the_kernel_before_has_ended(machine, instance, backwards):

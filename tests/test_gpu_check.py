@@ -200,6 +200,7 @@ def test_a_case_that_hangs_dies_or_spoils_the_context_costs_that_case_only(tmp_p
     assert statuses(out, "test").keys() == {line["case"] for line in lines(out, "test") if line.get("event") == "start"}
 
 
+@pytest.mark.slow
 def test_a_broken_test_file_is_told(tmp_path):
     suite = tmp_path / "test_suite.py"
     suite.write_text("import nothing_of_that_name\n")
@@ -272,6 +273,7 @@ def test_the_summary_of_everything_is_a_page(tmp_path):
     assert any("conv_bn_act" in line and "triton 150" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_make_passes_part_and_folder(tmp_path):
     command = ["make", "--no-print-directory", "gpu-check", f"PYTHON={sys.executable}", "PART=smoke"]
     answer = subprocess.run(

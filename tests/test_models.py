@@ -115,7 +115,7 @@ def test_equals_torchvision_in_float64(name, size, mode, device):
 
 
 @modes
-@names("resnet18")
+@names(*FEW[:2])
 def test_ordinary_outputs(name, mode, device):
     """float32, ReLUs cutting through the data, larger images: outputs and statistics by the rule, for three seeds."""
     yardsticks, ours = [], []
@@ -179,7 +179,7 @@ def sgd(model: nn.Module, x: torch.Tensor, steps: int = 5) -> parity.Seen:
 
 
 @pytest.mark.slow
-@names("resnet18")
+@names(*FEW[:2])
 def test_five_sgd_steps(name, device):
     """float32, the median of three seeds in each layout: where a ReLU flips, trajectories part, torchvision's own
     variants by up to several percent, and a flip is an accident of its seed. The sharp half is the test below."""
@@ -198,7 +198,7 @@ def test_five_sgd_steps(name, device):
         parity.check({key: statistics.median(e[key] for e in errors) for key in errors[0]}, parity.worst(yardsticks))
 
 
-@names("resnet18")
+@names(*FEW[:2])
 def test_five_sgd_steps_in_float64(name, device):
     """Nothing flips, and so nothing drifts: the sharp half of the test above."""
     model, x = untouched(name, 0, True, device)
@@ -344,7 +344,7 @@ def test_zero_init_residual_has_effect(name):
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", [pytest.param("contiguous", marks=pytest.mark.slow), "channels_last"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "resnet50"])
 def test_zero_init_residual_trains(name, mode, layout, device):

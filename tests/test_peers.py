@@ -134,7 +134,9 @@ def fails(connection, name, cell):
 
 
 @pytest.mark.parametrize(
-    "serving, words", [(dies, "ended with exit code 3"), (hangs, "no answer in 8 s"), (fails, "ValueError: no")]
+    "serving, words",
+    [(dies, "ended with exit code 3"), (hangs, "no answer in 8 s")]
+    + [pytest.param(fails, "ValueError: no", marks=pytest.mark.slow)],
 )
 def test_a_process_that_fails_costs_its_system_only(monkeypatch, serving, words):
     monkeypatch.setattr(peer_worker, "READY_LIMIT_S", 8 if serving is hangs else 120)

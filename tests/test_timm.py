@@ -52,7 +52,17 @@ NETWORKS = {
 FUSED = [name for name, (fused, _, _) in NETWORKS.items() if fused]
 SIZE = (3, 3, 64, 64)
 modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-networks = pytest.mark.parametrize("name", FUSED)
+REPEATED = (
+    "resnet18",
+    "resnet26",
+    "resnet10t",
+    "regnetx_002",
+    "resnetv2_18d",
+    "resnetv2_50",
+)  # others have what they do
+networks = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in REPEATED else []) for name in FUSED]
+)
 
 
 def untouched(name: str, device="cpu", seed: int = 0, train: bool = True, firm: bool = False, **options):
@@ -179,10 +189,9 @@ def test_equals_timm_in_float64(name, train, device):
 @pytest.mark.parametrize(
     "name",
     [
-        "seresnet18",
         "regnety_002",
         "resnetv2_18d",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet26d", "resnet18")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("seresnet18", "resnet26d", "resnet18")),
     ],
 )
 def test_equals_timm_by_the_rule(name, train, device):
@@ -669,7 +678,9 @@ def test_features():
 
 
 @modes
-@pytest.mark.parametrize("name", [pytest.param("resnet10t", marks=pytest.mark.slow), "seresnet18", "resnetv2_18"])
+@pytest.mark.parametrize(
+    "name", ["seresnet18", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet10t", "resnetv2_18"))]
+)
 def test_compiles_whole(name, train, device):
     torch._dynamo.reset()
     model, x = untouched(name, device, train=train)

@@ -16,11 +16,11 @@ from aot_runs import ROOT, SHARED_KIB, TENSOR_CORE  # noqa: E402
 pytestmark = pytest.mark.aot
 
 CONV = "_conv_bn_act_fwd_kernel"
-# sm_89 takes the instructions of sm_80; that it has less shared memory shows under one Triton.
+# Under the older Triton one chip is quick: the H100, where that is what has run.
 every_chip = pytest.mark.parametrize(
     ("version", "arch"),
     [
-        pytest.param(version, arch, marks=pytest.mark.slow if (version, arch) == ("3.6", 89) else [])
+        pytest.param(version, arch, marks=pytest.mark.slow if version == "3.6" and arch != 90 else [])
         for version in ("installed", "3.6")
         for arch in SHARED_KIB
     ],

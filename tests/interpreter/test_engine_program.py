@@ -147,7 +147,7 @@ def test_a_kernel_a_convolution(block, monkeypatch):
     ("x", "dtype"),
     [
         (torch.randn(2, 3, 18, 23).contiguous(memory_format=torch.channels_last), torch.float16),
-        (torch.randn(1, 3, 18, 23, dtype=torch.float64), torch.float32),
+        pytest.param(torch.randn(1, 3, 18, 23, dtype=torch.float64), torch.float32, marks=pytest.mark.slow),
         (torch.randn(1, 6, 36, 23)[:, ::2, ::2], torch.float16),
     ],
     ids=["channels_last-fp16", "float64-fp32", "sliced-fp16"],
