@@ -30,6 +30,7 @@ from .verify import capturing, difference, unobserved
 logger = logging.getLogger("fused_resnet")
 
 WATCH_AT = 6  # calls of one kind: to write one down takes as long as a dozen calls
+DIFFERENT = "written down, it gave something else"
 TRIES = 3  # so many calls apart: an infinity that came by, or one tensor as two arguments, may not come again
 _aten = torch.ops.aten
 _ALLOCATES = {
@@ -236,7 +237,7 @@ class _Watch(TorchDispatchMode):
     def _bind(self, value) -> str:
         """The name of a constant in the function to be generated."""
         for name, known in self.bound.items():
-            if known is value or (type(known) is type(value) and isinstance(value, (torch.device,)) and known == value):
+            if known is value or (type(known) is type(value) and isinstance(value, torch.device) and known == value):
                 return name
         name = f"c{len(self.bound)}"
         self.bound[name] = value
@@ -297,12 +298,8 @@ class Repeated:
         finally:
             _one_at_a_time.release()
         if isinstance(function, str):
-            logger.log(
-                logging.INFO if self.tries < TRIES else logging.WARNING,
-                "%s: the host code runs at every call: %s",
-                self.op,
-                function,
-            )
+            level = logging.WARNING if function is DIFFERENT and self.tries == TRIES else logging.INFO
+            logger.log(level, "%s: the host code runs at every call: %s", self.op, function)
         else:
             self.became(function)
         return result
@@ -324,7 +321,7 @@ def write_down(op: str, serve: Callable, args: tuple, limit: float) -> tuple:
         raise
     except Exception as failure:  # there is too little memory for a second result, say; there is a first one
         return result, f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
-    return result, "written down, it gave something else"
+    return result, DIFFERENT
 
 
 def watch(serve: Callable, args: tuple) -> tuple:
@@ -336,6 +333,8 @@ def watch(serve: Callable, args: tuple) -> tuple:
         return result, seen.function(args, result, serve)
     except _Refused as refused:
         return result, str(refused)
+    except Exception as failure:  # as above
+        return result, f"{type(failure).__name__}: {failure}"
 
 
 _ALLOCATE = "empty_strided"  # its name in the functions that are generated
