@@ -333,7 +333,7 @@ def watch(serve: Callable, args: tuple) -> tuple:
         return result, seen.function(args, result, serve)
     except _Refused as refused:
         return result, str(refused)
-    except Exception as failure:  # as above
+    except Exception as failure:  # there is a result
         return result, f"{type(failure).__name__}: {failure}"
 
 
