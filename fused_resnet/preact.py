@@ -84,12 +84,12 @@ class PreAct(nn.Module):
 
     def _trained(self, x: Tensor, pairs) -> Tensor:
         training.check_memory(self.memory)
-        tail = self.tail(self)
+        # Decided once: by the time a lean block runs again, modes and hooks may be others.
+        tail, projection = self.tail(self), self.projection(self)
 
         def run(x: Tensor, statistics: training.Statistics) -> Tensor:
             (bn, conv), *rest = pairs
             out, norm = x, statistics.of(x, bn)
-            projection = self.projection(self)
             if projection is not None:
                 shortcut = training.convolved(x, norm, projection)
             else:

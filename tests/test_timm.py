@@ -590,6 +590,19 @@ def test_dtypes_of_a_pre_activation_block_under_autocast(given, options, train):
     torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
 
 
+def test_a_lean_pre_activation_block_decides_once():
+    """A hook put on the projection between forward and backward is none of that backward's."""
+    block, x = preact_block(), torch.randn(2, 24, 9, 9).double()
+    grads = []
+    for memory in ("default", "lean"):
+        ours, x = swap_blocks(nn.Sequential(copy.deepcopy(block)), memory=memory)[0], x.detach().requires_grad_()
+        y = ours(x)
+        ours.downsample.conv.register_forward_hook(lambda m, a, out: out * 100)
+        y.square().sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
 def test_a_batch_norm_in_eval_mode_in_a_training_pre_activation_block():
     for name in ("norm1", "norm2", "norm3"):
         block = preact_block()
