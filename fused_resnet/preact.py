@@ -32,8 +32,7 @@ class PreAct(nn.Module):
     @staticmethod
     def parts(block: nn.Module) -> tuple[list[str], list[str], list[str]]:
         """The names of its convolutions, of its batch norms in front of them, and of its ReLUs."""
-        convolutions, norms = ([name for name in block._modules if name.startswith(kind)] for kind in ("conv", "bn"))
-        return convolutions, norms, ["relu"]
+        return *numbered(block, "conv", "bn"), ["relu"]
 
     @staticmethod
     def projection(block: nn.Module) -> nn.Module | None:
@@ -127,6 +126,11 @@ class PreAct(nn.Module):
     def unfusable(self) -> str | None:
         """Why the block runs its modules one by one, or None if it is fused."""
         return preact_unfusable(self, type(self))
+
+
+def numbered(block: nn.Module, *kinds: str) -> list[list[str]]:
+    """The names of a block's modules that begin with each of these."""
+    return [[name for name in block._modules if name.startswith(kind)] for kind in kinds]
 
 
 def preact_unfusable(block: nn.Module, kind: type[PreAct]) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from .blocks import ACTIVATED, POOLS, Named, Side, convolution_unfusable, part, projection_unfusable, tampered
 from .frozen import is_frozen
-from .preact import PreAct, convolved
+from .preact import PreAct, convolved, numbered
 from .stem import pooled_stem
 
 
@@ -125,7 +125,7 @@ class FusedTimmRegNetBottleneck(Named, regnet.Bottleneck):
 class _FusedTimmPreAct(PreAct):
     @staticmethod
     def parts(block: nn.Module) -> tuple[list[str], list[str], list[str]]:
-        convolutions, norms = ([name for name in block._modules if name.startswith(kind)] for kind in ("conv", "norm"))
+        convolutions, norms = numbered(block, "conv", "norm")
         return convolutions, norms, [f"{name}.act" for name in norms]
 
     @staticmethod

@@ -52,14 +52,8 @@ NETWORKS = {
 FUSED = [name for name, (fused, _, _) in NETWORKS.items() if fused]
 SIZE = (3, 3, 64, 64)
 modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-REPEATED = (
-    "resnet18",
-    "resnet26",
-    "resnet10t",
-    "regnetx_002",
-    "resnetv2_18d",
-    "resnetv2_50",
-)  # others have what they do
+# Others have what these do.
+REPEATED = ("resnet18", "resnet26", "resnet10t", "regnetx_002", "resnetv2_18d", "resnetv2_50")
 networks = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in REPEATED else []) for name in FUSED]
 )

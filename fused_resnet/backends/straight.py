@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .verify import capturing, difference, unobserved
+from .verify import capturing, difference, one_line, unobserved
 
 logger = logging.getLogger("fused_resnet")
 
@@ -66,6 +66,10 @@ def watched() -> _Watch | None:
 
 class _Refused(Exception):
     """Why a call cannot be written down."""
+
+
+def _why(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, _Refused) else one_line(failure)
 
 
 class _View:
@@ -119,10 +123,8 @@ class _Watch(TorchDispatchMode):
         if self.refusal is None:
             try:
                 step(*args)
-            except _Refused as refused:
-                self.refuse(str(refused))
             except Exception as failure:  # no reason for the call that is watched to fail
-                self.refuse(f"{type(failure).__name__}: {failure}")
+                self.refuse(_why(failure))
 
     def refuse(self, reason: str) -> None:
         self.refusal = self.refusal or reason
@@ -294,7 +296,7 @@ class Repeated:
             return self.serve(*args)
         try:
             self.tries += 1
-            result, function = write_down(self.op, self.serve, args, self.limit)
+            result, function = write_down(self.serve, args, self.limit)
         finally:
             _one_at_a_time.release()
         if isinstance(function, str):
@@ -305,7 +307,7 @@ class Repeated:
         return result
 
 
-def write_down(op: str, serve: Callable, args: tuple, limit: float) -> tuple:
+def write_down(serve: Callable, args: tuple, limit: float) -> tuple:
     """(serve(*args), a function that does the same for calls of this kind, or why there is none). limit: what
     `difference` may be of results that are not the same to the bit."""
     result, function = watch(serve, args)
@@ -320,7 +322,7 @@ def write_down(op: str, serve: Callable, args: tuple, limit: float) -> tuple:
     except torch.AcceleratorError:  # nothing can go on after it
         raise
     except Exception as failure:  # there is too little memory for a second result, say; there is a first one
-        return result, f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
+        return result, one_line(failure)
     return result, DIFFERENT
 
 
@@ -331,10 +333,8 @@ def watch(serve: Callable, args: tuple) -> tuple:
         result = serve(*args)
     try:
         return result, seen.function(args, result, serve)
-    except _Refused as refused:
-        return result, str(refused)
     except Exception as failure:  # there is a result
-        return result, f"{type(failure).__name__}: {failure}"
+        return result, _why(failure)
 
 
 _ALLOCATE = "empty_strided"  # its name in the functions that are generated

@@ -99,10 +99,15 @@ def _judge(candidate, op: str, args: tuple, limit: int = MAX_SAMPLE) -> str | No
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # no verdict on the kernel; nothing to fall back on
             raise
         except Exception as failure:  # does not compile or launch: Triton's errors derive from Exception itself
-            return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
+            return one_line(failure)
         if reason := _disagreement(comparable(op, sample, result), comparable(op, sample, expected), limit_of):
             return reason
     return None
+
+
+def one_line(failure: Exception) -> str:
+    """The class of an exception and its first line."""
+    return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
 
 
 def comparable(op: str, args: tuple, result):
