@@ -202,8 +202,17 @@ def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Call
     """The end of a block by its own modules, in the order of timm's forward; out gives the sum its dtype."""
     for module in tail:
         out = module(out)
-    total = out + shortcut()
-    return block._anatomy.last(block)(total.to(out.dtype) if block._anatomy.in_place else total)
+    return block._anatomy.last(block)(summed(out, shortcut(), block._anatomy.in_place))
+
+
+def summed(out: Tensor, shortcut: Tensor, in_place: bool) -> Tensor:
+    """out + shortcut. in_place: as if it took the place of out."""
+    total = out + shortcut
+    if not in_place or isinstance(total, fx.Proxy):
+        return total
+    if total.shape != out.shape:
+        raise RuntimeError(f"output with shape {list(out.shape)} doesn't match the broadcast shape {list(total.shape)}")
+    return total.to(out.dtype)
 
 
 def _pooled(x: Tensor, pools: list[nn.Module]) -> Tensor:

@@ -22,20 +22,9 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from . import traced_blocks
-from .blocks import (
-    NORMED,
-    Fused,
-    FusedBasicBlock,
-    FusedBottleneck,
-    Named,
-    not_lean,
-    part,
-    projection_unfusable,
-    stateless,
-    unfusable,
-)
-from .preact import PreAct, preact_unfusable
+from . import blocks, preact, traced_blocks
+from .blocks import NORMED, Fused, FusedBasicBlock, FusedBottleneck, Named, part, projection_unfusable, stateless
+from .preact import NamedPreAct, PreAct
 from .residual_network import ResidualNetwork
 from .stem import FusedResNet
 from .training import check_memory
@@ -130,26 +119,23 @@ def swap_blocks(
         check_memory(memory)
     found = _found(_module(model))
     shared = _shared_convolutions(found)
-    _warn_of_biases(model, found)
+    _warn_of_biases(found)
     swapped = False
-    kinds, networks = _preact_kinds(), _networks()
+    networks = _networks()
     for network in model.modules():
         if isinstance(network, ResidualNetwork):
             network.fused = True
         elif type(network) in networks and not _FORWARDS & vars(network).keys():
             network.__class__ = networks[type(network)]
-    for _, block, anatomy in found:
-        if isinstance(block, Fused) or _why_left(block, anatomy, shared) is not None:
+    for each in found:
+        _, block, anatomy = each
+        if isinstance(block, (Fused, PreAct)) or _why_left(each, shared) is not None:
             continue
-        if isinstance(anatomy, traced_blocks.Anatomy):
-            traced_blocks.swap(block, anatomy)
-        else:
+        if isinstance(anatomy, type):
             block.__class__ = anatomy
+        else:
+            traced_blocks.swap(block, anatomy)
         swapped = True
-    for block in model.modules():
-        if type(block) in kinds and _why_left_pre_activation(block, kinds[type(block)]) is None:
-            block.__class__ = kinds[type(block)]
-            swapped = True
     if swapped and memory_format is not torch.preserve_format:
         for conv in (m for m in model.modules() if type(m) in (nn.Conv2d, *NORMED)):
             former = _lay_out(conv, memory_format)
@@ -160,7 +146,7 @@ def swap_blocks(
         for block in fused:
             block.memory = memory
     if not fused:
-        warnings.warn(_nothing_to_fuse(_reports(model, found, shared)), stacklevel=2)
+        warnings.warn(_nothing_to_fuse([_report(each, shared) for each in found]), stacklevel=2)
     return model
 
 
@@ -172,7 +158,7 @@ def restore_blocks(model: nn.Module) -> nn.Module:
 
     Returns the same model. Raises TypeError if model is not a module.
     """
-    swaps = _kinds() | _preact_kinds() | _networks()
+    swaps = _kinds() | _networks()
     originals = {fused: original for original, fused in swaps.items()}
     for m in _module(model).modules():
         if isinstance(m, ResidualNetwork):
@@ -192,8 +178,7 @@ def swap_report(model: nn.Module) -> SwapReport:
     """Every residual block inside `model`, as it is now: fused, fusable, or left and why. `str()` of it is a table."""
     found = _found(_module(model))
     shared = _shared_convolutions(found)
-    blocks = _reports(model, found, shared)
-    return SwapReport(tuple(blocks[m] for m in model.modules() if m in blocks))
+    return SwapReport(tuple(_report(each, shared) for each in found))
 
 
 def _module(model) -> nn.Module:
@@ -218,14 +203,9 @@ def _libraries() -> list[types.ModuleType]:
     return found
 
 
-def _kinds() -> dict[type[nn.Module], type[Named]]:
+def _kinds() -> dict[type[nn.Module], type[Named] | type[NamedPreAct]]:
     """The fused class of each library's block."""
     return functools.reduce(operator.or_, (module.FUSED for module in _libraries()), FUSED)
-
-
-def _preact_kinds() -> dict[type[nn.Module], type[PreAct]]:
-    """The fused class of each library's pre-activation block."""
-    return functools.reduce(operator.or_, (getattr(module, "PREACTIVATED", {}) for module in _libraries()), {})
 
 
 def _networks() -> dict[type[nn.Module], type[nn.Module]]:
@@ -238,17 +218,22 @@ class _Found(NamedTuple):
 
     name: str
     block: nn.Module
-    anatomy: type[Named] | traced_blocks.Anatomy | str
+    anatomy: type[Named] | type[NamedPreAct] | traced_blocks.Anatomy | traced_blocks.PreAnatomy | str
+
+    @property
+    def pre(self) -> bool:
+        """Whether it is a pre-activation block."""
+        own = self.anatomy
+        return issubclass(own, PreAct) if isinstance(own, type) else isinstance(own, traced_blocks.PreAnatomy)
 
 
 def _found(model: nn.Module) -> list[_Found]:
-    """The post-activation blocks of a model."""
+    """The residual blocks of a model."""
     kinds = _kinds()
-    others = kinds.keys() | _preact_kinds().keys()
-    traced = traced_blocks.discover(model, lambda m: isinstance(m, (Fused, PreAct)) or type(m) in others)
+    traced = traced_blocks.discover(model, lambda m: isinstance(m, (Fused, PreAct)) or type(m) in kinds)
     found = []
     for name, m in model.named_modules():
-        if isinstance(m, Fused):
+        if isinstance(m, (Fused, PreAct)):
             found.append(_Found(name, m, m._anatomy))
         elif type(m) in kinds:
             found.append(_Found(name, m, kinds[type(m)]))
@@ -260,83 +245,63 @@ def _found(model: nn.Module) -> list[_Found]:
     return found
 
 
-def _nothing_to_fuse(reports: dict[nn.Module, BlockReport]) -> str:
-    left = reports.values()
+def _nothing_to_fuse(left: list[BlockReport]) -> str:
     if not left:
         return "model: no residual block was found in it"
     reasons = Counter(block.reason for block in left)
     return f"model: none of its {len(left)} residual blocks could be swapped; first reason: {next(iter(reasons))}"
 
 
-def _report_pre_activation(name: str, block: nn.Module, kind: type[PreAct]) -> BlockReport:
+def _report(found: _Found, shared: set[int]) -> BlockReport:
+    name, block, anatomy = found
     type_name = type(block).__name__
-    if not isinstance(block, PreAct):
-        reason = _why_left_pre_activation(block, kind)
-        return BlockReport(name, type_name, "left" if reason else "fusable", reason or "")
-    reason = block.unfusable()
-    note = _lean_note(block, block.not_lean) if block.memory == "lean" else ""
-    return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
-
-
-def _why_left_pre_activation(block: nn.Module, kind: type[PreAct]) -> str | None:
-    if "forward" in block.__dict__:
-        return "forward is overridden on the instance"
-    return preact_unfusable(block, kind)
-
-
-def _report(name: str, block: nn.Module, anatomy, shared: set[int]) -> BlockReport:
-    type_name = type(block).__name__
-    if isinstance(block, Fused):  # FSDP makes subclasses of fused blocks
-        reason = unfusable(block)
-        notes = [] if reason else [_downsample_note(anatomy.side(block))]
+    if isinstance(block, (Fused, PreAct)):  # FSDP makes subclasses of fused blocks
+        own = preact if found.pre else blocks
+        reason = own.unfusable(block)
+        notes = [] if reason else [_called_note(found)]
         if block.memory == "lean" and not reason:
-            notes.append(_lean_note(block, lambda: not_lean(block)))
+            kept = own.not_lean(block) if block.training else None
+            notes.append(f"not lean: {kept}" if kept else "lean")
         note = "; ".join(n for n in notes if n)
         return BlockReport(name, type_name, "fused", reason and f"runs unfused: {reason}" or "", note)
-    reason = _why_left(block, anatomy, shared)
+    reason = _why_left(found, shared)
     if reason is None:
-        return BlockReport(name, type_name, "fusable", note=_downsample_note(anatomy.side(block)))
+        return BlockReport(name, type_name, "fusable", note=_called_note(found))
     return BlockReport(name, type_name, "left", reason)
 
 
-def _reports(model: nn.Module, found: list[_Found], shared: set[int]) -> dict[nn.Module, BlockReport]:
-    reports = {block: _report(name, block, anatomy, shared) for name, block, anatomy in found}
-    kinds = _preact_kinds()
-    for name, m in model.named_modules():
-        if isinstance(m, PreAct) or type(m) in kinds:
-            reports[m] = _report_pre_activation(name, m, kinds.get(type(m), type(m)))
-    return reports
-
-
-def _lean_note(block: nn.Module, not_lean) -> str:
-    kept = not_lean() if block.training else None
-    return f"not lean: {kept}" if kept else "lean"
-
-
-def _downsample_note(downsample) -> str:
-    reason = None if stateless(downsample) else projection_unfusable(downsample)
+def _called_note(found: _Found) -> str:
+    """What of a block's shortcut stays a module."""
+    side = found.anatomy.side(found.block)
+    if found.pre:
+        called = preact.called(side)
+        return f"shortcut: {called} is called as it is" if called else ""
+    reason = None if stateless(side) else projection_unfusable(side)
     return f"downsample is called as it is: {reason}" if reason else ""
 
 
-def _why_left(block: nn.Module, anatomy, shared: set[int]) -> str | None:
+def _why_left(found: _Found, shared: set[int]) -> str | None:
+    _, block, anatomy = found
     if isinstance(anatomy, str):
         return anatomy
     if "forward" in block.__dict__:
         return "forward is overridden on the instance"
+    if found.pre:
+        return preact.unfusable(block, anatomy)
     for name, conv in _convolutions(block, anatomy):
         if id(conv) in shared:
             return f"{name}: is shared with another batch norm"
-    return unfusable(block, anatomy)
+    return blocks.unfusable(block, anatomy)
 
 
 def _convolutions(block: nn.Module, anatomy) -> Iterator[tuple[str, nn.Module]]:
-    """(name, convolution) of those in a block."""
+    """(name, convolution) of those in a post-activation block."""
     yield from ((name, part(block, name)) for name in anatomy.parts[::2])
     yield from ((name, m) for name, m in _on_the_side(block, anatomy) if isinstance(m, nn.Conv2d))
 
 
 def _on_the_side(block: nn.Module, anatomy) -> list[tuple[str, nn.Module]]:
-    """(name, module) of what is called one after another on a block's shortcut, as far as it is known."""
+    """(name, module) of what is called one after another on a post-activation block's shortcut, as far as known."""
     side = anatomy.side(block)
     if isinstance(side, tuple):
         if isinstance(anatomy, traced_blocks.Anatomy):
@@ -351,19 +316,13 @@ def _on_the_side(block: nn.Module, anatomy) -> list[tuple[str, nn.Module]]:
 
 def _shared_convolutions(found: list[_Found]) -> set[int]:
     """ids of the convolutions that stand in more than one place among the blocks."""
-    blocks = [(block, anatomy) for _, block, anatomy in found if not isinstance(anatomy, str)]
-    uses = Counter(id(conv) for block, anatomy in blocks for _, conv in _convolutions(block, anatomy))
+    post = [each for each in found if not (each.pre or isinstance(each.anatomy, str))]
+    uses = Counter(id(conv) for _, block, anatomy in post for _, conv in _convolutions(block, anatomy))
     return {conv for conv, count in uses.items() if count > 1}
 
 
-def _warn_of_biases(model: nn.Module, found: list[_Found]) -> None:
-    pairs = [(name, triple) for name, block, anatomy in found for triple in _normalised(block, anatomy)]
-    kinds = _preact_kinds()
-    for name, block in model.named_modules():
-        if isinstance(block, PreAct) or type(block) in kinds:
-            convolutions, norms, _ = kinds.get(type(block), type(block)).parts(block)
-            own = zip(convolutions[:-1], norms[1:], strict=True)
-            pairs += [(name, (conv, part(block, conv), part(block, norm))) for conv, norm in own]
+def _warn_of_biases(found: list[_Found]) -> None:
+    pairs = [(each.name, triple) for each in found for triple in _normalised(each)]
     biased = [
         f"{name}.{conv_name}".lstrip(".")
         for name, (conv_name, conv, norm) in pairs
@@ -371,15 +330,21 @@ def _warn_of_biases(model: nn.Module, found: list[_Found]) -> None:
     ]
     if biased:
         warnings.warn(
-            f"bias: {', '.join(biased)}: a batch norm takes away the bias of the convolution before it (and a "
-            "pre-activation block that has one is not fused); build it with bias=False",
+            f"bias: {', '.join(biased)}: a batch norm takes away the bias of the convolution before it; build it with "
+            "bias=False",
             stacklevel=3,
         )
 
 
-def _normalised(block: nn.Module, anatomy) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+def _normalised(found: _Found) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """(name, convolution, the norm of its result) of a residual block."""
+    _, block, anatomy = found
     if isinstance(anatomy, str):
+        return
+    if found.pre:
+        convolutions, norms, _ = anatomy.parts(block)
+        for conv, norm in zip(convolutions[:-1], norms[1:], strict=True):
+            yield conv, part(block, conv), part(block, norm)
         return
     for conv, norm in zip(anatomy.parts[::2], anatomy.parts[1::2], strict=True):
         yield conv, part(block, conv), part(block, norm)

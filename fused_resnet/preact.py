@@ -10,24 +10,98 @@ last block a network needs one more batch norm and ReLU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 from torchvision.models.resnet import conv1x1, conv3x3
 
 from . import training
-from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, recorded, tampered
+from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, recorded, summed, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch
 from .ops import check_shortcut
 from .shortcuts import Plain, ZeroPad
 
 
-class PreAct(nn.Module):
-    """What pre-activation blocks share: pairs (batch norm, convolution), each batch norm with a ReLU behind it, and a
-    shortcut. The static methods say where these are in a block of this kind, or in one that may become one."""
+class Shortcut(NamedTuple):
+    """What a pre-activation block adds: its input, or relu(bn1(input)), led through modules one after another.
+
+    projection: the convolution that is all of these, where it is. activated: whether relu(bn1(x)) goes in. late:
+    whether the modules are called when the last convolution has been, and not as soon as their input is there. absent:
+    whether nothing is added.
+    """
+
+    modules: tuple[nn.Module, ...] = ()
+    projection: nn.Conv2d | None = None
+    activated: bool = False
+    late: bool = False
+    absent: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        return None if self.absent else _through(self.modules, x)
+
+    def trained(self, x: Tensor, norm: training.Norm) -> Tensor | None:
+        """The same of relu(norm(x))."""
+        return self(x) if self.projection is None else training.convolved(x, norm, self.projection)
+
+
+class PreAct:
+    """What fused pre-activation blocks share: pairs of a batch norm, with a ReLU behind it, and a convolution.
+
+    Its names are few: the class behind it may be anybody's. _anatomy: which modules the block computes with, and how;
+    like the class NamedPreAct.
+    """
 
     memory = "default"
-    residual = True
+    _anatomy: type[NamedPreAct]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if unfusable(self) is not None or recorded(x):
+            return self._unfused(x)
+        anatomy = self._anatomy
+        pairs, side, tail = _pairs(self), anatomy.side(self), anatomy.tail(self)
+        before, between = anatomy.before(self), anatomy.between(self)
+        if all(on_own_batch(bn) for bn, _ in pairs):
+            return _trained(x, self, pairs, before, between, tail, side)
+        (bn, conv), *rest = pairs
+        shortcut = None if side.activated or side.late else side(x)
+        out = batch_norm_act(x, bn)
+        begun = out if side.activated else x
+        if side.activated and not side.late:
+            shortcut = side(begun)
+        for i, (bn, following) in enumerate(rest):
+            out = _through(between[i], out)
+            if before[i]:
+                out = batch_norm_act(_through(before[i], _convolved(out, conv)), bn)
+            else:
+                out = conv_bn(out, conv, bn)
+            conv = following
+        out = _through(between[-1], out)
+        if not (tail or anatomy.apart or side.late):
+            if shortcut is None or isinstance(out, fx.Proxy) or shortcut.dtype is out.dtype:
+                return _convolved(out, conv, shortcut)
+        out = _through(tail, _convolved(out, conv))
+        return _added(side(begun) if side.late else shortcut, out, anatomy)
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class NamedPreAct(PreAct):
+    """Fused pre-activation blocks whose parts are found by attributes of known names.
+
+    in_place: whether the sum has the dtype of what the shortcut is added to.
+    apart: whether the add is PyTorch's, which broadcasts. The static methods say where a block's parts are; the block
+    may be a fused one, or one that may become one.
+    """
+
+    in_place = False
+    apart = False
+
+    @property
+    def _anatomy(self) -> type[NamedPreAct]:
+        return type(self)
 
     @staticmethod
     def parts(block: nn.Module) -> tuple[list[str], list[str], list[str]]:
@@ -35,14 +109,19 @@ class PreAct(nn.Module):
         return *numbered(block, "conv", "bn"), ["relu"]
 
     @staticmethod
-    def projection(block: nn.Module) -> nn.Module | None:
-        """The convolution that is all of its shortcut, where it is one."""
-        return block.downsample[0] if isinstance(block.downsample, nn.Sequential) else None
-
-    @staticmethod
     def obstacle(block: nn.Module) -> str | None:
         """Why a block cannot be fused for what it has beside its pairs."""
-        return None if block.downsample is None else _projection_unfusable(block.downsample)
+        return None
+
+    @staticmethod
+    def before(block: nn.Module) -> list[list[nn.Module]]:
+        """Modules that stand in front of the second batch norm, of the next, and so on."""
+        return [[]] * len(block._modules)  # enough
+
+    @staticmethod
+    def between(block: nn.Module) -> list[list[nn.Module]]:
+        """Modules that stand between the first ReLU and its convolution, the next, and so on."""
+        return [[]] * (len(block._anatomy.parts(block)[0]))
 
     @staticmethod
     def tail(block: nn.Module) -> list[nn.Module]:
@@ -50,82 +129,82 @@ class PreAct(nn.Module):
         return []
 
     @staticmethod
-    def runs_once(block: nn.Module) -> str | None:
-        """What in a block may not be computed again in the backward."""
-        return None
+    def side(block: nn.Module) -> Shortcut:
+        """What is added."""
+        raise NotImplementedError
 
-    def _pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        convolutions, norms, _ = self.parts(self)
-        return [(part(self, bn), part(self, conv)) for bn, conv in zip(norms, convolutions, strict=True)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.unfusable() is not None or recorded(x):
-            return self._unfused(x)
-        pairs = self._pairs()
-        if all(on_own_batch(bn) for bn, _ in pairs):
-            return self._trained(x, pairs)
+def _through(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _pairs(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    convolutions, norms, _ = block._anatomy.parts(block)
+    return [(part(block, bn), part(block, conv)) for bn, conv in zip(norms, convolutions, strict=True)]
+
+
+def _trained(
+    x: Tensor,
+    block: nn.Module,
+    pairs: list[tuple[nn.Module, nn.Module]],
+    before: list[list[nn.Module]],
+    between: list[list[nn.Module]],
+    tail: list[nn.Module],
+    side: Shortcut,
+) -> Tensor:
+    training.check_memory(block.memory)
+    # Decided once: by the time a lean block runs again, modes and hooks may be others.
+    anatomy = block._anatomy
+
+    def run(x: Tensor, statistics: training.Statistics) -> Tensor:
         (bn, conv), *rest = pairs
-        out = batch_norm_act(x, bn)
-        shortcut = self._shortcut(x, out)
-        for bn, following in rest:
-            out = conv_bn(out, conv, bn)
-            conv = following
-        return self._ended(out, conv, shortcut)
-
-    def _ended(self, out: Tensor, conv: nn.Conv2d, shortcut: Tensor | None) -> Tensor:
-        """The last convolution and the add, where no batch norm uses the batch's statistics."""
-        return convolved(out, conv, shortcut)
-
-    def _shortcut(self, x: Tensor, activated: Tensor) -> Tensor | None:
-        if not self.residual:
-            return None
-        return x if self.downsample is None else self.downsample(activated)
-
-    def _trained(self, x: Tensor, pairs) -> Tensor:
-        training.check_memory(self.memory)
-        # Decided once: by the time a lean block runs again, modes and hooks may be others.
-        tail, projection = self.tail(self), self.projection(self)
-
-        def run(x: Tensor, statistics: training.Statistics) -> Tensor:
-            (bn, conv), *rest = pairs
-            out, norm = x, statistics.of(x, bn)
-            if projection is not None:
-                shortcut = training.convolved(x, norm, projection)
+        begun = x, training.NOTHING
+        shortcut = None if side.activated or side.late else side.trained(*begun)
+        out, norm = x, statistics.of(x, bn)
+        if side.activated:
+            if side.projection is None:  # what stands there wants relu(bn1(x)): there it is
+                out, norm = training.activated(x, norm), training.NOTHING
+            begun = out, norm
+            shortcut = None if side.late else side.trained(*begun)
+        for i, (bn, following) in enumerate(rest):
+            if between[i]:
+                out, norm = _through(between[i], training.activated(out, norm)), training.NOTHING
+            if before[i]:
+                out = _through(before[i], training.convolved(out, norm, conv))
+                norm = statistics.of(out, bn)
             else:
-                if self.downsample is not None:  # it wants relu(bn1(x)): there it is
-                    out, norm = training.activated(x, norm), training.NOTHING
-                shortcut = self._shortcut(x, out)
-            for bn, following in rest:
                 out, norm = training.convolve(out, norm, conv, bn, statistics)
-                conv = following
-            out = training.convolved(out, norm, conv)
-            for module in tail:
-                out = module(out)
-            return _added(shortcut, out)
-
-        lean = self.memory == "lean" and self.runs_once(self) is None
-        return training.lean(run, x, self) if lean else run(x, training.Statistics())
-
-    def _unfused(self, x: Tensor) -> Tensor:
-        (bn, conv), *rest = self._pairs()
-        out = self.relu(bn(x))
-        shortcut = self._shortcut(x, out)
-        for bn, following in rest:
-            out = self.relu(bn(conv(out)))
             conv = following
-        return _added(shortcut, conv(out))
+        if between[-1]:
+            out, norm = _through(between[-1], training.activated(out, norm)), training.NOTHING
+        out = _through(tail, training.convolved(out, norm, conv))
+        return _added(side.trained(*begun) if side.late else shortcut, out, anatomy)
 
-    def not_lean(self) -> str | None:
-        """Why a block whose memory is "lean" keeps what others keep; None if it does not."""
-        if reason := self.unfusable():
-            return reason
-        if not all(on_own_batch(bn) for bn, _ in self._pairs()):
-            return "a batch norm is frozen or synchronised"
-        return self.runs_once(self)
+    if block.memory == "lean" and runs_once(block) is None:
+        return training.lean(run, x, block)
+    return run(x, training.Statistics())
 
-    def unfusable(self) -> str | None:
-        """Why the block runs its modules one by one, or None if it is fused."""
-        return preact_unfusable(self, type(self))
+
+def _added(shortcut: Tensor | None, out: Tensor, anatomy) -> Tensor:
+    if shortcut is None:
+        return out
+    if not (anatomy.apart or isinstance(out, fx.Proxy)):
+        check_shortcut(shortcut, out.shape)  # the add would broadcast
+    return summed(out, shortcut, anatomy.in_place)
+
+
+def _convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor | None = None) -> Tensor:
+    norm = ()
+    if conv.bias is not None:
+        nothing = torch.zeros_like(conv.bias, requires_grad=False)
+        norm = (None, conv.bias, nothing, nothing + 1, 0.0)
+    places = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    return conv_bn_act(x, conv.weight, *norm, residual=residual, relu=False, **places)
+
+
+# --- what may be fused: asked at every forward, since hooks come and go -----------------------------------------------
 
 
 def numbered(block: nn.Module, *kinds: str) -> list[list[str]]:
@@ -133,15 +212,73 @@ def numbered(block: nn.Module, *kinds: str) -> list[list[str]]:
     return [[name for name in block._modules if name.startswith(kind)] for kind in kinds]
 
 
-def preact_unfusable(block: nn.Module, kind: type[PreAct]) -> str | None:
-    """Why this block cannot be fused as one of this kind, or None."""
-    convolutions, norms, activations = kind.parts(block)
-    reason = parts_unfusable(block, convolutions, norms, activations)
-    reason = reason or next((f"{name}: has a bias" for name in convolutions if _has_bias(part(block, name))), None)
-    return reason or kind.obstacle(block)
+def unfusable(block: nn.Module, anatomy: type[NamedPreAct] | None = None) -> str | None:
+    """Why a block must run its own forward, or None if its batch norms, ReLUs and convolutions may be fused.
+
+    anatomy: that of the fused block that it is asked for, if it is none yet.
+    """
+    anatomy = anatomy or block._anatomy
+    reason = anatomy.obstacle(block)
+    return reason or parts_unfusable(block, *anatomy.parts(block))
 
 
-class FusedPreActBasicBlock(PreAct):
+def not_lean(block: nn.Module) -> str | None:
+    """Why a fused block whose memory is "lean" keeps what others keep; None if it does not."""
+    if not all(on_own_batch(bn) for bn, _ in _pairs(block)):
+        return "a batch norm is frozen or synchronised"
+    return runs_once(block)
+
+
+def runs_once(block: nn.Module) -> str | None:
+    """What in a block may not be computed again in the backward: no module may run twice."""
+    anatomy = block._anatomy
+    places = {
+        "a batch norm": sum(anatomy.before(block), []),
+        "a convolution": sum(anatomy.between(block), []),
+        "the add": anatomy.tail(block),
+    }
+    for place, modules in places.items():
+        if modules:
+            return f"{', '.join(type(module).__name__ for module in modules)} in front of {place}"
+    kind = called(anatomy.side(block))
+    return kind and f"shortcut: {kind} is called as it is"
+
+
+def called(side: Shortcut) -> str | None:
+    """The class of what has to be called on a shortcut, if anything has."""
+    if side.projection is not None:
+        return None
+    modules = (m for m in side.modules if type(m) not in (ZeroPad, nn.Identity) or tampered(m))
+    return next((type(m).__name__ for m in modules), None)
+
+
+class _Own(NamedPreAct, nn.Module):
+    """This package's own blocks."""
+
+    residual = True
+
+    @staticmethod
+    def obstacle(block: nn.Module) -> str | None:
+        return None if block.downsample is None else _downsample_unfusable(block.downsample)
+
+    @staticmethod
+    def side(block: nn.Module) -> Shortcut:
+        own = block.downsample
+        if own is None:
+            return Shortcut(absent=not block.residual)
+        return Shortcut((own,), own[0] if isinstance(own, nn.Sequential) else None, activated=True)
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        (bn, conv), *rest = _pairs(self)
+        out, side = self.relu(bn(x)), self.side(self)
+        shortcut = side(out if side.activated else x)
+        for bn, following in rest:
+            out = self.relu(bn(conv(out)))
+            conv = following
+        return _added(shortcut, conv(out), self._anatomy)
+
+
+class FusedPreActBasicBlock(_Own):
     """BN, ReLU, 3x3, BN, ReLU, 3x3, add (He et al., arXiv 1603.05027), fused.
 
     inplanes, planes: channels in and out. stride: of the first convolution. downsample: None, or
@@ -181,7 +318,7 @@ class FusedPreActBasicBlock(PreAct):
         self.stride = stride
 
 
-class FusedPreActBottleneck(PreAct):
+class FusedPreActBottleneck(_Own):
     """BN, ReLU, 1x1, BN, ReLU, 3x3 with the stride, BN, ReLU, 1x1, add (He et al., arXiv 1603.05027), fused.
 
     inplanes: channels in; 4 * planes come out. stride: of the 3x3 convolution. downsample: None, or
@@ -226,30 +363,11 @@ class PlainPreActBottleneck(Plain, FusedPreActBottleneck):
     """FusedPreActBottleneck without its shortcut: BN-ReLU-conv thrice."""
 
 
-def _projection_unfusable(downsample: nn.Module) -> str | None:
+def _downsample_unfusable(downsample: nn.Module) -> str | None:
     if type(downsample) in (ZeroPad, nn.Identity):
         reason = tampered(downsample)
-        return reason and f"downsample: {reason}"
-    if type(downsample) is not nn.Sequential or len(downsample) != 1:
-        return f"downsample: {type(downsample).__name__} is not Sequential(Conv2d)"
-    reason = tampered(downsample) or convolution_unfusable(downsample[0])
-    if reason is None and _has_bias(downsample[0]):
-        reason = "has a bias"
+    elif type(downsample) is not nn.Sequential or len(downsample) != 1:
+        reason = f"{type(downsample).__name__} is not Sequential(Conv2d)"
+    else:
+        reason = tampered(downsample) or convolution_unfusable(downsample[0])
     return reason and f"downsample: {reason}"
-
-
-def _has_bias(conv: nn.Conv2d) -> bool:
-    return conv.bias is not None
-
-
-def _added(shortcut: Tensor | None, out: Tensor) -> Tensor:
-    if shortcut is None:
-        return out
-    if not isinstance(out, fx.Proxy):
-        check_shortcut(shortcut, out.shape)  # the add would broadcast
-    return shortcut + out
-
-
-def convolved(x: Tensor, conv: nn.Conv2d, residual: Tensor | None) -> Tensor:
-    places = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
-    return conv_bn_act(x, conv.weight, residual=residual, relu=False, **places)

@@ -13,6 +13,7 @@ import dis
 import functools
 import gc
 import inspect
+import itertools
 import operator
 import sys
 import threading
@@ -42,10 +43,9 @@ _METHODS = {
 }
 _BUILTINS = {len, torch.relu, torch.relu_, torch.add, operator.add, operator.iadd}
 _TYPES = {super, range, zip, enumerate, list, tuple, reversed}
-_OF_TORCH = {"nn", "functional", "relu", "relu_", "add"}
+_OF_TORCH = {"nn", "functional", "relu", "relu_", "add", "dropout"}
 _OF_PROXIES = {"relu", "relu_", "add", "add_"}
-# The mode is no constant; and what is compared later has to be asked for by its name.
-_HIDDEN = {"training", "_modules", "_parameters", "_buffers"}
+_HIDDEN = {"_modules", "_parameters", "_buffers"}  # what is compared later has to be asked for by its name
 _OPCODES = {
     *("STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_SUBSCR", "STORE_SLICE", "STORE_DEREF"),
     *("DELETE_ATTR", "DELETE_GLOBAL", "DELETE_NAME", "DELETE_SUBSCR", "DELETE_DEREF"),
@@ -53,17 +53,22 @@ _OPCODES = {
     *("SETUP_FINALLY", "PUSH_EXC_INFO", "CHECK_EXC_MATCH", "MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE"),
     *("IMPORT_NAME", "IMPORT_STAR", "LOAD_BUILD_CLASS", "YIELD_VALUE", "GET_AWAITABLE"),
 }
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _STARRED = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.memory_format, torch.device)
 
 
 class Trace(NamedTuple):
-    """called: the paths of the modules that were called. names: of all attributes that the code mentions."""
+    """called: the paths of the modules that were called. names: of all attributes that the code mentions. absent: of
+    those that it asked for, and some module had not. asks_mode: whether a module that is not torch's looks at its own
+    mode; the trace speaks for calls in which all such modules have the same."""
 
     graph: fx.Graph
     called: set[str]
     names: set[str]
+    absent: set[str]
+    asks_mode: bool
 
 
 class _Unclear(BaseException):
@@ -102,6 +107,31 @@ def trace(module: nn.Module, leaves: set[str]) -> Trace | None:
     code = getattr(type(module).forward, "__code__", None)
     if code is None or _is_torchs(code) or code.co_kwonlyargcount or code.co_flags & _STARRED:
         return None  # of keywords and stars fx makes another function, which nobody would know again
+    found = _trace(module, leaves, code)
+    if found is None or not found.asks_mode:
+        return found
+    modules = list(module.modules())
+    modes = [m.training for m in modules]
+    both = []
+    try:
+        for mode in (True, False):
+            for m in modules:
+                m.training = mode
+            both.append(_trace(module, leaves, code))
+    finally:
+        for m, mode in zip(modules, modes, strict=True):
+            m.training = mode
+    if None in both or _written(both[0].graph) != _written(both[1].graph):
+        return None
+    names, absent = (set().union(*(getattr(t, which) for t in (found, *both))) for which in ("names", "absent"))
+    return Trace(both[0].graph, both[0].called, names, absent, True)
+
+
+def _written(graph: fx.Graph) -> list[tuple]:
+    return [(n.op, n.target, str(n.args), str(n.kwargs)) for n in graph.nodes]
+
+
+def _trace(module: nn.Module, leaves: set[str], code: types.CodeType) -> Trace | None:
     modules = list(module.modules())
     kept = [{name: m.__dict__[name] for name in _HOOKS} for m in modules]
     tracer, watch, spy = _Tracer(leaves), _Watch(code, modules), _Spy()
@@ -132,7 +162,7 @@ def trace(module: nn.Module, leaves: set[str]) -> Trace | None:
         if collects:
             gc.enable()
     clear = found and not watch.unclear and not spy.unclear and not tracer.asked and code in watch.codes
-    return Trace(found[0], tracer.called, watch.names) if clear else None
+    return Trace(found[0], tracer.called, watch.names, watch.absent, watch.asks_mode) if clear else None
 
 
 class _Proxy(fx.Proxy):
@@ -178,28 +208,30 @@ class _Spy(TorchFunctionMode):
 
 
 class _Watch:
-    """A profile function. codes: those of the forwards and of what they call, but for torch's. names: the attributes
-    that they mention."""
+    """A profile function. codes: those of the forwards and of what they call, but for torch's. names, absent,
+    asks_mode: as Trace's."""
 
     unclear = False
-    by_name = False  # getattr was called just now
+    by_name = None  # getattr or hasattr, if it was called just now
+    asks_mode = False
 
     def __init__(self, root: types.CodeType, modules: list[nn.Module]):
         self.root = root
         self.kinds = {kind for m in modules for kind in type(m).__mro__}
         self.codes: set[types.CodeType] = set()
         self.names: set[str] = set()
+        self.absent: set[str] = set()
 
     def __call__(self, frame: types.FrameType, event: str, arg) -> None:
-        by_name, self.by_name = self.by_name, False
+        by_name, self.by_name = self.by_name, None
         try:
-            if by_name and not (event == "call" and _asks_for_a_child(frame)):
-                raise _Unclear
+            if by_name is not None:
+                self._named(by_name, frame if event == "call" else None)
             if event == "call":
                 self._enter(frame)
             elif event == "c_call" and frame.f_code in self.codes:
-                self.by_name = arg is getattr
-                if not self.by_name and not any(arg is f for f in _BUILTINS):
+                self.by_name = arg if arg is getattr or arg is hasattr else None
+                if self.by_name is None and not any(arg is f for f in _BUILTINS):
                     raise _Unclear
         except BaseException:
             self.unclear = True
@@ -214,8 +246,13 @@ class _Watch:
                 raise _Unclear
         elif code is self.root or caller in self.codes or caller.co_filename.startswith(_MODULES):
             self.codes.add(code)
-            names, asked = _mentioned(code)
+            names, asked, modes = _mentioned(code)
             self.names |= names
+            if modes:
+                own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+                if not isinstance(own, nn.Module) or is_torchs(type(own)):
+                    raise _Unclear
+                self.asks_mode = True
             for name, attribute in asked:
                 self._check(frame.f_globals.get(name, getattr(builtins, name, None)), attribute)
             # Made by a forward, it has that one's variables. (Functions that come from elsewhere hold no modules.)
@@ -224,6 +261,18 @@ class _Watch:
                 value = frame.f_locals.get(name)
                 if not isinstance(value, fx.Proxy) and not (inner and isinstance(value, nn.Module)):
                     self._check(value, None)
+
+    def _named(self, by_name, frame: types.FrameType | None) -> None:
+        """After getattr or hasattr: a module has to be asked, by fx's function in place of nn.Module.__getattr__, for a
+        child; or, by hasattr, for what it has not."""
+        mod, name = (frame and frame.f_locals.get(local) for local in ("mod", "attr"))
+        if frame is None or not _is_torchs(frame.f_code) or not isinstance(mod, nn.Module):
+            raise _Unclear
+        if name not in mod._modules:
+            if by_name is not hasattr or name in mod._parameters or name in mod._buffers:
+                raise _Unclear
+            self.absent.add(name)
+            self.names.add(name)
 
     def _check(self, value, attribute: str | None) -> None:
         """What may be called, but neither constants, which may change, nor what holds some: objects, other classes."""
@@ -241,12 +290,6 @@ class _Watch:
             raise _Unclear
 
 
-def _asks_for_a_child(frame: types.FrameType) -> bool:
-    """Whether a module is being asked, by fx's function in place of nn.Module.__getattr__, for a child that it has."""
-    mod, name = (frame.f_locals.get(local) for local in ("mod", "attr"))
-    return _is_torchs(frame.f_code) and isinstance(mod, nn.Module) and name in mod._modules
-
-
 def _is_uncalled(value) -> bool:
     """Whether this is a function of torch's that would end the trace if a forward called it: it may be mentioned."""
     return isinstance(value, types.FunctionType) and (
@@ -260,18 +303,33 @@ def _is_torchs(code: types.CodeType) -> bool:
 
 
 @functools.cache
-def _mentioned(code: types.CodeType) -> tuple[frozenset[str], frozenset[tuple[str, str | None]]]:
-    """The attributes that this code mentions, and its global names, each with the attribute of it that is asked for, if
-    one is. Raises _Unclear for instructions that a forward here may not have."""
+def _mentioned(code: types.CodeType) -> tuple[frozenset[str], frozenset[tuple[str, str | None]], bool]:
+    """The attributes that this code mentions; its global names, each with the attribute of it that is asked for, if
+    one is; whether it looks at the mode of its first argument, `self`. Raises _Unclear for instructions that a forward
+    here may not have."""
     found = list(dis.get_instructions(code))
-    names = frozenset(i.argval for i in found if i.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
+    names = frozenset(i.argval for i in found if i.opname in _ATTRIBUTES)
+    modes = [before for before, i in itertools.pairwise(found) if i.opname in _ATTRIBUTES and i.argval == "training"]
+    if modes:
+        own = code.co_varnames[0] if code.co_argcount else None
+        read = all("LOAD_FAST" in i.opname and _variables(i)[-1] == own for i in modes)
+        stored = (i for i in found if i.opname.startswith(("STORE_FAST", "DELETE_FAST")))
+        if not read or any(own in _variables(i)[: 1 if "LOAD" in i.opname else None] for i in stored):
+            raise _Unclear
     handles = bool(getattr(code, "co_exceptiontable", b""))  # exceptions: those of a trace as well
     hidden = not _HIDDEN.isdisjoint(names) or any(name.startswith("__") for name in names)
     if handles or hidden or not _OPCODES.isdisjoint(i.opname for i in found):
         raise _Unclear
     asked = [i.argval if i.opname in ("LOAD_ATTR", "LOAD_METHOD") else None for i in found[1:]] + [None]
-    return names, frozenset(
+    globals_ = frozenset(
         (i.argval, attribute)
         for i, attribute in zip(found, asked, strict=True)
         if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     )
+    return names, globals_, bool(modes)
+
+
+def _variables(instruction: dis.Instruction) -> tuple:
+    """The local variables of an instruction, which some Pythons have one for two of."""
+    value = instruction.argval
+    return value if isinstance(value, tuple) else (value,)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from .blocks import ACTIVATED, POOLS, Named, Side, convolution_unfusable, part, projection_unfusable, tampered
 from .frozen import is_frozen
-from .preact import PreAct, convolved, numbered
+from .preact import NamedPreAct, Shortcut, numbered
 from .stem import pooled_stem
 
 
@@ -122,45 +122,24 @@ class FusedTimmRegNetBottleneck(Named, regnet.Bottleneck):
         return None if type(own) is nn.Identity and tampered(own) is None else own
 
 
-class _FusedTimmPreAct(PreAct):
+class _FusedTimmPreAct(NamedPreAct):
     @staticmethod
     def parts(block: nn.Module) -> tuple[list[str], list[str], list[str]]:
         convolutions, norms = numbered(block, "conv", "norm")
         return convolutions, norms, [f"{name}.act" for name in norms]
 
     @staticmethod
-    def projection(block: nn.Module) -> nn.Module | None:
+    def side(block: nn.Module) -> Shortcut:
         own = block.downsample
-        if type(own) is not resnetv2.DownsampleConv or tampered(own) or not _idle(own.norm) or tampered(own.norm):
-            return None
-        return own.conv if convolution_unfusable(own.conv) is None and own.conv.bias is None else None
-
-    @staticmethod
-    def obstacle(block: nn.Module) -> str | None:
-        return None  # a shortcut that is none of these is called as the module that it is
+        if own is None:
+            return Shortcut()
+        plain = type(own) is resnetv2.DownsampleConv and _idle(own.norm) and not (tampered(own) or tampered(own.norm))
+        projection = own.conv if plain and convolution_unfusable(own.conv) is None else None
+        return Shortcut((own,), projection, activated=True)
 
     @staticmethod
     def tail(block: nn.Module) -> list[nn.Module]:
         return _at_work(block, "drop_path")
-
-    @staticmethod
-    def runs_once(block: nn.Module) -> str | None:
-        if tail := _FusedTimmPreAct.tail(block):
-            return f"{type(tail[0]).__name__} in front of the add"
-        known = block.downsample is None or _FusedTimmPreAct.projection(block) is not None
-        return None if known else f"downsample: {type(block.downsample).__name__} is called as it is"
-
-    def _ended(self, out: Tensor, conv: nn.Conv2d, shortcut: Tensor) -> Tensor:
-        tail = self.tail(self)
-        if not tail and shortcut.dtype is out.dtype:
-            return super()._ended(out, conv, shortcut)
-        out = convolved(out, conv, None)
-        for module in tail:
-            out = module(out)
-        return out + shortcut  # under autocast of the shortcut's dtype, if that is wider
-
-    def _unfused(self, x: Tensor) -> Tensor:
-        return super(PreAct, self).forward(x)
 
 
 # Absent from versions before 1.0.
@@ -198,8 +177,9 @@ FUSED = {
     BasicBlock: FusedTimmBasicBlock,
     Bottleneck: FusedTimmBottleneck,
     regnet.Bottleneck: FusedTimmRegNetBottleneck,
+    _PreActBasic: FusedTimmPreActBasic,
+    resnetv2.PreActBottleneck: FusedTimmPreActBottleneck,
 }
-PREACTIVATED = {_PreActBasic: FusedTimmPreActBasic, resnetv2.PreActBottleneck: FusedTimmPreActBottleneck}
 NETWORKS = {ResNet: FusedTimmResNet}
 ACTIVATED.add(BatchNormAct2d)
 

@@ -2,8 +2,10 @@
 
 A block counts as one if its forward is relu(chain(x) + shortcut(x)), its chain convolution, batch norm and ReLU taking
 turns, the last ReLU behind the add; other modules may stand in front of a convolution or of the add (pools, attention,
-dropout). What modules are called, how they are nested, and whether a ReLU is a module or a function, does not matter.
-Hugging Face's ResNets, torchvision's RegNets, the residual towers of game engines and the CIFAR ResNets of so many
+dropout). Or, pre-activation, chain(x) + shortcut(x), the chain batch norm, ReLU and convolution in turns, the shortcut
+of x or of relu(bn(x)), the chain's first; dropout may stand in front of a batch norm as well. What modules are called,
+how they are nested, and whether a ReLU is a module or a function, does not matter. Hugging Face's ResNets,
+torchvision's RegNets, the residual towers of game engines, Wide ResNets, hourglasses, and the CIFAR ResNets of so many
 repositories are made of such blocks.
 
 The trace is strict (strict_trace.py): a forward that does anything else is no block's. It speaks for the block as it
@@ -19,6 +21,7 @@ import copyreg
 import enum
 import functools
 import itertools
+import math
 import operator
 import types
 from collections.abc import Callable
@@ -28,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .blocks import Fused, Side, part, tampered
+from .blocks import Fused, Side, convolution_unfusable, part, tampered
 from .frozen import is_frozen
+from .preact import PreAct, Shortcut
 from .strict_trace import Trace, has_plain_defaults, holds_modules, is_norm, is_plain, is_torchs, trace
 
 _MOST_CONVOLUTIONS = 8  # in a block: more is a stage
@@ -45,6 +49,7 @@ class _Seen(NamedTuple):
     called: bool
     children: tuple[tuple[str, type], ...] | None  # None: they may be any
     given: tuple[tuple[str, object], ...]
+    mode: bool  # it has to have that of the block
 
     def changed(self, block: nn.Module) -> str | None:
         module = part(block, self.path) if self.path else block
@@ -60,6 +65,8 @@ class _Seen(NamedTuple):
             now = _attribute(module, name)
             if now is not value and not (is_plain(now) and _same(now, value)):
                 return f"{where}{name} is another than when the block was recognised"
+        if self.mode and module.training is not block.training:
+            return f"{where}is in another mode than the block, which looks at it"
         if self.path and self.children is not None and "forward" in module.__dict__:
             return f"{where}forward is overridden on the instance"
         reason = tampered(module) if self.called else None
@@ -136,9 +143,7 @@ class Anatomy(NamedTuple):
         return False
 
     def obstacle(self, block: nn.Module) -> str | None:
-        if isinstance(block, TracedBlock) and type(block)._traced is not type(block)._original.forward:
-            return "its class has another forward than when it was recognised"
-        return next(filter(None, (seen.changed(block) for seen in self.seen)), None)
+        return _changed(block, self.seen)
 
     def between(self, block: nn.Module) -> list[list[nn.Module]]:
         return [[part(block, path) for path in paths] for paths in self.others[:-1]]
@@ -153,13 +158,79 @@ class Anatomy(NamedTuple):
         modules = tuple(part(block, path) for path in self.shortcut)
         return modules if len(modules) > 1 else modules[0] if modules else None
 
+    def lowers(self, block: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether under autocast to this dtype the fused result of x has the dtype that the block's own has.
 
-class TracedBlock(Fused):
+        The add would give its result x's dtype, if that is wider; and a frozen batch norm that of its vectors.
+        """
+        known = self.in_place or len(self.shortcut) > 1 or x.dtype is dtype
+        norms = (part(block, path) for path in (*self.parts[1::2], *self.shortcut[-1:]))
+        return known and not any(map(is_frozen, norms))
+
+
+class PreAnatomy(NamedTuple):
+    """Of a pre-activation block, what the class NamedPreAct is of others. argument, in_place, apart and seen are as
+    Anatomy's.
+
+    convolutions, norms, relus: the parts, in turns from the first batch norm on; a ReLU that is a function is ''.
+    inner, others: modules in front of the second batch norm, of the next, and so on; of the first convolution, of the
+    next, and at last of the add. shortcut: (): nothing stands on it; else the modules that are called. projection:
+    whether it is one convolution alone. activated, late: as Shortcut's.
+    """
+
+    argument: str
+    convolutions: tuple[str, ...]
+    norms: tuple[str, ...]
+    relus: tuple[str, ...]
+    inner: tuple[tuple[str, ...], ...]
+    others: tuple[tuple[str, ...], ...]
+    shortcut: tuple[str, ...]
+    projection: bool
+    activated: bool
+    late: bool
+    in_place: bool
+    apart: bool
+    seen: tuple[_Seen, ...]
+
+    def obstacle(self, block: nn.Module) -> str | None:
+        return _changed(block, self.seen)
+
+    def parts(self, block: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+        return self.convolutions, self.norms, [path for path in self.relus if path]
+
+    def before(self, block: nn.Module) -> list[list[nn.Module]]:
+        return [[part(block, path) for path in paths] for paths in self.inner]
+
+    def between(self, block: nn.Module) -> list[list[nn.Module]]:
+        return [[part(block, path) for path in paths] for paths in self.others[:-1]]
+
+    def tail(self, block: nn.Module) -> list[nn.Module]:
+        return [part(block, path) for path in self.others[-1]]
+
+    def side(self, block: nn.Module) -> Shortcut:
+        modules = tuple(part(block, path) for path in self.shortcut)
+        fused = self.projection and convolution_unfusable(modules[0]) is None
+        return Shortcut(modules, modules[0] if fused else None, self.activated, self.late)
+
+    def lowers(self, block: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+        """As Anatomy's. relu(bn(x)) is of x's dtype where the block computes it, and of this one where it is fused."""
+        seen = self.others[0] or (self.activated and self.side(block).projection is None)
+        return (x.dtype is dtype or not seen) and not any(is_frozen(part(block, path)) for path in self.norms)
+
+
+def _changed(block: nn.Module, seen: tuple[_Seen, ...]) -> str | None:
+    """Why what was seen of this block when it was recognised does not speak for it any more."""
+    if isinstance(block, TracedBlock) and type(block)._traced is not type(block)._original.forward:
+        return "its class has another forward than when it was recognised"
+    return next(filter(None, (module.changed(block) for module in seen)), None)
+
+
+class TracedBlock:
     """A block of any class, fused; `fused_class` derives one of it. memory, an attribute: as FusedBasicBlock's."""
 
     _original: type[nn.Module]
     _traced: types.FunctionType  # the forward that was recognised
-    _anatomy: Anatomy
+    _anatomy: Anatomy | PreAnatomy
 
     def __init_subclass__(cls, **options):
         """Not that of the class behind: this one is in no register of theirs."""
@@ -169,41 +240,47 @@ class TracedBlock(Fused):
             x, *more = *args, *kwargs.values()
             if not more and (isinstance(x, fx.Proxy) or self._fits(x)):
                 return super().forward(x)
-        return super(Fused, self).forward(*args, **kwargs)  # which says what is wrong
+        return self._original.forward(self, *args, **kwargs)  # which says what is wrong
 
     def _fits(self, x) -> bool:
         """Whether x is a batch of maps, and the result has the dtype that the fused ops give it."""
         if not isinstance(x, Tensor) or x.dim() != 4:
             return False
-        device, own = x.device.type, self._anatomy
+        device = x.device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return True
-        # The add would give its result x's dtype, if that is wider; and a frozen batch norm that of its vectors.
-        lowers = own.in_place or len(own.shortcut) > 1 or x.dtype is torch.get_autocast_dtype(device)
-        norms = (part(self, path) for path in (*own.parts[1::2], *own.shortcut[-1:]))
-        return lowers and not any(map(is_frozen, norms))
+        return self._anatomy.lowers(self, x, torch.get_autocast_dtype(device))
 
     def __reduce_ex__(self, protocol):
         build, args, *rest = super().__reduce_ex__(protocol)
-        own = build in (copyreg.__newobj__, copyreg._reconstructor) and "_original" in vars(type(self))
-        return (_blank, (type(self)._original,), *rest) if own else (build, args, *rest)
+        kind = type(self)
+        own = build in (copyreg.__newobj__, copyreg._reconstructor) and "_original" in vars(kind)
+        return (_blank, (kind._original, issubclass(kind, PreAct)), *rest) if own else (build, args, *rest)
+
+
+class _Traced(TracedBlock, Fused):
+    """relu(chain(x) + shortcut(x))."""
+
+
+class _TracedPreAct(TracedBlock, PreAct):
+    """chain(x) + shortcut(x)."""
 
 
 @functools.cache
-def fused_class(original: type[nn.Module]) -> type[TracedBlock]:
-    """The subclass of a block's class whose forward is fused."""
+def fused_class(original: type[nn.Module], pre: bool = False) -> type[TracedBlock]:
+    """The subclass of a block's class whose forward is fused. pre: whether that is a pre-activation block's."""
     names = {"__module__": original.__module__, "__doc__": original.__doc__}
     names |= {"_original": original, "_traced": original.forward}
-    return type(original)(f"Fused{original.__name__}", (TracedBlock, original), names)
+    return type(original)(f"Fused{original.__name__}", (_TracedPreAct if pre else _Traced, original), names)
 
 
-def _blank(original: type[nn.Module]) -> TracedBlock:
+def _blank(original: type[nn.Module], pre: bool) -> TracedBlock:
     """A block before it gets its state, for copies and pickles."""
-    return object.__new__(fused_class(original))
+    return object.__new__(fused_class(original, pre))
 
 
-def swap(block: nn.Module, anatomy: Anatomy) -> None:
-    block.__class__ = fused_class(type(block))
+def swap(block: nn.Module, anatomy: Anatomy | PreAnatomy) -> None:
+    block.__class__ = fused_class(type(block), isinstance(anatomy, PreAnatomy))
     block.__dict__["_anatomy"] = anatomy
 
 
@@ -214,12 +291,12 @@ def restore(block: nn.Module) -> None:
             block.__dict__.pop(name, None)
 
 
-def discover(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[nn.Module, Anatomy | str]:
+def discover(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[nn.Module, Anatomy | PreAnatomy | str]:
     """The residual blocks inside a model that are of no known class: their anatomy, or why they are left.
 
     known: says of a module whether it is one of those; nothing around a block is looked at.
     """
-    found: dict[nn.Module, Anatomy | str] = {}
+    found: dict[nn.Module, Anatomy | PreAnatomy | str] = {}
     holds: dict[nn.Module, bool] = {}
 
     def visit(module: nn.Module) -> bool:
@@ -236,14 +313,14 @@ def discover(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[nn.Mo
     return found
 
 
-def _safely(module: nn.Module) -> Anatomy | str | None:
+def _safely(module: nn.Module) -> Anatomy | PreAnatomy | str | None:
     try:
         return anatomy_of(module)
     except Exception:  # of classes that do with attributes what they like: no blocks, then
         return None
 
 
-def anatomy_of(block: nn.Module) -> Anatomy | str | None:
+def anatomy_of(block: nn.Module) -> Anatomy | PreAnatomy | str | None:
     """A block's anatomy; a str, why a residual block cannot be fused; None: this is no residual block."""
     if is_torchs(type(block)) or "forward" in block.__dict__:
         return None
@@ -262,7 +339,7 @@ def anatomy_of(block: nn.Module) -> Anatomy | str | None:
     reason = None
     for leaves in (set(), opaque):
         found = _read(block, leaves)
-        if isinstance(found, Anatomy):
+        if isinstance(found, (Anatomy, PreAnatomy)):
             return _refused(block) or found
         reason = found or reason
     return reason
@@ -286,7 +363,8 @@ def _refused(block: nn.Module) -> str | None:
     return f"{used[0]}: a name that fused blocks have for something else" if used else None
 
 
-_RESERVED = {n for c in (Fused, TracedBlock) for n in (*vars(c), *c.__annotations__) if n[:2] != "__"} - {"forward"}
+_CLASSES = (Fused, PreAct, TracedBlock)
+_RESERVED = {n for c in _CLASSES for n in (*vars(c), *c.__annotations__) if n[:2] != "__"} - {"forward"}
 
 
 # --- what a forward does ----------------------------------------------------------------------------------------------
@@ -336,6 +414,25 @@ class _Reader:
             node = self.before(node)
         return None if node is None else nodes[::-1]
 
+    def line(self, node: fx.Node | None) -> list[fx.Node] | None:
+        """The nodes from x to this one, each with one input, whatever else reads them; None where that is no line."""
+        nodes = []
+        while node is not None and node.op != "placeholder":
+            if len(node.all_input_nodes) != 1 or node.op not in _CALLS or not self.by_position(node):
+                return None
+            nodes.append(node)
+            node = self.before(node)
+        return None if node is None else nodes[::-1]
+
+    def unused(self, graph: fx.Graph) -> bool:
+        """Whether there is a call in this graph that was not understood."""
+        return not self.used.issuperset(n for n in graph.nodes if n.op in _CALLS)
+
+    @staticmethod
+    def argument(graph: fx.Graph) -> str:
+        """What the forward calls its one input."""
+        return next(n.target for n in graph.nodes if n.op == "placeholder")
+
     def kind(self, node: fx.Node) -> str:
         module = self.module(node)
         if isinstance(module, nn.Conv2d):
@@ -351,22 +448,33 @@ class _Reader:
 
 _CALLS = ("call_module", "call_function", "call_method")
 _TURNS = ("convolution", "batch norm", "ReLU")
+_PRE_TURNS = ("batch norm", "ReLU", "convolution")
+_DROPOUTS = (nn.Dropout, nn.Dropout2d)
 
 
-def _read(block: nn.Module, leaves: set[str]) -> Anatomy | str | None:
+def _read(block: nn.Module, leaves: set[str]) -> Anatomy | PreAnatomy | str | None:
     """What the forward does, as `anatomy_of` has it."""
     found = trace(block, leaves)
     if found is None:
         return None
-    graph = found.graph
     read = _Reader(block)
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    last = read.source(graph.output_node().args[0])
-    if len(inputs) != 1 or last is None or not read.is_relu(last) or not read.by_position(last):
+    inputs = [n for n in found.graph.nodes if n.op == "placeholder"]
+    last = read.source(found.graph.output_node().args[0])
+    if len(inputs) != 1 or last is None:
         return None
-    total = read.before(read.take(last))
-    if total is None or total.op not in _CALLS or total.target not in _ADDS or total.kwargs or len(total.args) != 2:
-        return None
+    if read.is_relu(last) and read.by_position(last):
+        total = read.before(read.take(last))
+        return _read_post(read, found, total, last) if _is_add(total) else None
+    return _read_pre(read, found, last) if _is_add(last) else None
+
+
+def _is_add(node: fx.Node | None) -> bool:
+    return node is not None and (node.op in _CALLS and node.target in _ADDS and not node.kwargs and len(node.args) == 2)
+
+
+def _read_post(read: _Reader, found: Trace, total: fx.Node, last: fx.Node) -> Anatomy | str | None:
+    """What ends with this add and this ReLU."""
+    graph, block = found.graph, read.block
     read.take(total)
     chain, side = _branches(read, total)
     if chain is None:
@@ -396,7 +504,7 @@ def _read(block: nn.Module, leaves: set[str]) -> Anatomy | str | None:
     in_place = total.target in _IN_PLACE and read.source(total.args[0]) is not side
     if total.target in _IN_PLACE and not in_place and len(shortcut) < 2:
         return None  # what the block, or a module in it, is given changes
-    if {n for n in graph.nodes if n.op in _CALLS} != read.used:
+    if read.unused(graph):
         return None  # it does something else as well
     order = {node: i for i, node in enumerate(graph.nodes)}
     if len(shortcut) == 1 and order[side] < order[chain[-1]]:
@@ -410,8 +518,83 @@ def _read(block: nn.Module, leaves: set[str]) -> Anatomy | str | None:
     seen = _look(block, found, opaque, {*parts, *activations, *shortcut})
     if seen is None:
         return None
-    apart = _may_broadcast([part(block, path) for path in parts[::2]], [part(block, p) for p in shortcut], others)
-    return Anatomy(inputs[0].target, parts, activations, others, paths[-1], shortcut, in_place, apart, seen)
+    convolutions = [part(block, path) for path in parts[::2]]
+    called = len(shortcut) == 1 or any(others[:-1])
+    apart = called or _may_broadcast(convolutions, part(block, shortcut[-2]) if shortcut else None)
+    return Anatomy(read.argument(graph), parts, activations, others, paths[-1], shortcut, in_place, apart, seen)
+
+
+def _read_pre(read: _Reader, found: Trace, total: fx.Node) -> PreAnatomy | str | None:
+    """What ends with this add."""
+    graph, block = found.graph, read.block
+    read.take(total)
+    lines = [read.line(read.source(arg)) for arg in total.args]
+    if None in lines:
+        return None
+    counts = [sum(read.kind(node) == "convolution" for node in line) for line in lines]
+    longer = int(counts[1] > counts[0])
+    chain, side = lines[longer], lines[1 - longer]
+    if counts[longer] < 2 or [read.kind(node) for node in chain[:2]] != ["batch norm", "ReLU"]:
+        return None
+    activated = side[:2] == chain[:2]
+    side = side[2:] if activated else side
+    ours = {*chain, *side}
+    if not set(chain).isdisjoint(side) or any(len(node.users) > 1 + (activated and node is chain[1]) for node in ours):
+        return None  # something else reads what is inside
+    turns: list[fx.Node] = []
+    gaps: list[list[fx.Node]] = []  # in front of each batch norm, each convolution, and the add
+    waiting: list[fx.Node] = []
+    for node in chain:
+        kind, expected = read.kind(node), _PRE_TURNS[len(turns) % 3]
+        if kind == expected:
+            turns.append(node)
+            if kind != "ReLU":
+                gaps.append(waiting)
+                waiting = []
+        elif kind == "other" and node.op == "call_module" and expected != "ReLU":
+            waiting.append(node)
+        else:
+            return f"{read.said(node)}, where a {expected} would be fused"
+        read.take(node)
+    if len(turns) % 3:
+        return f"{read.said(turns[-1])}, where a convolution would be fused"
+    gaps.append(waiting)
+    for node in itertools.chain(*gaps[2:-1:2]):
+        if type(read.module(node)) not in _DROPOUTS:
+            return f"{read.said(node)}, where a batch norm would be fused"
+    if any(node.op != "call_module" for node in side):
+        return "its shortcut is neither the input, nor a projection, nor modules alone"
+    for node in side:
+        read.take(node)
+    if activated and gaps[1]:
+        return f"{read.said(gaps[1][0])}, between the shortcut's beginning and the first convolution"
+    projection = [read.kind(node) for node in side] == ["convolution"]
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    late = bool(side) and not projection and order[side[0]] > order[chain[-1]]
+    begins = chain[2 if activated else 0]
+    if not (late or projection or all(order[node] < order[begins] for node in side)):
+        return f"{side[0].target}: is called among the convolutions"
+    in_place = total.target in _IN_PLACE
+    if in_place and read.source(total.args[0]) is not chain[-1]:
+        return None  # what the block, or a module in it, is given changes
+    if read.unused(graph):
+        return None  # it does something else as well
+    paths = [n.target if n.op == "call_module" else "" for n in turns]
+    shortcut = tuple(node.target for node in side)
+    inner, others = (tuple(tuple(n.target for n in gap) for gap in some) for some in (gaps[2::2], gaps[1::2]))
+    inner, others = inner[:-1], (*others, inner[-1])
+    norms, relus, convolutions = paths[::3], paths[1::3], paths[2::3]
+    opaque = {*itertools.chain(*inner, *others), *(() if projection else shortcut)}
+    seen = _look(block, found, opaque, {*paths, *shortcut})
+    if seen is None:
+        return None
+    into = part(block, shortcut[0]) if projection else None
+    called = (side and not projection) or any(others[:-1])
+    apart = bool(called) or _may_broadcast([part(block, path) for path in convolutions], into)
+    return PreAnatomy(
+        read.argument(graph), tuple(convolutions), tuple(norms), tuple(relus), inner, others, shortcut, projection,
+        activated, late, in_place, apart, seen,
+    )  # fmt: skip
 
 
 def _look(block: nn.Module, found: Trace, opaque: set[str], asked: set[str]) -> tuple[_Seen, ...] | None:
@@ -423,35 +606,36 @@ def _look(block: nn.Module, found: Trace, opaque: set[str], asked: set[str]) -> 
         given = []
         torchs = is_torchs(type(m))  # whose tensors are for its own forward
         ours = () if path else _RESERVED  # of a block's own names _refused has asked
-        for name in sorted(found.names - {*m._modules, *ours, "forward"}):
+        for name in sorted(found.names - {*m._modules, *ours, "forward", "training"}):
             value = _attribute(m, name)
             if value is _From.OBJECT or (value is _From.TENSOR and not torchs and not inside):
                 return None
-            if value is not _From.NOWHERE and value is not _From.TORCH:
+            if value is not _From.TORCH and (value is not _From.NOWHERE or name in found.absent):
                 given.append((name, value))
         called = path in found.called and path not in asked and not inside
-        if called or given or (m._modules and not inside):
+        mode = found.asks_mode and bool(path) and not (torchs or inside)
+        if called or given or mode or (m._modules and not inside):
             children = None if inside else tuple((name, type(child)) for name, child in m._modules.items())
-            seen.append(_Seen(path, called, children, tuple(given)))
+            seen.append(_Seen(path, called, children, tuple(given), mode))
     return tuple(seen)
 
 
-def _may_broadcast(convolutions: list[nn.Conv2d], side: list[nn.Module], others: tuple[tuple[str, ...], ...]) -> bool:
+def _may_broadcast(convolutions: list[nn.Conv2d], projection: nn.Conv2d | None) -> bool:
     """Whether maps of other sizes may meet at the add: what a fused one refuses."""
-    if len(side) == 1 or any(others[:-1]):
-        return True
 
     def keeps(conv: nn.Conv2d) -> bool:
         """But for its stride, the size of a map."""
         places = zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
         return not isinstance(conv.padding, str) and all(2 * p == d * (k - 1) for p, d, k in places)
 
-    if not all(map(keeps, convolutions)):
+    def strides(convolutions: list[nn.Conv2d]) -> list[int]:
+        return [math.prod(steps) for steps in zip(*(conv.stride for conv in convolutions), strict=True)]
+
+    side = [] if projection is None else [projection]
+    channels = side[0].out_channels if side else convolutions[0].in_channels
+    if not all(map(keeps, convolutions + side)) or channels != convolutions[-1].out_channels:
         return True
-    if side:
-        return side[-2].out_channels != convolutions[-1].out_channels
-    strides = {step for conv in convolutions for step in conv.stride}
-    return strides != {1} or convolutions[0].in_channels != convolutions[-1].out_channels
+    return strides(convolutions) != (strides(side) if side else [1, 1])
 
 
 def _branches(read: _Reader, total: fx.Node) -> tuple[list[fx.Node] | None, fx.Node | None]:

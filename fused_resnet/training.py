@@ -198,9 +198,9 @@ def activated(x: Tensor, norm: Norm) -> Tensor:
 
 
 def convolved(x: Tensor, norm: Norm, conv: nn.Conv2d) -> Tensor:
-    """Raw convolution of relu(norm(x)), of which nobody wants the statistics."""
+    """Convolution of relu(norm(x)), of which nobody wants the statistics."""
     y, _, _ = _bn_act_conv(x, conv.weight, *norm, True, conv.stride, conv.padding, conv.dilation, conv.groups, False)
-    return y
+    return y if conv.bias is None else y + conv.bias.to(y.dtype)[:, None, None]
 
 
 def check_memory(memory: str) -> None:
