@@ -89,7 +89,8 @@ def swap_blocks(
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Blocks are torchvision's
     and timm's BasicBlock and Bottleneck, those of timm's RegNets and ResNetV2, detectron2's BasicBlock and
     BottleneckBlock, and those of any other class whose forward, traced by `torch.fx`, is relu(chain(x) + shortcut(x)),
-    the chain being convolution, batch norm and ReLU in turns: OpenMMLab's and Hugging Face's ResNets, RegNets, your
+    the chain being convolution, batch norm and ReLU in turns, or chain(x) + shortcut(x), pre-activation, the chain
+    being batch norm, ReLU and convolution in turns: OpenMMLab's and Hugging Face's ResNets, RegNets, Wide ResNets, your
     own. A block stays an instance of its class; one whose forward does anything beside is left alone. Parameters,
     buffers, hooks of the blocks, training mode and state_dict keys stay what they are; checkpoints load both ways. A
     block that cannot be fused without changing what it computes is left alone; `swap_report(model)` tells which and

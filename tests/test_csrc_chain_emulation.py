@@ -196,8 +196,10 @@ def test_y_may_be_the_residuals_own_memory(instance):
 )
 @pytest.mark.parametrize(
     "instance",
-    [*(pytest.param(i, marks=pytest.mark.slow) for i in (NEXT_128, SEGMENT, BY_LINES + SEGMENT)), BY_LINES + NEXT_128]
-    + [STREAM],
+    [
+        *(pytest.param(i, marks=pytest.mark.slow) for i in (NEXT_128, SEGMENT, BY_LINES + SEGMENT, STREAM)),
+        BY_LINES + NEXT_128,
+    ],
 )
 def test_weights_may_come_before_the_kernel_before_has_ended(machine, instance, backwards):
     """And nothing else: the emulation fails if x is read."""

@@ -683,7 +683,7 @@ def test_detection(detectors, device):
     assert not any(k.startswith("grad backbone.body.layer1") for k in seen[0])
 
 
-@modes
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["train", "eval"])
 def test_segmentation(train, device):
     """deeplabv3_resnet50: dilated stages, whose first block has dilation 1 before it."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 import statistics
@@ -686,9 +687,15 @@ def test_features():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@modes
 @pytest.mark.parametrize(
-    "name", ["seresnet18", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet10t", "resnetv2_18"))]
+    "name, train",
+    [
+        ("seresnet18", True),
+        *(
+            pytest.param(name, train, marks=pytest.mark.slow)
+            for name, train in (("seresnet18", False), *itertools.product(("resnet10t", "resnetv2_18"), (True, False)))
+        ),
+    ],
 )
 def test_compiles_whole(name, train, device):
     torch._dynamo.reset()
