@@ -344,8 +344,9 @@ def _normalised(found: _Found) -> Iterator[tuple[str, nn.Module, nn.Module]]:
         return
     if found.pre:
         convolutions, norms, _ = anatomy.parts(block)
-        for conv, norm in zip(convolutions[:-1], norms[1:], strict=True):
-            yield conv, part(block, conv), part(block, norm)
+        for conv, norm, modules in zip(convolutions[:-1], norms[1:], anatomy.before(block), strict=True):
+            if not modules:
+                yield conv, part(block, conv), part(block, norm)
         return
     for conv, norm in zip(anatomy.parts[::2], anatomy.parts[1::2], strict=True):
         yield conv, part(block, conv), part(block, norm)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.resnet import conv1x1, conv3x3
 
 from . import training
+from .backends.layout import conv_output_size
 from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, recorded, summed, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch
 from .ops import check_shortcut
@@ -42,7 +43,7 @@ class Shortcut(NamedTuple):
         return None if self.absent else _through(self.modules, x)
 
     def trained(self, x: Tensor, norm: training.Norm) -> Tensor | None:
-        """The same of relu(norm(x))."""
+        """What is added, of relu(norm(x)); norm is NOTHING where modules have to be called."""
         return self(x) if self.projection is None else training.convolved(x, norm, self.projection)
 
 
@@ -60,10 +61,11 @@ class PreAct:
         if unfusable(self) is not None or recorded(x):
             return self._unfused(x)
         anatomy = self._anatomy
-        pairs, side, tail = _pairs(self), anatomy.side(self), anatomy.tail(self)
-        before, between = anatomy.before(self), anatomy.between(self)
+        pairs = _pairs(self)
         if all(on_own_batch(bn) for bn, _ in pairs):
-            return _trained(x, self, pairs, before, between, tail, side)
+            return _trained(x, self, pairs)
+        side, tail = anatomy.side(self), anatomy.tail(self)
+        before, between = anatomy.before(self), anatomy.between(self)
         (bn, conv), *rest = pairs
         shortcut = None if side.activated or side.late else side(x)
         out = batch_norm_act(x, bn)
@@ -78,9 +80,8 @@ class PreAct:
                 out = conv_bn(out, conv, bn)
             conv = following
         out = _through(between[-1], out)
-        if not (tail or anatomy.apart or side.late):
-            if shortcut is None or isinstance(out, fx.Proxy) or shortcut.dtype is out.dtype:
-                return _convolved(out, conv, shortcut)
+        if not (tail or side.late) and (shortcut is None or _joins(shortcut, out, conv, anatomy.apart)):
+            return _convolved(out, conv, shortcut)
         out = _through(tail, _convolved(out, conv))
         return _added(side(begun) if side.late else shortcut, out, anatomy)
 
@@ -113,15 +114,15 @@ class NamedPreAct(PreAct):
         """Why a block cannot be fused for what it has beside its pairs."""
         return None
 
-    @staticmethod
-    def before(block: nn.Module) -> list[list[nn.Module]]:
+    @classmethod
+    def before(cls, block: nn.Module) -> list[list[nn.Module]]:
         """Modules that stand in front of the second batch norm, of the next, and so on."""
-        return [[]] * len(block._modules)  # enough
+        return [[]] * (len(cls.parts(block)[0]) - 1)
 
-    @staticmethod
-    def between(block: nn.Module) -> list[list[nn.Module]]:
+    @classmethod
+    def between(cls, block: nn.Module) -> list[list[nn.Module]]:
         """Modules that stand between the first ReLU and its convolution, the next, and so on."""
-        return [[]] * (len(block._anatomy.parts(block)[0]))
+        return [[]] * len(cls.parts(block)[0])
 
     @staticmethod
     def tail(block: nn.Module) -> list[nn.Module]:
@@ -145,18 +146,23 @@ def _pairs(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(part(block, bn), part(block, conv)) for bn, conv in zip(norms, convolutions, strict=True)]
 
 
-def _trained(
-    x: Tensor,
-    block: nn.Module,
-    pairs: list[tuple[nn.Module, nn.Module]],
-    before: list[list[nn.Module]],
-    between: list[list[nn.Module]],
-    tail: list[nn.Module],
-    side: Shortcut,
-) -> Tensor:
+def _joins(shortcut: Tensor, x: Tensor, conv: nn.Conv2d, apart: bool) -> bool:
+    """Whether this shortcut may be added where conv(x) is computed."""
+    if isinstance(x, fx.Proxy):
+        return not apart
+    if shortcut.dtype is not x.dtype:
+        return False
+    places = conv.stride, conv.padding, conv.dilation
+    return not apart or list(shortcut.shape) == conv_output_size(x, conv.weight, *places)
+
+
+def _trained(x: Tensor, block: nn.Module, pairs: list[tuple[nn.Module, nn.Module]]) -> Tensor:
     training.check_memory(block.memory)
     # Decided once: by the time a lean block runs again, modes and hooks may be others.
     anatomy = block._anatomy
+    before, between, tail, side = (
+        find(block) for find in (anatomy.before, anatomy.between, anatomy.tail, anatomy.side)
+    )
 
     def run(x: Tensor, statistics: training.Statistics) -> Tensor:
         (bn, conv), *rest = pairs

@@ -61,14 +61,14 @@ PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.memory_format, to
 
 class Trace(NamedTuple):
     """called: the paths of the modules that were called. names: of all attributes that the code mentions. absent: of
-    those that it asked for, and some module had not. asks_mode: whether a module that is not torch's looks at its own
-    mode; the trace speaks for calls in which all such modules have the same."""
+    those that it asked for, and some module had not. moody: the modules that look at their own mode; the trace speaks
+    for calls in which all of them have the same."""
 
     graph: fx.Graph
     called: set[str]
     names: set[str]
     absent: set[str]
-    asks_mode: bool
+    moody: set[nn.Module]
 
 
 class _Unclear(BaseException):
@@ -108,7 +108,7 @@ def trace(module: nn.Module, leaves: set[str]) -> Trace | None:
     if code is None or _is_torchs(code) or code.co_kwonlyargcount or code.co_flags & _STARRED:
         return None  # of keywords and stars fx makes another function, which nobody would know again
     found = _trace(module, leaves, code)
-    if found is None or not found.asks_mode:
+    if found is None or not found.moody:
         return found
     modules = list(module.modules())
     modes = [m.training for m in modules]
@@ -116,15 +116,14 @@ def trace(module: nn.Module, leaves: set[str]) -> Trace | None:
     try:
         for mode in (True, False):
             for m in modules:
-                m.training = mode
+                object.__setattr__(m, "training", mode)  # nobody's own __setattr__ hears of it
             both.append(_trace(module, leaves, code))
     finally:
         for m, mode in zip(modules, modes, strict=True):
-            m.training = mode
+            object.__setattr__(m, "training", mode)
     if None in both or _written(both[0].graph) != _written(both[1].graph):
         return None
-    names, absent = (set().union(*(getattr(t, which) for t in (found, *both))) for which in ("names", "absent"))
-    return Trace(both[0].graph, both[0].called, names, absent, True)
+    return Trace(both[0].graph, *(set().union(*sets) for sets in zip(*(t[1:] for t in (found, *both)), strict=True)))
 
 
 def _written(graph: fx.Graph) -> list[tuple]:
@@ -162,7 +161,7 @@ def _trace(module: nn.Module, leaves: set[str], code: types.CodeType) -> Trace |
         if collects:
             gc.enable()
     clear = found and not watch.unclear and not spy.unclear and not tracer.asked and code in watch.codes
-    return Trace(found[0], tracer.called, watch.names, watch.absent, watch.asks_mode) if clear else None
+    return Trace(found[0], tracer.called, watch.names, watch.absent, watch.moody) if clear else None
 
 
 class _Proxy(fx.Proxy):
@@ -208,12 +207,11 @@ class _Spy(TorchFunctionMode):
 
 
 class _Watch:
-    """A profile function. codes: those of the forwards and of what they call, but for torch's. names, absent,
-    asks_mode: as Trace's."""
+    """A profile function. codes: those of the forwards and of what they call, but for torch's. names, absent, moody: as
+    Trace's."""
 
     unclear = False
     by_name = None  # getattr or hasattr, if it was called just now
-    asks_mode = False
 
     def __init__(self, root: types.CodeType, modules: list[nn.Module]):
         self.root = root
@@ -221,6 +219,7 @@ class _Watch:
         self.codes: set[types.CodeType] = set()
         self.names: set[str] = set()
         self.absent: set[str] = set()
+        self.moody: set[nn.Module] = set()
 
     def __call__(self, frame: types.FrameType, event: str, arg) -> None:
         by_name, self.by_name = self.by_name, None
@@ -252,7 +251,7 @@ class _Watch:
                 own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
                 if not isinstance(own, nn.Module) or is_torchs(type(own)):
                     raise _Unclear
-                self.asks_mode = True
+                self.moody.add(own)
             for name, attribute in asked:
                 self._check(frame.f_globals.get(name, getattr(builtins, name, None)), attribute)
             # Made by a forward, it has that one's variables. (Functions that come from elsewhere hold no modules.)

@@ -49,7 +49,7 @@ class _Seen(NamedTuple):
     called: bool
     children: tuple[tuple[str, type], ...] | None  # None: they may be any
     given: tuple[tuple[str, object], ...]
-    mode: bool  # it has to have that of the block
+    mode: bool = False  # it has to have that of the block
 
     def changed(self, block: nn.Module) -> str | None:
         module = part(block, self.path) if self.path else block
@@ -91,7 +91,9 @@ class _From(enum.Enum):
 
 
 def _attribute(module: nn.Module, name: str):
-    """What a module gives by this name, nothing being called."""
+    """What a module gives by this name, nothing being called; of a child its class."""
+    if name in module._modules:
+        return type(module._modules[name])
     for own in (module.__dict__, module._parameters, module._buffers):
         if name in own:
             value = own[name]
@@ -103,7 +105,11 @@ def _attribute(module: nn.Module, name: str):
                 return _From.TORCH
             function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
             called = isinstance(function, types.FunctionType) and has_plain_defaults(function)
-            called = called or isinstance(value, property) or (isinstance(value, type) and issubclass(value, enum.Enum))
+            called = (
+                called
+                or (isinstance(value, property) and isinstance(value.fget, types.FunctionType))
+                or (isinstance(value, type) and issubclass(value, enum.Enum))
+            )
             return _From.CLASS if called else value if _is_fixed(value) else _From.OBJECT
     return _From.NOWHERE
 
@@ -169,8 +175,7 @@ class Anatomy(NamedTuple):
 
 
 class PreAnatomy(NamedTuple):
-    """Of a pre-activation block, what the class NamedPreAct is of others. argument, in_place, apart and seen are as
-    Anatomy's.
+    """Of a pre-activation block, what the class NamedPreAct is of others. argument, in_place and seen are as Anatomy's.
 
     convolutions, norms, relus: the parts, in turns from the first batch norm on; a ReLU that is a function is ''.
     inner, others: modules in front of the second batch norm, of the next, and so on; of the first convolution, of the
@@ -189,11 +194,17 @@ class PreAnatomy(NamedTuple):
     activated: bool
     late: bool
     in_place: bool
-    apart: bool
     seen: tuple[_Seen, ...]
 
+    @property
+    def apart(self) -> bool:
+        return True
+
     def obstacle(self, block: nn.Module) -> str | None:
-        return _changed(block, self.seen)
+        reason = _changed(block, self.seen)
+        if reason is None and self.projection and (reason := convolution_unfusable(part(block, self.shortcut[0]))):
+            reason = f"{self.shortcut[0]}: {reason}"
+        return reason
 
     def parts(self, block: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
         return self.convolutions, self.norms, [path for path in self.relus if path]
@@ -209,12 +220,11 @@ class PreAnatomy(NamedTuple):
 
     def side(self, block: nn.Module) -> Shortcut:
         modules = tuple(part(block, path) for path in self.shortcut)
-        fused = self.projection and convolution_unfusable(modules[0]) is None
-        return Shortcut(modules, modules[0] if fused else None, self.activated, self.late)
+        return Shortcut(modules, modules[0] if self.projection else None, self.activated, self.late)
 
     def lowers(self, block: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
         """As Anatomy's. relu(bn(x)) is of x's dtype where the block computes it, and of this one where it is fused."""
-        seen = self.others[0] or (self.activated and self.side(block).projection is None)
+        seen = self.others[0] or (self.activated and not self.projection)
         return (x.dtype is dtype or not seen) and not any(is_frozen(part(block, path)) for path in self.norms)
 
 
@@ -274,7 +284,7 @@ def fused_class(original: type[nn.Module], pre: bool = False) -> type[TracedBloc
     return type(original)(f"Fused{original.__name__}", (_TracedPreAct if pre else _Traced, original), names)
 
 
-def _blank(original: type[nn.Module], pre: bool) -> TracedBlock:
+def _blank(original: type[nn.Module], pre: bool = False) -> TracedBlock:
     """A block before it gets its state, for copies and pickles."""
     return object.__new__(fused_class(original, pre))
 
@@ -455,8 +465,8 @@ _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 def _read(block: nn.Module, leaves: set[str]) -> Anatomy | PreAnatomy | str | None:
     """What the forward does, as `anatomy_of` has it."""
     found = trace(block, leaves)
-    if found is None:
-        return None
+    if found is None or not _RESERVED.isdisjoint(found.absent):
+        return None  # a fused block would have what this one has not
     read = _Reader(block)
     inputs = [n for n in found.graph.nodes if n.op == "placeholder"]
     last = read.source(found.graph.output_node().args[0])
@@ -568,12 +578,14 @@ def _read_pre(read: _Reader, found: Trace, total: fx.Node) -> PreAnatomy | str |
         read.take(node)
     if activated and gaps[1]:
         return f"{read.said(gaps[1][0])}, between the shortcut's beginning and the first convolution"
-    projection = [read.kind(node) for node in side] == ["convolution"]
+    projection = [type(read.module(node)) for node in side] == [nn.Conv2d] and (
+        convolution_unfusable(read.module(side[0])) is None
+    )
     order = {node: i for i, node in enumerate(graph.nodes)}
     late = bool(side) and not projection and order[side[0]] > order[chain[-1]]
     begins = chain[2 if activated else 0]
     if not (late or projection or all(order[node] < order[begins] for node in side)):
-        return f"{side[0].target}: is called among the convolutions"
+        return f"{side[0].target}: is called between the first batch norm and the last convolution"
     in_place = total.target in _IN_PLACE
     if in_place and read.source(total.args[0]) is not chain[-1]:
         return None  # what the block, or a module in it, is given changes
@@ -588,12 +600,12 @@ def _read_pre(read: _Reader, found: Trace, total: fx.Node) -> PreAnatomy | str |
     seen = _look(block, found, opaque, {*paths, *shortcut})
     if seen is None:
         return None
-    into = part(block, shortcut[0]) if projection else None
-    called = (side and not projection) or any(others[:-1])
-    apart = bool(called) or _may_broadcast([part(block, path) for path in convolutions], into)
+    chained = {part(block, path) for path in (*norms, *convolutions)}
+    if not projection and not chained.isdisjoint(m for path in shortcut for m in part(block, path).modules()):
+        return f"{shortcut[-1]}: stands in the chain as well"
     return PreAnatomy(
         read.argument(graph), tuple(convolutions), tuple(norms), tuple(relus), inner, others, shortcut, projection,
-        activated, late, in_place, apart, seen,
+        activated, late, in_place, seen,
     )  # fmt: skip
 
 
@@ -602,18 +614,21 @@ def _look(block: nn.Module, found: Trace, opaque: set[str], asked: set[str]) -> 
     it calls, whatever is inside. asked: those whose hooks and classes are looked at elsewhere."""
     seen = []
     for path, m in block.named_modules(remove_duplicate=False):
+        if isinstance(m, torch.jit.ScriptModule):
+            return None  # its attributes are not there to be compared
         inside = any(path.startswith(f"{other}.") for other in opaque) or path in opaque
         given = []
         torchs = is_torchs(type(m))  # whose tensors are for its own forward
         ours = () if path else _RESERVED  # of a block's own names _refused has asked
-        for name in sorted(found.names - {*m._modules, *ours, "forward", "training"}):
+        known = () if inside else m._modules  # which are compared, all of them
+        for name in sorted(found.names - {*known, *ours, "forward", "training"}):
             value = _attribute(m, name)
             if value is _From.OBJECT or (value is _From.TENSOR and not torchs and not inside):
                 return None
             if value is not _From.TORCH and (value is not _From.NOWHERE or name in found.absent):
                 given.append((name, value))
         called = path in found.called and path not in asked and not inside
-        mode = found.asks_mode and bool(path) and not (torchs or inside)
+        mode = m in found.moody and m is not block
         if called or given or mode or (m._modules and not inside):
             children = None if inside else tuple((name, type(child)) for name, child in m._modules.items())
             seen.append(_Seen(path, called, children, tuple(given), mode))

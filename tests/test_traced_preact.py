@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
+import warnings
 
 import parity
 import pytest
@@ -413,6 +415,22 @@ class Inverted(Plain):
         return x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
 
 
+class HasWhatFusedBlocksHave(Plain):
+    def forward(self, x):
+        out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return x if hasattr(self, "memory") else out + x
+
+
+class ByAGetter(Plain):
+    """Which calls no function that could be looked at."""
+
+    mode = property(operator.attrgetter("training"))
+
+    def forward(self, x):
+        out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return out + x if self.mode else x
+
+
 class AsksForTheMode(Plain):
     def forward(self, x):
         out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
@@ -420,7 +438,9 @@ class AsksForTheMode(Plain):
 
 
 @pytest.mark.parametrize(
-    "kind", [TwoReaders, ReadsTheNorm, AddsToItsInput, AddsThree, Scaled, Inverted, AsksForTheMode]
+    "kind",
+    [TwoReaders, ReadsTheNorm, AddsToItsInput, AddsThree, Scaled, Inverted, AsksForTheMode, HasWhatFusedBlocksHave]
+    + [ByAGetter],
 )
 def test_is_not_taken_for_a_block(kind):
     assert anatomy_of(kind(16, 16)) is None
@@ -457,6 +477,18 @@ class Among(Adopting):
         return self.conv2(F.relu(self.bn2(out))) + side
 
 
+class SharedNorm(Plain):
+    """The norm of the shortcut is one of the chain's: it would run in another order."""
+
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.side = nn.Sequential(conv1(16, 16), self.bn2)
+
+    def forward(self, x):
+        side = self.side(x)
+        return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))) + side
+
+
 class Grouped(Plain):
     def __init__(self, *size):
         super().__init__(*size)
@@ -469,7 +501,8 @@ class Grouped(Plain):
         (NormAtTheEnd, "bn3: BatchNorm2d, where a convolution would be fused"),
         (Attended, "se: Squeeze, where a batch norm would be fused"),
         (SlicedShortcut, "its shortcut is neither the input, nor a projection, nor modules alone"),
-        (Among, "shortcut: is called among the convolutions"),
+        (Among, "shortcut: is called between the first batch norm and the last convolution"),
+        (SharedNorm, "bn2: stands in the chain as well"),
         (Grouped, "bn2: GroupNorm is none of BatchNorm2d"),
     ],
 )
@@ -489,6 +522,95 @@ def test_dropout_by_a_function_is_left_where_it_drops():
         b.rate = 0.5
     same(ours, model, x)
     assert swap_report(ours).blocks[0].reason == "runs unfused: rate is another than when the block was recognised"
+
+
+class Draws(nn.Conv2d):
+    """A projection that has to be called, in its turn."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.randn(1, dtype=x.dtype)
+
+
+class DrawsLate(Plain):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.drop, self.proj = nn.Dropout(0.5), Draws(16, 16, 1, bias=False)
+
+    def forward(self, x):
+        out = self.conv2(self.drop(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))))
+        return out + self.proj(x)
+
+
+@modes
+def test_what_stands_on_a_shortcut_is_called_in_its_turn(train):
+    model, x = block(DrawsLate, 16, 16, train=train)
+    ours = fused(model)
+    assert swap_report(ours).blocks[0].note == "shortcut: Draws is called as it is"
+    same(ours, model, x)
+    model.proj = ours.proj = conv1(16, 16).double()
+    same(ours, model, x)
+    model, x = block(Biased, 16, 32, train=train)
+    ours = fused(model)
+    for b in (ours, model):
+        b.shortcut[0].register_forward_hook(lambda m, a, y: y + torch.randn(1, dtype=y.dtype))
+    same(ours, model, x)
+    assert swap_report(ours).blocks[0].reason == "runs unfused: shortcut.0: has hooks"
+
+
+class Asked(nn.Module):
+    """What is asked for an attribute, and for its mode, and called as it is."""
+
+    def active(self):
+        return self.training
+
+    def forward(self, x):
+        return x * 2
+
+
+class Asks(Plain):
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.se = Asked()
+
+    def forward(self, x):
+        out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return x + self.se(out) if not hasattr(self.se, "extra") and self.se.active() is self.training else x
+
+
+@modes
+def test_what_a_module_that_is_called_was_asked_for(train):
+    model, x = block(Asks, 16, 16, train=train)
+    for change in (lambda m: m.se.train(not m.training), lambda m: setattr(m.se, "extra", nn.Linear(1, 1))):
+        ours, theirs = fused(model), copy.deepcopy(model)
+        assert swap_report(ours).blocks[0].reason == ""
+        same(ours, theirs, x)
+        for b in (ours, theirs):
+            change(b)
+        assert swap_report(ours).blocks[0].reason.startswith("runs unfused: se: ")
+        assert torch.equal(ours(x), theirs(x))
+
+
+class EitherWay(Plain):
+    """Two containers of one convolution, each called in one mode."""
+
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.one, self.two = nn.Sequential(self.conv1), nn.Sequential(self.conv1)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        out = self.one(out) if self.training else self.two(out)
+        return x + self.conv2(F.relu(self.bn2(out)))
+
+
+@modes
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_hooks_on_what_is_called_in_one_mode(name, train):
+    model, x = block(EitherWay, 16, 16, train=train)
+    ours = fused(model)
+    for b in (ours, model):
+        b.get_submodule(name).register_forward_hook(lambda m, a, y: y * 3)
+    same(ours, model, x)
 
 
 class Halves(nn.Module):
@@ -573,6 +695,17 @@ class Narrow(NarrowInPlace):
         return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))) + x
 
 
+class Pooled(Plain):
+    """A chain that ends in maps of one pixel."""
+
+    def __init__(self, *size):
+        super().__init__(*size)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        return x + self.pool(self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))))
+
+
 class NarrowShortcut(Plain):
     def __init__(self, *size):
         super().__init__(*size)
@@ -599,7 +732,7 @@ class Wider(nn.Module):
 
 
 @modes
-@pytest.mark.parametrize("kind", [Narrow, NarrowShortcut, Pixel, WiderShortcut])
+@pytest.mark.parametrize("kind", [Narrow, NarrowShortcut, Pixel, WiderShortcut, Pooled])
 def test_sums_of_other_sizes_and_dtypes(kind, train):
     """As PyTorch's add has them."""
     for m in (NarrowInPlace(16, 16).train(train), fused(NarrowInPlace(16, 16)).train(train)):
@@ -611,6 +744,23 @@ def test_sums_of_other_sizes_and_dtypes(kind, train):
     assert a.dtype is b.dtype and a.shape == b.shape
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     same(ours.double(), model.double(), x.double())
+
+
+def test_a_convolution_that_is_narrower_later():
+    ours = fused(Narrow(16, 16)).eval()
+    ours.conv2 = conv3(16, 16)
+    assert swap_report(ours).blocks[0].reason == "" and ours(torch.randn(2, 16, 5, 5)).shape == (2, 16, 5, 5)
+    ours.conv2 = conv3(16, 1)
+    assert ours(torch.randn(2, 16, 5, 5)).shape == (2, 16, 5, 5)
+
+
+def test_biases_behind_which_a_norm_stands_are_warned_of():
+    """Behind dropout a bias is one, and has a gradient."""
+    for kind, names in ((Hourglass, "0.conv1, 0.conv2"), (Biased, None)):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            swap_blocks(nn.Sequential(kind(16, 16)))
+        assert [str(w.message).split(": a batch norm")[0] for w in heard] == ([f"bias: {names}"] if names else [])
 
 
 # --- around it --------------------------------------------------------------------------------------------------------
