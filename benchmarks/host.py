@@ -5,8 +5,9 @@
 A GPU that is fast waits for the Python that launches its kernels. Here the ops are the Triton backend's, on a CPU, and
 every launch of it is left out: nothing is computed by them, and what Triton's launcher itself would take is not in the
 time. The network is a ResNet-50 of a quarter of the channels at 2x32x32, in bfloat16 or under autocast, so small that
-PyTorch's operators, which do run, take little. Rounds take turns: host code run at every call, and written down
-(fused_resnet/backends/straight.py); the untouched network, all of whose operators run, stands beside them.
+PyTorch's operators, which do run, take little. Rounds take turns: host code run at every call; ops written down
+(fused_resnet/backends/straight.py); blocks written down, each a node of autograd's graph (fused_resnet/one_node.py).
+The untouched network, all of whose operators run, stands beside them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import fused_resnet
-from fused_resnet import backends, doctor, measure
+from fused_resnet import backends, doctor, measure, one_node
 from fused_resnet.backends import straight, triton, triton_running
 
-STEPS = straight.WATCH_AT + 4  # until every call is written down
+STEPS = one_node.WATCH_AT + 4  # until every call is written down
+WAYS = ("eager", "run", "ops", "blocks")
 
 
 class Narrow(ResNet):
@@ -101,16 +103,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(dtype: torch.dtype, autocast: bool, rounds: int) -> dict:
     x = torch.randn(2, 3, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    models = {name: Narrow().to(dtype).to(memory_format=torch.channels_last) for name in ("eager", "run", "written")}
-    for name in ("run", "written"):
+    models = {name: Narrow().to(dtype).to(memory_format=torch.channels_last) for name in WAYS}
+    for name in WAYS[1:]:
         fused_resnet.swap_blocks(models[name])
     ready: dict = {name: {} for name in models}
+    node = one_node.run
 
     def step(name):
         model = models[name]
         with (
-            patch.object(backends, "WRITTEN_DOWN", {"cpu"} if name == "written" else set()),
+            patch.object(backends, "WRITTEN_DOWN", set() if name == "run" else {"cpu"}),
             patch.object(backends, "_ready", ready[name]),
+            patch.object(one_node, "run", node if name == "blocks" else lambda *args: None),
         ):
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -124,9 +128,12 @@ def measured(dtype: torch.dtype, autocast: bool, rounds: int) -> dict:
     for name in models:
         for _ in range(STEPS):
             step(name)
-    assert all(not isinstance(f, straight.Repeated) for f in ready["written"].values()), "a call was not written down"
+    for name in WAYS[2:]:
+        assert all(not isinstance(f, straight.Repeated) for f in ready[name].values()), "a call was not written down"
+    kinds = [one_node._entries[m] for m in models["blocks"].modules() if isinstance(m, Bottleneck)]
+    assert all(program.forward for known in kinds for program in known.values()), "a block was not written down"
     Launched.count = 0
-    step("written")
+    step("blocks")
     times: dict = {name: [] for name in models}
     launches = Launched.count
     for _ in range(rounds):
@@ -140,8 +147,9 @@ def measured(dtype: torch.dtype, autocast: bool, rounds: int) -> dict:
             "backward_ms": round(statistics.median(backward), 2),
             "step_ms_20_50_80": [round(q, 2) for q in measure.quantiles([f + b for f, b in each])],
         }
-    ratios = [sum(w) / sum(r) for w, r in zip(times["written"], times["run"], strict=True)]
-    found["written_over_run_20_50_80"] = [round(q, 3) for q in measure.quantiles(ratios)]
+    for name in WAYS[2:]:
+        ratios = [sum(w) / sum(r) for w, r in zip(times[name], times["run"], strict=True)]
+        found[f"{name}_over_run_20_50_80"] = [round(q, 3) for q in measure.quantiles(ratios)]
     return found
 
 

@@ -17,7 +17,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from . import training
+from . import one_node, ops, training
 from .folding import scale_shift
 from .frozen import eps_of, is_frozen
 from .functional import batch_norm_act, conv_bn_act, on_own_batch, uses_batch_statistics
@@ -193,9 +193,14 @@ def _trained(
             return training.normalised(out, norm, conv, bn, shortcut(), statistics)
         return _joined(training.normalised(out, norm, conv, bn, None, statistics, relu=False), block, tail, shortcut)
 
-    if block.memory == "lean" and not tail and not any(between) and (projected or stateless(downsample)):
-        return training.lean(run, x, block)
-    return run(x, training.Statistics())
+    lean = block.memory == "lean" and not tail and not any(between) and (projected or stateless(downsample))
+    simple = projected or (downsample is None and (not anatomy.residual or first[0].in_channels > 1))
+    if simple and not (pools or tail or any(between) or anatomy.apart):
+        modules = [*first, conv, bn, *((into, after) if projected else ())]
+        y = one_node.run(block, run, training.Statistics, x, modules, lean)
+        if y is not None:
+            return y
+    return training.lean(run, x, block) if lean else run(x, training.Statistics())
 
 
 def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Callable[[], Tensor]) -> Tensor:
@@ -207,7 +212,7 @@ def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Call
 
 def summed(out: Tensor, shortcut: Tensor, in_place: bool) -> Tensor:
     """out + shortcut. in_place: as if it took the place of out."""
-    total = out + shortcut
+    total = ops.added(out, shortcut)
     if not in_place or isinstance(total, fx.Proxy):
         return total
     if total.shape != out.shape:

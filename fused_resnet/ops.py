@@ -16,7 +16,9 @@ reference. vmap, torch.func and forward-mode AD raise.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -44,6 +46,7 @@ _lib = torch.library.Library("fused_resnet", "DEF")
 _kernels: dict[str, Callable] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
 _casts: dict[str, Callable] = {}
+formulas: dict[str, tuple[Callable, Callable]] = {}  # of each op that autograd knows: what it keeps, its derivative
 
 PLACES = "int[] stride, int[] padding, int[] dilation, int groups"
 _CONV = f"{PLACES}, bool relu"
@@ -81,6 +84,7 @@ def register(name: str, schema: str, kernel, fake) -> None:
 def register_autograd(name: str, setup, formula) -> None:
     """torch.library.register_autograd, at a quarter of its cost a call, and with forward mode refused."""
     op = getattr(torch.ops.fused_resnet, name).default
+    formulas[name] = setup, formula
 
     def below(keyset, args):
         with _AutoDispatchBelowAutograd():
@@ -120,6 +124,67 @@ def register_autograd(name: str, setup, formula) -> None:
 
 # --- past the dispatcher, which would lead through two Python kernels to the same function ---
 
+_local = threading.local()
+
+
+def handler():
+    """What takes the calls of ops in this thread, in place of autograd (one_node.py); None as a rule."""
+    return None if torch.compiler.is_compiling() else getattr(_local, "handler", None)
+
+
+@contextlib.contextmanager
+def handed_to(handler):
+    """Inside, handler takes the calls: call(name, args), apply(function, args), needs_gradient(t), lowered(t)."""
+    before, _local.handler = getattr(_local, "handler", None), handler
+    try:
+        yield
+    finally:
+        _local.handler = before
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args)."""
+    own = handler()
+    return function.apply(*args) if own is None else own.apply(function, args)
+
+
+def needs_gradient(t: Tensor) -> bool:
+    own = handler()
+    return t.requires_grad and torch.is_grad_enabled() if own is None else own.needs_gradient(t)
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """a + b."""
+    own = handler()
+    return a + b if own is None else own.apply(_Sum, (a, b))
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        if a.shape != b.shape or a.dtype is not b.dtype:
+            raise RuntimeError("a sum that gives its parts other gradients than its own")
+        return a + b
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+
+def lowered_by_autocast(t: Tensor) -> Tensor:
+    """t as an op takes it that autocast lowers, on a device where that is enabled."""
+    own = handler()
+    if own is not None:
+        return own.lowered(t)
+    device = t.device.type
+    return lowered(t, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else t
+
+
+def cast(name: str, dtype: torch.dtype, args):
+    """The arguments that an op takes under autocast to this dtype."""
+    own = _casts.get(name)
+    return args if own is None else own(dtype, args)
+
 
 def direct(name: str) -> Callable:
     """The op, called without the dispatcher where nothing but autograd and autocast have to see it. Of a change in
@@ -141,18 +206,20 @@ def direct(name: str) -> Callable:
             return _kernels[name](*args)
 
     def call(*args):
+        own = handler()
+        if own is not None:
+            return own.call(name, [list(a) if type(a) is tuple else a for a in args])
         if not plain(args, tensors, numbers) or args[0] is None or any(type(args[i]) is not float for i in floats):
             return op(*args)
         if any(type(args[i]) is tuple for i in lists):
             args = [list(a) if type(a) is tuple else a for a in args]  # as the dispatcher has it
-        cast = _casts.get(name)
-        if cast is None or not _is_any_autocast_enabled():
+        if name not in _casts or not _is_any_autocast_enabled():
             return called(args)
         device = args[0].device.type
         if not torch.is_autocast_enabled(device):
             return called(args)
-        with _ExcludeDispatchKeyGuard(_AUTOCAST):
-            return called(cast(torch.get_autocast_dtype(device), args))
+        with _ExcludeDispatchKeyGuard(AUTOCAST):
+            return called(cast(name, torch.get_autocast_dtype(device), args))
 
     return call
 
@@ -567,7 +634,7 @@ def register_double_backward(name: str, function, differentiable: tuple[int, ...
 # --- autocast: activations, weights and the shortcut are cast; BN's vectors stay as they are ---
 
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
 
@@ -579,7 +646,7 @@ def register_autocast(name: str, cast) -> None:
 
     def kernel(device):
         def autocast(keyset, *args):
-            with _ExcludeDispatchKeyGuard(_AUTOCAST):
+            with _ExcludeDispatchKeyGuard(AUTOCAST):
                 return op(*cast(torch.get_autocast_dtype(device), args))
 
         return autocast

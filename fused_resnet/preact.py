@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.resnet import conv1x1, conv3x3
 
-from . import training
+from . import one_node, training
 from .backends.layout import conv_output_size
 from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, recorded, summed, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch
@@ -188,9 +188,20 @@ def _trained(x: Tensor, block: nn.Module, pairs: list[tuple[nn.Module, nn.Module
         out = _through(tail, training.convolved(out, norm, conv))
         return _added(side.trained(*begun) if side.late else shortcut, out, anatomy)
 
-    if block.memory == "lean" and runs_once(block) is None:
-        return training.lean(run, x, block)
-    return run(x, training.Statistics())
+    lean = block.memory == "lean" and runs_once(block) is None
+    if side.projection is not None or not (side.modules or side.absent):
+        if not (tail or any(before) or any(between) or _widens(x, side)):
+            modules = [m for pair in pairs for m in pair] + ([] if side.projection is None else [side.projection])
+            y = one_node.run(block, run, training.Statistics, x, modules, lean)
+            if y is not None:
+                return y
+    return training.lean(run, x, block) if lean else run(x, training.Statistics())
+
+
+def _widens(x: Tensor, side: Shortcut) -> bool:
+    """Whether the sum may have another dtype than the convolutions' results: under autocast x itself does."""
+    dtype = one_node.autocast_dtype(x)
+    return side.projection is None and not side.activated and dtype is not None and x.dtype is not dtype
 
 
 def _added(shortcut: Tensor | None, out: Tensor, anatomy) -> Tensor:

@@ -18,7 +18,7 @@ from . import pool_ops, training_ops  # noqa: F401  (register their ops)
 from .backends.layout import is_channels_last
 from .backends.reference import rows_of
 from .functional import update_running_stats
-from .ops import direct, lowered
+from .ops import apply, direct, lowered_by_autocast, needs_gradient
 
 _bn_stats, _bn_act = direct("bn_stats"), direct("bn_act")
 _bn_act_conv, _bn_act_conv_bwd = direct("bn_act_conv"), direct("bn_act_conv_bwd")
@@ -111,12 +111,12 @@ def convolve_shared(
     an op of this package, which makes the gradient that it hands back and keeps none.
     """
     weight = conv.weight
-    if type(x) is Tensor and torch.is_autocast_enabled("cuda") and x.is_cuda:
-        weight = lowered(weight, torch.get_autocast_dtype("cuda"))  # as the op would
+    if type(x) is Tensor and x.is_cuda:
+        weight = lowered_by_autocast(weight)  # as the op would
     if not _product(x, weight, conv):
         return *convolve(x, NOTHING, conv, bn, statistics), x
     known = statistics.known()
-    y, mean, var, x = _Shared.apply(x, weight, known is None, own)
+    y, mean, var, x = apply(_Shared, x, weight, known is None, own)
     return y, statistics.norm(known, conv, bn, y, mean, var), x
 
 
@@ -127,8 +127,7 @@ def _product(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> bool:
         and x.is_cuda
         and x.dtype is weight.dtype
         and x.dtype in (torch.float16, torch.bfloat16)
-        and x.requires_grad
-        and torch.is_grad_enabled()
+        and needs_gradient(x)
         and not torch.compiler.is_compiling()
         and is_channels_last(x)
         and expands(conv, 0)

@@ -13,6 +13,7 @@ values that it reads otherwise than through PyTorch's operators (`numpy()`, `unt
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -64,6 +65,17 @@ def watched() -> _Watch | None:
     return getattr(_watching, "watch", None)
 
 
+@contextlib.contextmanager
+def alone():
+    """Whether nobody watches a call, and nobody will inside."""
+    mine = watched() is None and _one_at_a_time.acquire(blocking=False)
+    try:
+        yield mine
+    finally:
+        if mine:
+            _one_at_a_time.release()
+
+
 class _Refused(Exception):
     """Why a call cannot be written down."""
 
@@ -85,6 +97,8 @@ class _Watch(TorchDispatchMode):
     def __init__(self, args: tuple):
         super().__init__()
         self.refusal: str | None = None
+        self.silent = False  # while a function runs that is written down as one call
+        self.heard: Callable | None = None  # hears of each operator before it runs
         self.device = args[0].device
         self.names: dict[int, str | _View] = {}  # by id, as long as a tensor lives
         self.living: list[weakref.ref] = []
@@ -111,13 +125,27 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.heard is not None:
+            self.heard(func, args)
         result = func(*args, **kwargs)
-        self._try(self._called, func, args, kwargs, result)
+        if not self.silent:
+            self._try(self._called, func, args, kwargs, result)
+        return result
+
+    def whole(self, function: Callable, args: tuple) -> object:
+        """function(*args), as one call whatever is inside: it gives new tensors, and changes nothing."""
+        self.silent = True
+        try:
+            result = function(*args)
+        finally:
+            self.silent = False
+        self._try(self._written, function, args, {}, result)
         return result
 
     def launched(self, runner: Callable, args: tuple) -> None:
         """runner(*args) was called, which reads and writes memory and returns nothing."""
-        self._try(self._launched, runner, args)
+        if not self.silent:
+            self._try(self._launched, runner, args)
 
     def _try(self, step, *args) -> None:
         if self.refusal is None:
@@ -150,13 +178,16 @@ class _Watch(TorchDispatchMode):
             raise _Refused(f"{func} goes by what a later call may have elsewhere")
         if self._leaves_the_device(tensors, result):
             raise _Refused(f"{func} takes values to another device, where they may be read")
+        self._written(_BOUND.get(func, func), args, kwargs, result)
+
+    def _written(self, func: Callable, args, kwargs, result) -> None:
         uses: list[str] = []
         call = ", ".join(
             [self._value(a, uses) for a in args] + [f"{k}={self._value(v, uses)}" for k, v in kwargs.items()]
         )
         results, spread = (result, True) if isinstance(result, (tuple, list)) else ((result,), False)
         targets = [self._target(func, r) for r in results]
-        statement = f"{self._bind(_BOUND.get(func, func))}({call})"
+        statement = f"{self._bind(func)}({call})"
         if any(t != "_" for t in targets):
             statement = f"{', '.join(targets)}{',' if spread and len(targets) == 1 else ''} = {statement}"
         self.lines.append((statement, [*uses, *(t for t in targets if t != "_")]))
@@ -247,16 +278,16 @@ class _Watch(TorchDispatchMode):
 
     # --- the function ---
 
-    def function(self, args: tuple, result, serve: Callable) -> Callable:
+    def function(self, args: tuple, result, serve: Callable | None) -> Callable:
         """A function of arguments like args that does what was seen, result having come out. serve: what does the same
-        where another device is the current one. Raises _Refused."""
+        where another device is the current one; None if what was seen minds the device itself. Raises _Refused."""
         if self.refusal is not None:
             raise _Refused(self.refusal)
         uses: list[str] = []
         returned = self._value(result, uses)
         parameters = ", ".join(f"a{i}" for i in range(len(args)))
         body = []
-        if args[0].is_cuda:
+        if args[0].is_cuda and serve is not None:
             here, instead = self._bind(torch._C._cuda_getDevice), self._bind(serve)
             body.append(f"if {here}() != {args[0].get_device()}: return {instead}({parameters})")
         last = {name: i for i, (_, names) in enumerate(self.lines) for name in names}
@@ -292,13 +323,11 @@ class Repeated:
         self.calls += 1
         if self.tries == TRIES or self.calls < WATCH_AT * (self.tries + 1) or capturing(args[0].device):
             return self.serve(*args)
-        if watched() is not None or not _one_at_a_time.acquire(blocking=False):
-            return self.serve(*args)
-        try:
+        with alone() as mine:
+            if not mine:
+                return self.serve(*args)
             self.tries += 1
             result, function = write_down(self.serve, args, self.limit)
-        finally:
-            _one_at_a_time.release()
         if isinstance(function, str):
             level = logging.WARNING if function is DIFFERENT and self.tries == TRIES else logging.INFO
             logger.log(level, "%s: the host code runs at every call: %s", self.op, function)
@@ -313,17 +342,23 @@ def write_down(serve: Callable, args: tuple, limit: float) -> tuple:
     result, function = watch(serve, args)
     if isinstance(function, str):
         return result, function
+    return result, checked(function, args, lambda found: found, result, limit)
+
+
+def checked(function: Callable, args: tuple, changed: Callable, expected, limit: float) -> Callable | str:
+    """function, if changed(function(*args)) is what is expected; else why it may not serve. changed: makes of its
+    results what is compared."""
     check = types.FunctionType(function.__code__, {**function.__globals__, _ALLOCATE: _poisoned})
     try:
         with unobserved(args[0].device):
-            pairs = zip(_flat(check(*args)), _flat(result), strict=True)
+            pairs = zip(_flat(changed(check(*args))), _flat(expected), strict=True)
             if all(_agrees(v, e, limit) for v, e in pairs):
-                return result, function
+                return function
     except torch.AcceleratorError:  # nothing can go on after it
         raise
     except Exception as failure:  # there is too little memory for a second result, say; there is a first one
-        return result, one_line(failure)
-    return result, DIFFERENT
+        return one_line(failure)
+    return DIFFERENT
 
 
 def watch(serve: Callable, args: tuple) -> tuple:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels import tiles
 from . import refuses_device
 from . import triton as _base
+from .straight import watched
 from .verify import TOLERANCE, capturing, difference, unobserved
 
 try:
@@ -40,6 +41,8 @@ def follow(
     _run(tensors, *scalars, key=key)
     changed = tensors[:2] if tracked is None else tensors[:3]
     torch.autograd.graph.increment_version(changed)  # as any change in place does
+    if (watch := watched()) is not None:
+        watch.launched(torch.autograd.graph.increment_version, (changed,))
     return True
 
 
