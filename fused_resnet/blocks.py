@@ -7,6 +7,7 @@ fused path cannot honour (hooks, parametrizations, foreign norm layers) runs thr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -197,10 +198,32 @@ def _trained(
     simple = projected or (downsample is None and (not anatomy.residual or first[0].in_channels > 1))
     if simple and not (pools or tail or any(between) or anatomy.apart):
         modules = [*first, conv, bn, *((into, after) if projected else ())]
-        y = one_node.run(block, run, training.Statistics, x, modules, lean)
+        chain = _PROJECTED if projected else _IDENTITY if anatomy.residual else _ALONE
+        y = one_node.run(block, chain, training.Statistics, x, modules, lean)
         if y is not None:
             return y
     return training.lean(run, x, block) if lean else run(x, training.Statistics())
+
+
+def _chain(x: Tensor, statistics: training.Statistics, modules: list, *, residual: bool, projected: bool) -> Tensor:
+    """What `_trained` computes of a block that has no modules to be called. modules: convolutions and batch norms in
+    turns, those of the projection last."""
+    *first, conv, bn = modules[:-2] if projected else modules
+    if residual:
+        out, norm, x = training.convolve_shared(x, *first[:2], statistics, True)
+    else:
+        out, norm = training.convolve(x, training.NOTHING, *first[:2], statistics)
+    for i in range(2, len(first), 2):
+        out, norm = training.convolve(out, norm, first[i], first[i + 1], statistics)
+    shortcut = x if residual else None
+    if projected:
+        shortcut = training.normalised(x, training.NOTHING, *modules[-2:], None, statistics, relu=False)
+    return training.normalised(out, norm, conv, bn, shortcut, statistics)
+
+
+_PROJECTED = functools.partial(_chain, residual=True, projected=True)
+_IDENTITY = functools.partial(_chain, residual=True, projected=False)
+_ALONE = functools.partial(_chain, residual=False, projected=False)
 
 
 def _joined(out: Tensor, block: nn.Module, tail: list[nn.Module], shortcut: Callable[[], Tensor]) -> Tensor:

@@ -6,13 +6,15 @@ forward is run below autograd, on a tape: each op's own rule says what it keeps,
 the tape saw is written down (backends/straight.py), as calls of the ops' own functions that have been written down
 before, and compared. From then on the block is one function in the forward and one in the backward.
 
-Whoever wants gradients of gradients gets those of the block's ops, one by one: its forward runs again for them.
+Whoever wants gradients of gradients gets those of the block's ops, one by one: its forward runs again for them. So x
+and the statistics of its batch norms are kept, by all means.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import types
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,19 +32,22 @@ logger = logging.getLogger("fused_resnet")
 
 WATCH_AT = straight.WATCH_AT + 3  # calls of one kind: by then the ops' own have been written down
 TRIES = 3
-MOST_KINDS = 8  # of calls of a block, remembered
-_entries: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
+MOST_KINDS = 64  # of calls of a block, and of a backward, remembered
+_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_NAMES = frozenset(("weight", "bias", *_BUFFERS))
 _TENSORS = (nn.Parameter, Tensor)
+_entries: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
 def run(
     block: nn.Module, function: Callable, statistics: Callable, x: Tensor, modules: list[nn.Module], lean: bool = False
 ) -> Tensor | None:
-    """function(x, statistics()), as one node; None where it has to be run as it is.
+    """function(x, statistics(), modules), as one node; None where it has to be run as it is.
 
-    modules: the convolutions and batch norms that it reads, and nothing else that changes; it is called again for
-    gradients of gradients. statistics: a class like training.Statistics. lean: whether x and the statistics are all
-    that is kept, and the backward computes the rest again.
+    modules: the convolutions, without biases, and the batch norms that it reads. It reads nothing else that changes,
+    and of what stands in for them later their parameters and settings. statistics: a class like training.Statistics.
+    lean: whether x and the statistics are all that is kept, and the backward computes the rest again.
     """
     if not _may_serve(x):
         return None
@@ -50,22 +55,22 @@ def run(
     if found is None:
         return None
     kind, parameters, buffers = found
-    kind = lean, *kind
     kinds = _entries.get(block)
     if kinds is None:
         kinds = _entries[block] = {}
-    program = kinds.get(kind)
+    try:
+        program = kinds.get((lean, function, kind))
+    except TypeError:  # a stride that is a list, say
+        return None
     if program is None:
-        if len(kinds) >= MOST_KINDS:
-            kinds.clear()
-        program = kinds[kind] = _Program(x, lean)
-    args = program, _Source(function, statistics, modules, autocast_dtype(x)), buffers, x, *parameters
+        program = _Program(x, function, statistics, modules, lean)
+        _remember(kinds, (lean, function, kind), program)
     if program.forward is not None:
-        return _Node.apply(*args)
+        return _Node.apply(program, modules, buffers, x, *parameters)
     if not program.wants_to_watch(x):
         return None
     with straight.alone() as alone:
-        return _Node.apply(*args) if alone else None
+        return _Node.apply(program, modules, buffers, x, *parameters) if alone else None
 
 
 def _may_serve(x: Tensor) -> bool:
@@ -78,33 +83,51 @@ def _may_serve(x: Tensor) -> bool:
         and ops.handler() is None
         and ops.plain((x,), [0], [])
         and _top_saved_tensors_default_hooks(True) is None
+        and (not x.is_cuda or torch._C._cuda_getDevice() == x.get_device())  # launches go to the current one
     )
 
 
+def _remember(known: dict, key, value) -> None:
+    """known[key] = value; of too many, the oldest is forgotten."""
+    if len(known) >= MOST_KINDS and key not in known:
+        del known[next(iter(known))]
+    known[key] = value
+
+
 def _kind(x: Tensor, modules: list[nn.Module]) -> tuple[tuple, list[Tensor], list[Tensor]] | None:
-    """(all that what is written down depends on, the parameters, the buffers that change); None where there is more to
+    """(what tells one kind of call from another, the parameters, the buffers that change); None where there is more to
     it. A parameter that lies where it lay, with the strides that it had, is taken for aligned as it was."""
     key = [x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.requires_grad, autocast_dtype(x), *_modes()]
     parameters, buffers = [], []
+    first = modules[0]._parameters.get("weight")
+    if first is None or not (x.requires_grad or first.requires_grad):
+        return None  # x would be kept for nothing
     try:
         for m in modules:
             own = m._parameters
+            if "weight" not in own or "bias" not in own or not _NAMES.isdisjoint(m.__dict__):
+                return None  # what it computes with is no parameter of its own
             if isinstance(m, nn.Conv2d):
                 if own["bias"] is not None:
                     return None
-                key += (m.stride, m.padding, m.dilation, m.groups)
+                key += [getattr(m, name) for name in _SETTINGS]
             else:
                 key += (m.training, m.momentum, m.eps, m.track_running_stats)
-                for b in m._buffers.values():
-                    if b is not None:
+                for name in _BUFFERS:
+                    b = m._buffers.get(name)
+                    if b is None:
+                        key.append(None)
+                    else:
                         key += (b.data_ptr(), b.shape, b.stride(), b.dtype)
                         buffers.append(b)
-            for p in own.values():
-                if p is not None:
-                    if type(p) not in _TENSORS:
-                        return None
+            for p in (own["weight"], own["bias"]):
+                if p is None:
+                    key.append(None)
+                elif type(p) in _TENSORS:
                     key += (p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad)
                     parameters.append(p)
+                else:
+                    return None
     except RuntimeError:  # there are no strides
         return None
     return tuple(key), parameters, buffers
@@ -119,21 +142,6 @@ def _modes() -> tuple:
     """What ops' choices depend on beside their arguments (backends._key)."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return backends.forced(), torch._C._get_cudnn_enabled(), tf32_allowed(), deterministic
-
-
-class _Source(NamedTuple):
-    """What a call is made of, and made of again."""
-
-    function: Callable
-    statistics: Callable
-    modules: list[nn.Module]
-    autocast: torch.dtype | None
-
-    def known(self, kept: list[tuple[Tensor, Tensor]]):
-        """Statistics that have been computed."""
-        known = self.statistics()
-        known.kept, known.complete = kept, True
-        return known
 
 
 class _Step(NamedTuple):
@@ -248,6 +256,8 @@ class _Tape(_Below):
             self.inside = before
 
     def _call(self, name: str, args: list):
+        if any(isinstance(a, Tensor) and a.requires_grad and not self.needs_gradient(a) for a in args):
+            raise AssertionError(f"{name}: a tensor has a derivative, and is no input of the block")
         if self.autocast is not None:
             args = [self._lowered(a, b) for a, b in zip(args, ops.cast(name, self.autocast, args), strict=True)]
         result = super().call(name, args)
@@ -300,8 +310,10 @@ class _Tape(_Below):
 class _Program:
     """What is known of one kind of call."""
 
-    def __init__(self, x: Tensor, lean: bool):
-        self.limit, self.lean = TOLERANCE[x.dtype], lean
+    def __init__(self, x: Tensor, function: Callable, statistics: Callable, modules: list[nn.Module], lean: bool):
+        self.function, self.statistics, self.lean = function, statistics, lean
+        self.autocast, self.limit = autocast_dtype(x), TOLERANCE[x.dtype]
+        self.settings = [_settings(m) for m in modules]
         self.calls = self.tries = 0
         self.forward: Callable | None = None
         self.derivative: _Derivative | None = None
@@ -311,48 +323,75 @@ class _Program:
         wants = self.tries < TRIES and self.calls >= WATCH_AT * (self.tries + 1)
         return wants and not capturing(x.device)
 
-    def watch(self, source: _Source, tensors: tuple[Tensor, ...], buffers: list[Tensor]):
+    def again(self, x: Tensor, parameters, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The forward, with statistics that have been computed."""
+        known = self.statistics()
+        known.kept, known.complete = kept, True
+        given = iter(parameters)
+        modules = [
+            types.SimpleNamespace(**values, **{name: next(given) if there else None for name, there in names.items()})
+            for values, names in self.settings
+        ]
+        return self.function(x, known, modules)
+
+    def watch(self, modules, tensors: tuple[Tensor, ...], buffers: list[Tensor]):
         """(result, what the backward needs, _Derivative); the forward is written down, if it can be."""
         self.tries += 1
         args = (*tensors, *buffers)
         given = [b.clone() for b in buffers]
         watch = straight._Watch(args)
-        tape = _Tape(watch, source.autocast, tensors)
-        known = source.statistics()
+        tape = _Tape(watch, self.autocast, tensors)
+        known = self.statistics()
         with watch, tape.taking():
-            y = source.function(tensors[0], known)
+            y = self.function(tensors[0], known, modules)
+        torch.autograd.graph.increment_version(buffers)  # which a mode that watches keeps PyTorch from
         steps = [] if self.lean else tape.steps
         needed = {p for step in steps for p in step.saved if p is not None}
-        # x and the statistics, with which it all can be computed again.
         needed |= {tape.place(t) for t in (tensors[0], *(t for pair in known.kept for t in pair))}
-        kept = [tape.tensors[p] for p in sorted(needed)]
         index = {p: i for i, p in enumerate(sorted(needed))}
+        kept = [tape.tensors[p] for p in index]
         steps = [s._replace(saved=tuple(None if p is None else index[p] for p in s.saved)) for s in steps]
         again = [tuple(index[tape.place(t)] for t in pair) for pair in known.kept]
-        rules = _Rules(steps, tape.inputs, tape.slots.get(id(y)))
-        derivative = _Derivative(None if self.lean else rules, index[tape.place(tensors[0])], again, self.limit)
-        self._write_down(watch, args, len(tensors), given, y, kept, derivative)
+        rules = None if self.lean else _Rules(steps, tape.inputs, tape.slots.get(id(y)))
+        derivative = _Derivative(self, rules, index[tape.place(tensors[0])], again)
+        del tape, known  # what is not kept
+        self._write_down(watch, args, given, y, kept, derivative)
         return y, kept, derivative
 
-    def _write_down(self, watch, args, count, given, y, kept, derivative) -> None:
+    def _write_down(self, watch, args, given: list[Tensor], y, kept, derivative) -> None:
         mine = [y, *(t for t in kept if all(t is not a for a in (*args, y)))]
-        everything = (*args, *mine)
-        try:
-            function = watch.function(args, tuple(mine), None)
-        except Exception as failure:
-            function = straight._why(failure)
-        if callable(function):  # the buffers of the check are what they were before
-            tensors, buffers = args[:count], args[count:]
-            expected = (*mine, *buffers)
-            function = straight.checked(
-                function, (*tensors, *given), lambda found: (*found, *given), expected, self.limit
-            )
+        count = len(args) - len(given)
+        # The buffers of the check are what they were before.
+        function = _written(
+            watch,
+            args,
+            tuple(mine),
+            lambda f: straight.checked(
+                f, (*args[:count], *given), lambda found: (*found, *given), (*mine, *args[count:]), self.limit
+            ),
+        )
         if isinstance(function, str):
             logger.info("a block runs op by op: %s", function)
             return
-        derivative.keep = [next(i for i, t in enumerate(everything) if t is k) for k in kept]
+        places = {id(t): i for i, t in enumerate((*args, *mine))}
+        derivative.keep = [places[id(t)] for t in kept]
         self.derivative = derivative
         self.forward = function  # last: another thread may be looking
+
+
+def _settings(m: nn.Module) -> tuple[dict, dict]:
+    """(what a module is set to, which of its parameters are there)."""
+    names = _SETTINGS if isinstance(m, nn.Conv2d) else ("eps",)
+    return {name: getattr(m, name) for name in names}, {n: m._parameters[n] is not None for n in ("weight", "bias")}
+
+
+def _written(watch, args, result, check: Callable) -> Callable | str:
+    """What was watched as a function that has been checked; or why there is none."""
+    try:
+        function = watch.function(args, result, None)
+    except Exception as failure:  # there is a result
+        return straight._why(failure)
+    return check(function)
 
 
 class _Rules(NamedTuple):
@@ -362,7 +401,7 @@ class _Rules(NamedTuple):
     inputs: list[int | None]
     output: int | None
 
-    def apply(self, grad: Tensor, saved, needs: tuple[bool, ...], watch) -> tuple[Tensor | None, ...]:
+    def apply(self, grad: Tensor, saved, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs, by the steps' formulas, from the last to the first."""
         leads = {slot for slot, wanted in zip(self.inputs, needs, strict=True) if wanted and slot is not None}
         masks = []
@@ -371,17 +410,16 @@ class _Rules(NamedTuple):
             if any(masks[-1]):
                 leads.update(slot for slot in step.outputs if slot is not None)
         gradients = {self.output: grad}
-        with ops.handed_to(_Below(watch)):
-            for step, mask in zip(reversed(self.steps), reversed(masks), strict=True):
-                given = [None if slot is None else gradients.pop(slot, None) for slot in step.outputs]
-                if not any(mask) or all(g is None for g in given):
-                    continue
-                context = _Context(mask)
-                context.__dict__.update(step.facts, needs_input_grad=mask)
-                context.saved_tensors = tuple(None if i is None else saved[i] for i in step.saved)
-                for slot, wanted, found in zip(step.inputs, mask, step.formula(context, *given), strict=True):
-                    if wanted and found is not None:
-                        gradients[slot] = found if slot not in gradients else gradients[slot] + found
+        for step, mask in zip(reversed(self.steps), reversed(masks), strict=True):
+            given = [None if slot is None else gradients.pop(slot, None) for slot in step.outputs]
+            if not any(mask) or all(g is None for g in given):
+                continue
+            context = _Context(mask)
+            context.__dict__.update(step.facts, needs_input_grad=mask)
+            context.saved_tensors = tuple(None if i is None else saved[i] for i in step.saved)
+            for slot, wanted, found in zip(step.inputs, mask, step.formula(context, *given), strict=True):
+                if wanted and found is not None:
+                    gradients[slot] = found if slot not in gradients else gradients[slot] + found
         pairs = zip(self.inputs, needs, strict=True)
         return tuple(gradients.get(slot) if wanted and slot is not None else None for slot, wanted in pairs)
 
@@ -395,66 +433,79 @@ class _Derivative:
 
     keep: list[int]  # where these are among a forward's arguments and results
 
-    def __init__(self, rules: _Rules | None, x: int, statistics: list[tuple[int, int]], limit: float):
-        self.rules, self.x, self.statistics, self.limit = rules, x, statistics, limit
-        self.written: dict[tuple, Callable | int] = {}  # by kind of call; a number: of the times that it was tried
+    def __init__(self, program: _Program, rules: _Rules | None, x: int, statistics: list[tuple[int, int]]):
+        self.program, self.rules, self.x, self.statistics = program, rules, x, statistics
+        self.written: dict[tuple, Callable | _Tries] = {}  # by kind of call
 
-    def __call__(self, source: _Source, grad: Tensor, saved, parameters, needs) -> tuple[Tensor | None, ...]:
+    def __call__(self, grad: Tensor, kept, parameters, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         kind = (grad.shape, grad.stride(), grad.dtype, grad.data_ptr() % 16, needs, *_modes())
-        known = self.written.get(kind, 0)
-        args = (grad, *saved) if self.rules is not None else (grad, *saved, *parameters)
-        if not isinstance(known, int):
+        known = self.written.get(kind)
+        args = (grad, *kept, *parameters)
+        if known is None:
+            known = _Tries()
+            _remember(self.written, kind, known)
+        if type(known) is not _Tries:
             return known(*args)
-        if known < TRIES and not capturing(grad.device) and ops.plain((grad,), [0], []):
+        if known.another() and not capturing(grad.device):
             with straight.alone() as alone:
                 if alone:
                     watch = straight._Watch(args)
                     with watch:
-                        result = self._run(source, grad, saved, parameters, needs, watch)
-                    self._write_down(watch, args, result, kind, known + 1)
+                        result = self._run(grad, kept, parameters, needs, watch)
+                    self._write_down(watch, args, result, kind)
                     return result
-        return self._run(source, grad, saved, parameters, needs, None)
+        return self._run(grad, kept, parameters, needs, None)
 
-    def _run(self, source: _Source, grad, saved, parameters, needs, watch) -> tuple[Tensor | None, ...]:
-        if self.rules is not None:
-            return self.rules.apply(grad, saved, needs, watch)
-        x, known = saved[self.x], source.known(self.known(saved))
-        tape = _Tape(watch, source.autocast, (x, *parameters))
-        with _in_place_of_parameters(source.modules, parameters), tape.taking():
-            y = source.function(x, known)
-        return _Rules(tape.steps, tape.inputs, tape.slots.get(id(y))).apply(grad, tape.tensors, needs, watch)
+    def _run(self, grad, kept, parameters, needs, watch) -> tuple[Tensor | None, ...]:
+        rules, saved = self.rules, kept
+        if rules is None:
+            tape = _Tape(watch, self.program.autocast, (kept[self.x], *parameters))
+            with tape.taking():
+                y = self.program.again(kept[self.x], parameters, self.known(kept))
+            rules, saved = _Rules(tape.steps, tape.inputs, tape.slots.get(id(y))), tape.tensors
+        with ops.handed_to(_Below(watch)):
+            return rules.apply(grad, saved, needs)
 
-    def known(self, saved) -> list[tuple[Tensor, Tensor]]:
-        return [(saved[mean], saved[var]) for mean, var in self.statistics]
+    def known(self, kept) -> list[tuple[Tensor, Tensor]]:
+        return [(kept[mean], kept[var]) for mean, var in self.statistics]
 
-    def _write_down(self, watch, args, result, kind: tuple, tries: int) -> None:
-        try:
-            function = watch.function(args, result, None)
-        except Exception as failure:
-            function = straight._why(failure)
-        if callable(function):
-            function = straight.checked(function, args, lambda found: found, result, self.limit)
+    def _write_down(self, watch, args, result, kind: tuple) -> None:
+        limit = self.program.limit
+        function = _written(
+            watch, args, result, lambda f: straight.checked(f, args, lambda found: found, result, limit)
+        )
         if isinstance(function, str):
             logger.info("a block's backward runs op by op: %s", function)
-            function = tries
-        if len(self.written) >= MOST_KINDS:
-            self.written.clear()
-        self.written[kind] = function
+        else:
+            self.written[kind] = function
+
+
+class _Tries:
+    """Of a kind of backward: the first call is watched; where that did not do, a later one."""
+
+    calls = tries = 0
+
+    def another(self) -> bool:
+        self.calls += 1
+        wants = self.tries <= TRIES and self.calls > WATCH_AT * self.tries
+        self.tries += wants
+        return wants
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, program: _Program, source: _Source, buffers: list[Tensor], x: Tensor, *parameters: Tensor):
+    def forward(ctx, program: _Program, modules, buffers: list[Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         tensors = (x, *parameters)
         with _below():
             if program.forward is None:
-                y, kept, ctx.derivative = program.watch(source, tensors, buffers)
+                y, kept, ctx.derivative = program.watch(modules, tensors, buffers)
             else:
                 results = program.forward(*tensors, *buffers)
                 everything, ctx.derivative = (*tensors, *buffers, *results), program.derivative
                 y, kept = results[0], [everything[i] for i in ctx.derivative.keep]
-        ctx.source, ctx.parameters, ctx.count = source, [(p, p._version) for p in parameters], len(kept)
+        # No module is kept: what is reached from it may keep the graph.
+        ctx.program, ctx.parameters, ctx.count = program, [(p, p._version) for p in parameters], len(kept)
         ctx.save_for_backward(*kept, *(parameters if program.lean else ()))
         return y
 
@@ -466,42 +517,31 @@ class _Node(torch.autograd.Function):
         saved = ctx.saved_tensors
         kept, parameters = saved[: ctx.count], saved[ctx.count :]
         if torch.is_grad_enabled():
-            return None, None, None, *_again(ctx, grad, kept, needs)
+            return None, None, None, *_again(ctx, grad, kept, needs, True)
+        if not ops.plain((grad,), [0], []):  # something has to see the ops
+            rules = ctx.derivative.rules
+            found = _again(ctx, grad, kept, needs, False) if rules is None else rules.apply(grad, kept, needs)
+            return None, None, None, *found
         with _below():
-            return None, None, None, *ctx.derivative(ctx.source, grad, kept, parameters, needs)
+            return None, None, None, *ctx.derivative(grad, kept, parameters, needs)
 
 
-def _again(ctx, grad: Tensor, saved: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """The gradients, to be differentiated in turn: the block's ops run again, each a node by itself."""
-    source = ctx.source
+def _again(ctx, grad: Tensor, kept, needs: tuple[bool, ...], create_graph: bool) -> list[Tensor | None]:
+    """The gradients, by the block's ops, each a node by itself, the forward being run again."""
     if any(p._version != version for p, version in ctx.parameters):
         raise RuntimeError(
             "a parameter was modified in place between this block's forward and a gradient that is to be "
             "differentiated in turn, for which the forward is computed again"
         )
-    x, known = saved[ctx.derivative.x], source.known(ctx.derivative.known(saved))
-    with torch.enable_grad(), torch.autocast(x.device.type, source.autocast, enabled=source.autocast is not None):
+    derivative, program = ctx.derivative, ctx.program
+    x, dtype = kept[derivative.x], program.autocast
+    with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=dtype is not None):
         # Views, since hooks of the tensors themselves would be called here, and again behind this node.
         inputs = [t.view_as(t) if t.requires_grad else t for t in (x, *(p for p, _ in ctx.parameters))]
-        with _in_place_of_parameters(source.modules, inputs[1:]):
-            y = source.function(inputs[0], known)
+        y = program.again(inputs[0], inputs[1:], derivative.known(kept))
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]
-
-
-@contextlib.contextmanager
-def _in_place_of_parameters(modules: list[nn.Module], tensors: list[Tensor]):
-    """Inside, these are what the modules have: those that they had in the forward may have been lent to them."""
-    places = [(m, name) for m in modules for name, p in m._parameters.items() if p is not None]
-    before = [m._parameters[name] for m, name in places]
-    try:
-        for (m, name), t in zip(places, tensors, strict=True):
-            m._parameters[name] = t
-        yield
-    finally:
-        for (m, name), p in zip(places, before, strict=True):
-            m._parameters[name] = p
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ last block a network needs one more batch norm and ReLU.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from . import one_node, training
 from .backends.layout import conv_output_size
 from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, recorded, summed, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch
-from .ops import check_shortcut
+from .ops import added, check_shortcut
 from .shortcuts import Plain, ZeroPad
 
 
@@ -190,12 +192,34 @@ def _trained(x: Tensor, block: nn.Module, pairs: list[tuple[nn.Module, nn.Module
 
     lean = block.memory == "lean" and runs_once(block) is None
     if side.projection is not None or not (side.modules or side.absent):
-        if not (tail or any(before) or any(between) or _widens(x, side)):
+        if isinstance(x, Tensor) and not (tail or any(before) or any(between) or _widens(x, side)):
             modules = [m for pair in pairs for m in pair] + ([] if side.projection is None else [side.projection])
-            y = one_node.run(block, run, training.Statistics, x, modules, lean)
+            chain = _CHAINS[side.activated, side.projection is not None, side.absent]
+            y = one_node.run(block, chain, training.Statistics, x, modules, lean)
             if y is not None:
                 return y
     return training.lean(run, x, block) if lean else run(x, training.Statistics())
+
+
+def _chain(x: Tensor, statistics, modules: list, *, activated: bool, projected: bool, absent: bool) -> Tensor:
+    """What `_trained` computes of a block that has no modules to be called. modules: batch norms and convolutions in
+    turns, the projection last."""
+    norms, convolutions = modules[: len(modules) - projected : 2], modules[1::2]
+    out, norm = x, statistics.of(x, norms[0])
+    if activated and not projected:
+        out, norm = training.activated(x, norm), training.NOTHING
+    begun = (out, norm) if activated else (x, training.NOTHING)
+    shortcut = training.convolved(*begun, modules[-1]) if projected else begun[0]
+    for conv, bn in zip(convolutions[:-1], norms[1:], strict=True):
+        out, norm = training.convolve(out, norm, conv, bn, statistics)
+    out = training.convolved(out, norm, convolutions[-1])
+    return out if absent else added(out, shortcut)
+
+
+_CHAINS = {
+    flags: functools.partial(_chain, activated=flags[0], projected=flags[1], absent=flags[2])
+    for flags in itertools.product((False, True), repeat=3)
+}
 
 
 def _widens(x: Tensor, side: Shortcut) -> bool:
