@@ -19,6 +19,7 @@ from .backends import composed, cuda, cuda_conv, pooled, stem_conv
 
 VARIABLES = {
     "FUSED_RESNET_BACKEND": "forces a backend: cuda, triton, cudnn, cpu or reference",
+    "FUSED_RESNET_HOST_CODE": "run: host code runs at every call, none is written down",
     "FUSED_RESNET_CUDA": "read when the package is built: auto, 0 (no CUDA kernels) or 1 (fail without them)",
     "FUSED_RESNET_CUDA_ARCHS": "read when the package is built: the GPU architectures, by default 80;90a",
     "FUSED_RESNET_CUTLASS": "read when the package is built: where CUTLASS's include/ is, if not in nvidia-cutlass",

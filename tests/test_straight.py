@@ -6,6 +6,9 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -172,6 +175,16 @@ def test_launches_are_written_down_with_their_arguments():
     assert torch.equal(function(x, 3), 3 * x.t())
     assert told[-1][0] is x and told[-1][2] == 3
     assert straight.watched() is None
+
+
+@pytest.mark.parametrize("value, expected", [(None, "{'cuda'}"), ("run", "set()"), ("written", "{'cuda'}")])
+def test_it_can_be_switched_off(value, expected):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} | (
+        {backends.HOST_CODE: value} if value else {}
+    )
+    code = "from fused_resnet import backends; print(backends.WRITTEN_DOWN)"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == expected
 
 
 # --- what is not ---

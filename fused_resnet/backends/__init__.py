@@ -37,7 +37,8 @@ ORDER = {"cuda": (cuda, triton, cudnn), "cpu": (cpu,)}
 MEASURED = {*composed.OPS, *pooled.OPS, *stem_conv.OPS}  # the backends fuse different things into these
 TRUSTED = {cpu}  # PyTorch's own kernels, probed once; all others are compared with the reference first
 ENVIRONMENT = "FUSED_RESNET_BACKEND"
-WRITTEN_DOWN = {"cuda"}  # types of devices that wait for the host
+HOST_CODE = "FUSED_RESNET_HOST_CODE"  # "run": at every call, nothing is written down
+WRITTEN_DOWN = set() if os.environ.get(HOST_CODE) == "run" else {"cuda"}  # types of devices that wait for the host
 MOST_READY = 4096  # kinds of calls remembered: more than a network has, fewer than an endless stream of sizes brings
 
 _forced: list[str] = [os.environ[ENVIRONMENT]] if os.environ.get(ENVIRONMENT) else []
