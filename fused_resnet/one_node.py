@@ -26,7 +26,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from . import backends, ops
 from .backends import straight
-from .backends.verify import TOLERANCE, capturing, tf32_allowed
+from .backends.verify import TOLERANCE, TOLERANCE_TF32, capturing, tf32_allowed
 
 logger = logging.getLogger("fused_resnet")
 
@@ -66,7 +66,7 @@ def run(
         program = _Program(x, function, statistics, modules, lean)
         _remember(kinds, (lean, function, kind), program)
     if program.forward is not None:
-        return _Node.apply(program, modules, buffers, x, *parameters)
+        return None if program.derivative.given_up else _Node.apply(program, modules, buffers, x, *parameters)
     if not program.wants_to_watch(x):
         return None
     with straight.alone() as alone:
@@ -90,17 +90,17 @@ def _may_serve(x: Tensor) -> bool:
 def _remember(known: dict, key, value) -> None:
     """known[key] = value; of too many, the oldest is forgotten."""
     if len(known) >= MOST_KINDS and key not in known:
-        del known[next(iter(known))]
+        known.pop(next(iter(known)), None)
     known[key] = value
 
 
 def _kind(x: Tensor, modules: list[nn.Module]) -> tuple[tuple, list[Tensor], list[Tensor]] | None:
     """(what tells one kind of call from another, the parameters, the buffers that change); None where there is more to
-    it. A parameter that lies where it lay, with the strides that it had, is taken for aligned as it was."""
+    it."""
     key = [x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, x.requires_grad, autocast_dtype(x), *_modes()]
     parameters, buffers = [], []
     first = modules[0]._parameters.get("weight")
-    if first is None or not (x.requires_grad or first.requires_grad):
+    if not (x.requires_grad or (first is not None and first.requires_grad)):
         return None  # x would be kept for nothing
     try:
         for m in modules:
@@ -118,13 +118,13 @@ def _kind(x: Tensor, modules: list[nn.Module]) -> tuple[tuple, list[Tensor], lis
                     if b is None:
                         key.append(None)
                     else:
-                        key += (b.data_ptr(), b.shape, b.stride(), b.dtype)
+                        key += (b.data_ptr() % 16, b.shape, b.stride(), b.dtype)
                         buffers.append(b)
             for p in (own["weight"], own["bias"]):
                 if p is None:
                     key.append(None)
                 elif type(p) in _TENSORS:
-                    key += (p.data_ptr(), p.shape, p.stride(), p.dtype, p.requires_grad)
+                    key += (p.data_ptr() % 16, p.shape, p.stride(), p.dtype, p.requires_grad)
                     parameters.append(p)
                 else:
                     return None
@@ -202,7 +202,7 @@ class _Below:
 class _Tape(_Below):
     """Takes the calls of a forward, and notes how to differentiate them."""
 
-    def __init__(self, watch: straight._Watch | None, autocast: torch.dtype | None, inputs: tuple[Tensor, ...]):
+    def __init__(self, watch: straight._Watch | None, autocast: torch.dtype | None, inputs, required: list[bool]):
         super().__init__(watch)
         self.autocast = autocast
         self.tensors: list[Tensor] = []  # all that has a place, alive, so that no other is taken for it
@@ -211,7 +211,7 @@ class _Tape(_Below):
         self.count = 0
         self.inside = False
         self.steps: list[_Step] = []
-        self.inputs = [self._slot(t) if t.requires_grad else None for t in inputs]
+        self.inputs = [self._slot(t) if wanted else None for t, wanted in zip(inputs, required, strict=True)]
         for t in inputs:
             self.place(t)
 
@@ -256,7 +256,7 @@ class _Tape(_Below):
             self.inside = before
 
     def _call(self, name: str, args: list):
-        if any(isinstance(a, Tensor) and a.requires_grad and not self.needs_gradient(a) for a in args):
+        if any(isinstance(a, Tensor) and a.requires_grad and id(a) not in self.places for a in args):
             raise AssertionError(f"{name}: a tensor has a derivative, and is no input of the block")
         if self.autocast is not None:
             args = [self._lowered(a, b) for a, b in zip(args, ops.cast(name, self.autocast, args), strict=True)]
@@ -312,7 +312,9 @@ class _Program:
 
     def __init__(self, x: Tensor, function: Callable, statistics: Callable, modules: list[nn.Module], lean: bool):
         self.function, self.statistics, self.lean = function, statistics, lean
-        self.autocast, self.limit = autocast_dtype(x), TOLERANCE[x.dtype]
+        self.autocast = autocast_dtype(x)
+        dtype = self.autocast or x.dtype
+        self.limit = TOLERANCE_TF32 if dtype is torch.float32 and tf32_allowed() else TOLERANCE[dtype]
         self.settings = [_settings(m) for m in modules]
         self.calls = self.tries = 0
         self.forward: Callable | None = None
@@ -340,11 +342,13 @@ class _Program:
         args = (*tensors, *buffers)
         given = [b.clone() for b in buffers]
         watch = straight._Watch(args)
-        tape = _Tape(watch, self.autocast, tensors)
+        tape = _Tape(watch, self.autocast, tensors, [t.requires_grad for t in tensors])
         known = self.statistics()
         with watch, tape.taking():
             y = self.function(tensors[0], known, modules)
-        torch.autograd.graph.increment_version(buffers)  # which a mode that watches keeps PyTorch from
+        norms = [m for m in modules if not isinstance(m, nn.Conv2d) and m.training and m.track_running_stats]
+        changed = [b for m in norms for b in m._buffers.values() if b is not None]
+        torch.autograd.graph.increment_version(changed)  # which a mode that watches keeps PyTorch from
         steps = [] if self.lean else tape.steps
         needed = {p for step in steps for p in step.saved if p is not None}
         needed |= {tape.place(t) for t in (tensors[0], *(t for pair in known.kept for t in pair))}
@@ -353,7 +357,8 @@ class _Program:
         steps = [s._replace(saved=tuple(None if p is None else index[p] for p in s.saved)) for s in steps]
         again = [tuple(index[tape.place(t)] for t in pair) for pair in known.kept]
         rules = None if self.lean else _Rules(steps, tape.inputs, tape.slots.get(id(y)))
-        derivative = _Derivative(self, rules, index[tape.place(tensors[0])], again)
+        required = [slot is not None for slot in tape.inputs]
+        derivative = _Derivative(self, rules, required, index[tape.place(tensors[0])], again)
         del tape, known  # what is not kept
         self._write_down(watch, args, given, y, kept, derivative)
         return y, kept, derivative
@@ -427,17 +432,21 @@ class _Rules(NamedTuple):
 class _Derivative:
     """The derivative of a forward that was on a tape.
 
-    rules: None where they are to be found again, with what they need, by a forward. x, statistics: where these are
-    among the tensors that are kept.
+    rules: None where they are to be found again, with what they need, by a forward. required: which inputs had a
+    gradient. x, statistics: where these are among the tensors that are kept. given_up: whether a kind of call is none
+    that can be written down.
     """
+
+    given_up = False
 
     keep: list[int]  # where these are among a forward's arguments and results
 
-    def __init__(self, program: _Program, rules: _Rules | None, x: int, statistics: list[tuple[int, int]]):
-        self.program, self.rules, self.x, self.statistics = program, rules, x, statistics
+    def __init__(self, program, rules: _Rules | None, required: list[bool], x: int, statistics: list[tuple[int, int]]):
+        self.program, self.rules, self.required, self.x, self.statistics = program, rules, required, x, statistics
         self.written: dict[tuple, Callable | _Tries] = {}  # by kind of call
 
     def __call__(self, grad: Tensor, kept, parameters, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """Of parameters that lie where they lay in the forward."""
         kind = (grad.shape, grad.stride(), grad.dtype, grad.data_ptr() % 16, needs, *_modes())
         known = self.written.get(kind)
         args = (grad, *kept, *parameters)
@@ -449,17 +458,20 @@ class _Derivative:
         if known.another() and not capturing(grad.device):
             with straight.alone() as alone:
                 if alone:
+                    known.tries += 1
                     watch = straight._Watch(args)
                     with watch:
-                        result = self._run(grad, kept, parameters, needs, watch)
+                        result = self.run(grad, kept, parameters, needs, watch)
                     self._write_down(watch, args, result, kind)
+                    self.given_up = self.given_up or (self.written[kind] is known and known.tries > TRIES)
                     return result
-        return self._run(grad, kept, parameters, needs, None)
+        return self.run(grad, kept, parameters, needs)
 
-    def _run(self, grad, kept, parameters, needs, watch) -> tuple[Tensor | None, ...]:
+    def run(self, grad, kept, parameters, needs, watch=None) -> tuple[Tensor | None, ...]:
+        """The same, as the host code has it."""
         rules, saved = self.rules, kept
         if rules is None:
-            tape = _Tape(watch, self.program.autocast, (kept[self.x], *parameters))
+            tape = _Tape(watch, self.program.autocast, (kept[self.x], *parameters), self.required)
             with tape.taking():
                 y = self.program.again(kept[self.x], parameters, self.known(kept))
             rules, saved = _Rules(tape.steps, tape.inputs, tape.slots.get(id(y))), tape.tensors
@@ -487,9 +499,7 @@ class _Tries:
 
     def another(self) -> bool:
         self.calls += 1
-        wants = self.tries <= TRIES and self.calls > WATCH_AT * self.tries
-        self.tries += wants
-        return wants
+        return self.tries <= TRIES and self.calls > WATCH_AT * self.tries
 
 
 class _Node(torch.autograd.Function):
@@ -505,7 +515,8 @@ class _Node(torch.autograd.Function):
                 everything, ctx.derivative = (*tensors, *buffers, *results), program.derivative
                 y, kept = results[0], [everything[i] for i in ctx.derivative.keep]
         # No module is kept: what is reached from it may keep the graph.
-        ctx.program, ctx.parameters, ctx.count = program, [(p, p._version) for p in parameters], len(kept)
+        ctx.program, ctx.count = program, len(kept)
+        ctx.parameters = [(p, p._version, p.data_ptr()) for p in parameters]
         ctx.save_for_backward(*kept, *(parameters if program.lean else ()))
         return y
 
@@ -522,13 +533,15 @@ class _Node(torch.autograd.Function):
             rules = ctx.derivative.rules
             found = _again(ctx, grad, kept, needs, False) if rules is None else rules.apply(grad, kept, needs)
             return None, None, None, *found
+        stay = all(p.data_ptr() == place for p, _, place in ctx.parameters)  # no `.data` was given another
         with _below():
-            return None, None, None, *ctx.derivative(grad, kept, parameters, needs)
+            derivative = ctx.derivative if stay else ctx.derivative.run
+            return None, None, None, *derivative(grad, kept, parameters, needs)
 
 
 def _again(ctx, grad: Tensor, kept, needs: tuple[bool, ...], create_graph: bool) -> list[Tensor | None]:
     """The gradients, by the block's ops, each a node by itself, the forward being run again."""
-    if any(p._version != version for p, version in ctx.parameters):
+    if any(p._version != version for p, version, _ in ctx.parameters):
         raise RuntimeError(
             "a parameter was modified in place between this block's forward and a gradient that is to be "
             "differentiated in turn, for which the forward is computed again"
@@ -537,7 +550,8 @@ def _again(ctx, grad: Tensor, kept, needs: tuple[bool, ...], create_graph: bool)
     x, dtype = kept[derivative.x], program.autocast
     with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=dtype is not None):
         # Views, since hooks of the tensors themselves would be called here, and again behind this node.
-        inputs = [t.view_as(t) if t.requires_grad else t for t in (x, *(p for p, _ in ctx.parameters))]
+        pairs = zip((x, *(p for p, *_ in ctx.parameters)), needs, strict=True)
+        inputs = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() if need else t for t, need in pairs]
         y = program.again(inputs[0], inputs[1:], derivative.known(kept))
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))

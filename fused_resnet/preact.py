@@ -23,7 +23,7 @@ from . import one_node, training
 from .backends.layout import conv_output_size
 from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, recorded, summed, tampered
 from .functional import batch_norm_act, conv_bn_act, on_own_batch
-from .ops import added, check_shortcut
+from .ops import check_shortcut
 from .shortcuts import Plain, ZeroPad
 
 
@@ -194,14 +194,23 @@ def _trained(x: Tensor, block: nn.Module, pairs: list[tuple[nn.Module, nn.Module
     if side.projection is not None or not (side.modules or side.absent):
         if isinstance(x, Tensor) and not (tail or any(before) or any(between) or _widens(x, side)):
             modules = [m for pair in pairs for m in pair] + ([] if side.projection is None else [side.projection])
-            chain = _CHAINS[side.activated, side.projection is not None, side.absent]
+            chain = _CHAINS[side.activated, side.projection is not None, side.absent, anatomy.apart, anatomy.in_place]
             y = one_node.run(block, chain, training.Statistics, x, modules, lean)
             if y is not None:
                 return y
     return training.lean(run, x, block) if lean else run(x, training.Statistics())
 
 
-def _chain(x: Tensor, statistics, modules: list, *, activated: bool, projected: bool, absent: bool) -> Tensor:
+class _Sum(NamedTuple):
+    """How a sum is made, of NamedPreAct's attributes."""
+
+    apart: bool
+    in_place: bool
+
+
+def _chain(
+    x: Tensor, statistics, modules: list, *, activated: bool, projected: bool, absent: bool, sum: _Sum
+) -> Tensor:
     """What `_trained` computes of a block that has no modules to be called. modules: batch norms and convolutions in
     turns, the projection last."""
     norms, convolutions = modules[: len(modules) - projected : 2], modules[1::2]
@@ -213,12 +222,12 @@ def _chain(x: Tensor, statistics, modules: list, *, activated: bool, projected: 
     for conv, bn in zip(convolutions[:-1], norms[1:], strict=True):
         out, norm = training.convolve(out, norm, conv, bn, statistics)
     out = training.convolved(out, norm, convolutions[-1])
-    return out if absent else added(out, shortcut)
+    return out if absent else _added(shortcut, out, sum)
 
 
 _CHAINS = {
-    flags: functools.partial(_chain, activated=flags[0], projected=flags[1], absent=flags[2])
-    for flags in itertools.product((False, True), repeat=3)
+    flags: functools.partial(_chain, activated=flags[0], projected=flags[1], absent=flags[2], sum=_Sum(*flags[3:]))
+    for flags in itertools.product((False, True), repeat=5)
 }
 
 

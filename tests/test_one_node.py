@@ -467,6 +467,60 @@ def test_versions_are_those_that_changes_in_place_make():
         assert all(b._version > was for b, was in zip(model.buffers(), before, strict=True))
 
 
+@memories
+def test_parameters_frozen_or_moved_before_the_backward(memory, one_by_one):
+    """Which gradients there are was decided in the forward; those of later calls do not suffer."""
+    ours, theirs = pair(bottleneck, memory=memory)
+    learn(ours, image(ours, 0))
+    theirs.load_state_dict(ours.state_dict())
+
+    def run(model, x, change):
+        x = x.detach().requires_grad_()
+        model.zero_grad()
+        y = model(x)
+        weight = model[0].conv2.weight
+        if change == "frozen":
+            weight.requires_grad_(False)
+        if change == "moved":
+            weight.data = weight.data.contiguous()
+        y.square().sum().backward()
+        weight.requires_grad_()
+        if change == "moved":
+            weight.data = weight.data.contiguous(memory_format=CL)
+        return [y.detach(), x.grad, *(None if p is weight else p.grad for p in model.parameters())]
+
+    for change in ("frozen", "moved"):
+        for seed in range(3 * CALLS):
+            x = image(ours, seed)
+            same(run(ours, x, change), one_by_one(run, theirs, x, change))
+    for seed in range(3):
+        x = image(ours, seed)
+        same(step(ours, x), one_by_one(step, theirs, x))
+        assert ours[0].conv2.weight.grad is not None
+    y = ours(x.clone().requires_grad_())
+    ours[0].conv2.weight.requires_grad_(False)
+    y.square().sum().backward(create_graph=True)
+
+
+def test_a_sum_that_does_not_fit_never_fits():
+    block = FusedPreActBasicBlock(1, 8).train()
+    for _ in range(2 * CALLS):
+        with pytest.raises(RuntimeError, match="residual: expected the output's shape"):
+            block(torch.randn(2, 1, 7, 6).requires_grad_())
+
+
+def test_where_a_backward_cannot_be_written_down_the_block_runs_op_by_op(monkeypatch):
+    model = swap_blocks(bottleneck())
+    x = image(model, 0)
+    for seed in range(one_node.WATCH_AT - 1):
+        step(model, image(model, seed))
+    monkeypatch.setattr(one_node._Derivative, "_write_down", lambda *args: None)  # for want of memory, say
+    for _ in range(one_node.WATCH_AT * (one_node.TRIES + 2)):
+        step(model, x)
+    (program,) = programs(model)
+    assert program.forward and program.derivative.given_up and not is_node(model, x)
+
+
 def test_an_input_that_nobody_needs_may_change():
     model = swap_blocks(bottleneck())
     model[0].conv1.weight.requires_grad_(False)
