@@ -191,7 +191,7 @@ def _trained(x: Tensor, block: nn.Module, pairs: list[tuple[nn.Module, nn.Module
         return _added(side.trained(*begun) if side.late else shortcut, out, anatomy)
 
     lean = block.memory == "lean" and runs_once(block) is None
-    if side.projection is not None or not (side.modules or side.absent):
+    if side.projection is not None or not side.modules:
         if isinstance(x, Tensor) and not (tail or any(before) or any(between) or _widens(x, side)):
             modules = [m for pair in pairs for m in pair] + ([] if side.projection is None else [side.projection])
             chain = _CHAINS[side.activated, side.projection is not None, side.absent, anatomy.apart, anatomy.in_place]

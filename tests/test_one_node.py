@@ -28,6 +28,7 @@ from fused_resnet import (
     training,
 )
 from fused_resnet.backends import straight, verify
+from fused_resnet.preact import PlainPreActBottleneck
 
 CL = torch.channels_last
 CALLS = one_node.WATCH_AT + 2
@@ -84,6 +85,11 @@ def pre_projected(dtype=torch.float32) -> nn.Module:
     return nn.Sequential(FusedPreActBottleneck(8, 8, 2, side)).to(dtype).train()
 
 
+def pre_plain(dtype=torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(PlainPreActBottleneck(32, 8)).to(dtype).train()
+
+
 def pre_traced(dtype=torch.float32) -> nn.Module:
     """What is activated is handed on."""
     torch.manual_seed(0)
@@ -91,7 +97,18 @@ def pre_traced(dtype=torch.float32) -> nn.Module:
 
 
 memories = pytest.mark.parametrize("memory", ["default", "lean"])
-MODELS = (basic, bottleneck, projected, wide_projection, plain, traced, pre_activation, pre_projected, pre_traced)
+MODELS = (
+    basic,
+    bottleneck,
+    projected,
+    wide_projection,
+    plain,
+    traced,
+    pre_activation,
+    pre_projected,
+    pre_plain,
+    pre_traced,
+)
 
 
 def pair(build, dtype=torch.float32, memory: str = "default") -> tuple[nn.Module, nn.Module]:

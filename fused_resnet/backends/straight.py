@@ -67,7 +67,7 @@ def watched() -> _Watch | None:
 
 @contextlib.contextmanager
 def alone():
-    """Whether nobody watches a call, and nobody will inside."""
+    """A lock that nobody waits for: whether it is ours. Then nobody else watches a call, inside."""
     mine = watched() is None and _one_at_a_time.acquire(blocking=False)
     try:
         yield mine
@@ -280,7 +280,7 @@ class _Watch(TorchDispatchMode):
 
     def function(self, args: tuple, result, serve: Callable | None) -> Callable:
         """A function of arguments like args that does what was seen, result having come out. serve: what does the same
-        where another device is the current one; None if what was seen minds the device itself. Raises _Refused."""
+        where another device is the current one; None where the caller sees to that. Raises _Refused."""
         if self.refusal is not None:
             raise _Refused(self.refusal)
         uses: list[str] = []
