@@ -366,15 +366,12 @@ class _Program:
     def _write_down(self, watch, args, given: list[Tensor], y, kept, derivative) -> None:
         mine = [y, *(t for t in kept if all(t is not a for a in (*args, y)))]
         count = len(args) - len(given)
-        # The buffers of the check are what they were before.
-        function = _written(
-            watch,
-            args,
-            tuple(mine),
-            lambda f: straight.checked(
-                f, (*args[:count], *given), lambda found: (*found, *given), (*mine, *args[count:]), self.limit
-            ),
-        )
+        function = watch.written(args, tuple(mine))
+        if callable(function):  # the buffers of the check are what they were before
+            expected = (*mine, *args[count:])
+            function = straight.checked(
+                function, (*args[:count], *given), lambda found: (*found, *given), expected, self.limit
+            )
         if isinstance(function, str):
             logger.info("a block runs op by op: %s", function)
             return
@@ -388,15 +385,6 @@ def _settings(m: nn.Module) -> tuple[dict, dict]:
     """(what a module is set to, which of its parameters are there)."""
     names = _SETTINGS if isinstance(m, nn.Conv2d) else ("eps",)
     return {name: getattr(m, name) for name in names}, {n: m._parameters[n] is not None for n in ("weight", "bias")}
-
-
-def _written(watch, args, result, check: Callable) -> Callable | str:
-    """What was watched as a function that has been checked; or why there is none."""
-    try:
-        function = watch.function(args, result, None)
-    except Exception as failure:  # there is a result
-        return straight._why(failure)
-    return check(function)
 
 
 class _Rules(NamedTuple):
@@ -482,10 +470,9 @@ class _Derivative:
         return [(kept[mean], kept[var]) for mean, var in self.statistics]
 
     def _write_down(self, watch, args, result, kind: tuple) -> None:
-        limit = self.program.limit
-        function = _written(
-            watch, args, result, lambda f: straight.checked(f, args, lambda found: found, result, limit)
-        )
+        function = watch.written(args, result)
+        if callable(function):
+            function = straight.checked(function, args, lambda found: found, result, self.program.limit)
         if isinstance(function, str):
             logger.info("a block's backward runs op by op: %s", function)
         else:

@@ -152,7 +152,7 @@ class Anatomy(NamedTuple):
         return _changed(block, self.seen)
 
     def between(self, block: nn.Module) -> list[list[nn.Module]]:
-        return [[part(block, path) for path in paths] for paths in self.others[:-1]]
+        return _at(block, self.others[:-1])
 
     def tail(self, block: nn.Module) -> list[nn.Module]:
         return [part(block, path) for path in self.others[-1]]
@@ -210,10 +210,10 @@ class PreAnatomy(NamedTuple):
         return self.convolutions, self.norms, [path for path in self.relus if path]
 
     def before(self, block: nn.Module) -> list[list[nn.Module]]:
-        return [[part(block, path) for path in paths] for paths in self.inner]
+        return _at(block, self.inner)
 
     def between(self, block: nn.Module) -> list[list[nn.Module]]:
-        return [[part(block, path) for path in paths] for paths in self.others[:-1]]
+        return _at(block, self.others[:-1])
 
     def tail(self, block: nn.Module) -> list[nn.Module]:
         return [part(block, path) for path in self.others[-1]]
@@ -226,6 +226,10 @@ class PreAnatomy(NamedTuple):
         """As Anatomy's. relu(bn(x)) is of x's dtype where the block computes it, and of this one where it is fused."""
         seen = self.others[0] or (self.activated and not self.projection)
         return (x.dtype is dtype or not seen) and not any(is_frozen(part(block, path)) for path in self.norms)
+
+
+def _at(block: nn.Module, places: tuple[tuple[str, ...], ...]) -> list[list[nn.Module]]:
+    return [[part(block, path) for path in paths] for paths in places]
 
 
 def _changed(block: nn.Module, seen: tuple[_Seen, ...]) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,58 +44,66 @@ def on_a_cpu(monkeypatch):
     monkeypatch.setattr(one_node, "_entries", weakref.WeakKeyDictionary())
 
 
-def basic(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(BasicBlock(8, 8)).to(dtype).train()
+def building(make) -> Callable[..., nn.Module]:
+    """What makes the same block at every call, in a network of its own."""
+
+    @functools.wraps(make)
+    def build(dtype=torch.float32) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(make()).to(dtype).train()
+
+    return build
 
 
-def bottleneck(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(Bottleneck(32, 8)).to(dtype).train()
+@building
+def basic():
+    return BasicBlock(8, 8)
 
 
-def projected(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    side = nn.Sequential(conv1x1(8, 32, 2), nn.BatchNorm2d(32))
-    return nn.Sequential(Bottleneck(8, 8, 2, side)).to(dtype).train()
+@building
+def bottleneck():
+    return Bottleneck(32, 8)
 
 
-def wide_projection(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    side = nn.Sequential(conv1x1(8, 16), nn.BatchNorm2d(16))
-    return nn.Sequential(BasicBlock(8, 16, 1, side)).to(dtype).train()
+@building
+def projected():
+    return Bottleneck(8, 8, 2, nn.Sequential(conv1x1(8, 32, 2), nn.BatchNorm2d(32)))
 
 
-def plain(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(blocks.PlainBottleneck(32, 8)).to(dtype).train()
+@building
+def wide_projection():
+    return BasicBlock(8, 16, 1, nn.Sequential(conv1x1(8, 16), nn.BatchNorm2d(16)))
 
 
-def traced(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(Nested(16, 16)).to(dtype).train()
+@building
+def plain():
+    return blocks.PlainBottleneck(32, 8)
 
 
-def pre_activation(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(FusedPreActBasicBlock(8, 8)).to(dtype).train()
+@building
+def traced():
+    return Nested(16, 16)
 
 
-def pre_projected(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    side = nn.Sequential(conv1x1(8, 32, 2))
-    return nn.Sequential(FusedPreActBottleneck(8, 8, 2, side)).to(dtype).train()
+@building
+def pre_activation():
+    return FusedPreActBasicBlock(8, 8)
 
 
-def pre_plain(dtype=torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(PlainPreActBottleneck(32, 8)).to(dtype).train()
+@building
+def pre_projected():
+    return FusedPreActBottleneck(8, 8, 2, nn.Sequential(conv1x1(8, 32, 2)))
 
 
-def pre_traced(dtype=torch.float32) -> nn.Module:
+@building
+def pre_plain():
+    return PlainPreActBottleneck(32, 8)
+
+
+@building
+def pre_traced():
     """What is activated is handed on."""
-    torch.manual_seed(0)
-    return nn.Sequential(Adopted(8, 8)).to(dtype).train()
+    return Adopted(8, 8)
 
 
 memories = pytest.mark.parametrize("memory", ["default", "lean"])

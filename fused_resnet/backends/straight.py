@@ -278,6 +278,13 @@ class _Watch(TorchDispatchMode):
 
     # --- the function ---
 
+    def written(self, args: tuple, result, serve: Callable | None = None) -> Callable | str:
+        """`function`, or why there is none."""
+        try:
+            return self.function(args, result, serve)
+        except Exception as failure:  # there is a result
+            return _why(failure)
+
     def function(self, args: tuple, result, serve: Callable | None) -> Callable:
         """A function of arguments like args that does what was seen, result having come out. serve: what does the same
         where another device is the current one; None where the caller sees to that. Raises _Refused."""
@@ -366,10 +373,7 @@ def watch(serve: Callable, args: tuple) -> tuple:
     seen = _Watch(args)
     with seen:
         result = serve(*args)
-    try:
-        return result, seen.function(args, result, serve)
-    except Exception as failure:  # there is a result
-        return result, _why(failure)
+    return result, seen.written(args, result, serve)
 
 
 _ALLOCATE = "empty_strided"  # its name in the functions that are generated
