@@ -79,7 +79,7 @@ def program_of(model, inputs, isa, choice=None, workers=1, cache=cp.CACHE):
     strides = {name: t.stride() for name, t in runner._given(network, inputs).items()}
     choices = {}
     for step in network.steps if choice is not None else ():
-        if step.op in ("conv", "linear"):
+        if step.op in ("conv", "linear") and step.conv.groups == 1:
             fits = choice.kernel == "gemm" or cp.fits_winograd(step, runner.target)
             choices[step.output] = choice if fits else cp.Choice("gemm", 7, runner.target.columns)
     return runner, cp.Program(network, runner.weights, runner.target, workers, strides, choices, cache)
@@ -174,6 +174,64 @@ def test_winograd(size, m, shared, isa, guarded):
             rule(runner.run(program, (x,)))
 
 
+GROUPED = {  # groups, channels of x and of y in a group, how it walks, map
+    "4 channels": (8, 4, 4, dict(padding=1), (9, 23)),
+    "2 channels": (16, 2, 2, dict(padding=1), (7, 8)),
+    "depthwise": (16, 1, 1, dict(padding=1, stride=2), (9, 8)),
+    "depthwise, channels of no vector": (21, 1, 1, dict(padding=1), (5, 6)),
+    "8 channels, stride 2": (4, 8, 8, dict(padding=1, stride=2), (11, 14)),
+    "16 channels": (2, 16, 16, dict(padding=1), (6, 31)),
+    "24 channels": (2, 24, 24, dict(padding=1), (7, 7)),
+    "of no vector": (3, 6, 6, dict(padding=1), (5, 9)),
+    "more out than in": (2, 4, 12, dict(padding=1), (5, 9)),
+    "fewer out than in": (3, 12, 5, dict(padding=1), (5, 9)),
+    "1x1": (4, 8, 4, dict(kernel_size=1), (5, 7)),
+    "1x1, stride 3": (2, 4, 4, dict(kernel_size=1, stride=3), (8, 7)),
+    "dilated": (4, 4, 4, dict(padding=2, dilation=2), (9, 13)),
+    "uneven": (4, 4, 8, dict(kernel_size=(5, 2), stride=(1, 2), padding=(0, 3), dilation=(1, 2)), (9, 8)),
+    "much padding": (2, 8, 8, dict(padding=5, stride=2), (3, 2)),
+    "a 1x1 map": (2, 8, 8, dict(padding=1), (1, 1)),
+}
+
+
+@isas
+@pytest.mark.parametrize("shape", GROUPED)
+def test_grouped(shape, isa, guarded):
+    """Each output reads its own group, whatever a task is; vectors that are part of a group, and whole groups."""
+    groups, c, k, walk, size = GROUPED[shape]
+    layer, add = (
+        nn.Conv2d(groups * c, groups * k, groups=groups, bias=bias, **{"kernel_size": 3} | walk)
+        for bias in (shape == "uneven", False)
+    )
+    x = torch.randn(3, groups * c, *size)
+    for body in HOW.values():
+        model = Net(body, a=layer, n=nn.BatchNorm2d(groups * k), e=add)
+        rule = engine_cases.rule(model, x)
+        for rows, units, workers in ((1, 1, 1), (2, 3, 2), (100, 100, 3)):
+            runner, program = program_of(model, (x,), isa=isa, workers=workers)
+            for step in program.network.steps:
+                program.choices[step.output] = cp.Choice("grouped", rows, units)
+            assert all(s.conv.groups == groups for s in program.network.steps)
+            rule(runner.run(program, (x,)))
+
+
+@isas
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_groups_do_not_touch_each_other(value, isa):
+    """What is not finite in one group stays there."""
+    for groups, c in ((4, 4), (2, 8), (2, 24), (3, 5)):
+        model, x = (
+            Net(lambda m, x: F.relu(m.a(x)), a=conv(groups * c, groups * c, groups=groups)),
+            torch.randn(1, groups * c, 7, 9),
+        )
+        x[0, c + 1, 3, 4] = value
+        got, want = compiled(model, x, isa=isa), model(x)
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+        assert (
+            got[0, :c].isfinite().all() and got[0, 2 * c :].isfinite().all() and not got[0, c : 2 * c].isfinite().all()
+        )
+
+
 @isas
 def test_a_deep_winograd(isa, guarded):
     """More channels than one slice of the reduction."""
@@ -209,7 +267,8 @@ def test_stem(shape, layout, isa, guarded):
     rule = engine_cases.rule(model, x)
     for workers in (1, 3):
         runner, program = program_of(model, (x,), isa=isa, workers=workers)
-        assert [s.op for s in program.network.steps] == ["stem"]
+        fits = k % cp.isa(isa).width == 0
+        assert [s.op for s in program.network.steps] == (["stem"] if fits else ["conv", "max_pool"])
         rule(runner.run(program, (x,)))
 
 
@@ -509,13 +568,16 @@ def every_op(isa):
     conv_words = [cp.CONV, 2, 0, 3, 0, 1, 0, 4, 0, 2, 3, 3, c, 1, 4, c, 1, 1, 0, 3, 3, c, 3, 3, 1, 1, 1, 1, 1, 1]
     wino = [cp.WINOGRAD, 1, 0, 2, 0, 3, 0, -1, 0, 4, 0, 2, 3, 3, c, 3, 3, c, 1, 1, 0, 2, 2, c, 1, 0, 0]
     stem = [cp.STEM, 1, 0, 2, 0, 3, 0, 4, 0, 108, 1, 12, 3, 2, 3, 7, 5, 3, 3, 1, 1, 7, 5, c, 4, 3, 2, 1]
+    grouped = [cp.GROUPED, 1, 0, 2, 0, 3, 0, 1, 0, 4, 0, 2, 3, 3, c, 3, 3, c, c // 4]
+    grouped += [3, 3, 1, 1, 1, 1, 1, 1, 1, 2, 2]
     pools = [cp.MAX_POOL, 1, 0, 4, 0, 2, 5, 5, 3, 3, 3, 3, 2, 1, cp.AVG_POOL, 1, 0, 4, 0, 2, 9, 5]
-    return [conv_words, wino, stem, pools], [torch.randn(2048), weight, bias, y]
+    return [conv_words, wino, stem, pools, grouped], [torch.randn(2048), weight, bias, y]
 
 
 @isas
 def test_bad_programs_raise(isa):
     steps, buffers = every_op(isa)
+    c = cp.isa(isa).columns
     good = head(isa) + [word for step in steps for word in step]
     raw(good, *buffers)
 
@@ -556,6 +618,9 @@ def test_bad_programs_raise(isa):
         step = list(steps[3][:14])
         step[5:7] = words
         refused(head(isa) + step, match="too large|must be positive|does not fit")
+    for groups in (3, c + 1, 1 << 30):
+        refused([*head(isa), *steps[4][:18], groups, *steps[4][19:]], match="groups do not divide")
+    refused([*head(isa, scratch=64), *steps[4]], match="floats of scratch")
     stem = list(steps[2])
     stem[-4:-2] = [9, 9]
     refused(head(isa) + stem, match="reads beyond the convolution's map|does not fit")

@@ -16,8 +16,8 @@ from . import cpu_weights
 from .arena import Life, assign
 from .steps import Network, Step, fold, weights_of
 
-VERSION = 1
-CONV, WINOGRAD, STEM, MAX_POOL, AVG_POOL = range(5)
+VERSION = 2
+CONV, WINOGRAD, STEM, MAX_POOL, AVG_POOL, GROUPED = range(6)
 SLICE = 256  # of the reduction: csrc/cpu/engine/gemm.h's kKc
 ALIGN = 16  # floats: a cache line
 CACHE = 1 << 18  # floats of activations that may be in use at once before a batch is split (1 MiB)
@@ -51,7 +51,8 @@ def isa(number: int = -1) -> Isa | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a step is computed. kernel: 'gemm' (rows x columns of a task) or 'winograd' (m x m, tiles at a time)."""
+    """How a step is computed. kernel: 'gemm' (rows x columns of a task), 'winograd' (m x m, tiles at a time) or, where
+    there are groups, 'grouped' (rows of the map x units of a task)."""
 
     kernel: str
     rows: int = 96
@@ -61,8 +62,8 @@ class Choice:
     shared: bool = False
 
     def __str__(self) -> str:
-        if self.kernel == "gemm":
-            return f"gemm {self.rows}x{self.columns}"
+        if self.kernel != "winograd":
+            return f"{self.kernel} {self.rows}x{self.columns}"
         together = "together" if self.shared else "each"
         return f"F({self.m}x{self.m},3x3) {self.tiles} tiles {together}"
 
@@ -71,8 +72,6 @@ def unsupported(step: Step, target: Isa) -> str | None:
     """Why the CPU's kernels do not compute this step; None if they do."""
     if step.op == "norm":
         return "batch norm and ReLU in one pass"
-    if step.conv is not None and step.conv.groups != 1:
-        return f"{step.conv.groups} groups: through oneDNN"
     return None
 
 
@@ -81,6 +80,7 @@ def fits_stem(step: Step, target: Isa) -> bool:
     conv, pool = step.conv, step.pool
     return (
         (pool.kernel, pool.stride, pool.padding) == POOL
+        and conv.groups == 1
         and conv.out_channels % target.width == 0
         and conv.in_channels * conv.kernel[0] * conv.kernel[1] <= SLICE
         and conv.stride[0] == conv.stride[1]
@@ -102,6 +102,16 @@ def fits_winograd(step: Step, target: Isa) -> bool:
     )
 
 
+def unit(step: Step, target: Isa) -> tuple[int, int]:
+    """Channels of x and of y that go together in a grouped convolution: a group's, or, of groups that are parts of a
+    vector, a vector's (csrc/cpu/engine/grouped.h: spreads)."""
+    conv = step.conv
+    c, k = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    if c == k and c < target.width and target.width % c == 0 and conv.in_channels % target.width == 0:
+        return target.width, target.width
+    return c, k
+
+
 class Weights:
     """Folded weights of a model, packed as they are asked for, and kept: steps of all shapes share them."""
 
@@ -112,7 +122,7 @@ class Weights:
         self._folded: tuple[tuple, list[Tensor], Tensor] | None = None
 
     def get(self, step: Step, layout: str) -> Tensor:
-        """layout: 'bias', 'nhwc', 'nchw' (the reduction's order), 'winograd2' or 'winograd4'."""
+        """layout: 'bias', 'nhwc', 'nchw' (the order inside), 'winograd2', 'winograd4' or 'grouped', 'grouped bias'."""
         key = (*step.convolutions, layout)
         if key not in self._packed:
             self._packed[key] = step, self._pack(step, layout)
@@ -124,6 +134,11 @@ class Weights:
             self._folded = step.convolutions, *fold(step, self.module)
         _, parts, bias = self._folded
         columns = self.target.columns
+        if layout.startswith("grouped"):
+            k, width = unit(step, self.target)[1], self.target.width
+            if layout == "grouped":
+                return cpu_weights.grouped(parts[0], k, width)
+            return cpu_weights.grouped(bias[:, None, None, None], k, width).flatten()
         if layout == "bias":
             return cpu_weights.padded(bias, columns)
         if layout.startswith("winograd"):
@@ -387,7 +402,8 @@ class Program:
             choice = self.choice(step)
             if choice.shared:
                 return winograd_room(step, choice)
-            each = choice.rows * SLICE if choice.kernel == "gemm" else winograd_room(step, choice)
+            room = {"gemm": lambda: choice.rows * SLICE, "grouped": lambda: grouped_room(self, step, choice)}
+            each = room.get(choice.kernel, lambda: winograd_room(step, choice))()
         return (each + ALIGN) * self.workers
 
     def _words(self, writer: Writer, step: Step, first: int, images: int) -> list[int]:
@@ -398,6 +414,13 @@ class Program:
             return [AVG_POOL, *x, *y, images, h * w, c]
         if step.op == "max_pool":
             return [MAX_POOL, *x, *y, images, h, w, c, p, q, step.pool.kernel, step.pool.stride, step.pool.padding]
+        residual = [-1, 0] if step.residual is None else writer.value(step.residual, first)
+        choice = self.choice(step)
+        if choice.kernel == "grouped":
+            conv, weights = step.conv, (*writer.weight(step, "grouped"), *writer.weight(step, "grouped bias"))
+            walk = [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
+            sizes = [images, h, w, c, p, q, k, conv.groups, *walk, int(step.relu), choice.rows, choice.columns]
+            return [GROUPED, *x, *weights, *residual, *y, *sizes]
         bias = writer.weight(step, "bias")
         if step.op == "stem":
             strides, channels_last = self._strides(step.x)
@@ -406,8 +429,6 @@ class Program:
             sizes = [images, c, h, w, r, s, step.conv.stride[0], step.conv.padding[0], *step.conv.size(h, w), k]
             band = max(1, min(p, -(-p * images // (2 * self.workers))))  # each computes a row that its neighbour has
             return [STEM, *x, *weight, *bias, *y, *strides, *sizes, p, q, band, int(channels_last)]
-        residual = [-1, 0] if step.residual is None else writer.value(step.residual, first)
-        choice = self.choice(step)
         if choice.kernel == "winograd":
             weight = writer.weight(step, f"winograd{choice.m}")
             sizes = [images, h, w, c, p, q, k, *step.conv.padding, int(step.relu)]
@@ -438,6 +459,14 @@ def winograd_room(step: Step, choice: Choice) -> int:
     return points * (choice.tiles * (step.conv.in_channels + step.conv.out_channels) + 2 * ALIGN)
 
 
+def grouped_room(program: Program, step: Step, choice: Choice) -> int:
+    """Floats of the part of x that a task reads, padded (grouped.h: grouped_scratch)."""
+    _, p, q, _ = program.nhwc(step.output)
+    (height, width), conv = step.conv.reads(min(choice.rows, p), q), step.conv
+    each, vector = unit(step, program.target)[0], program.target.width
+    return height * width * min(choice.columns, conv.in_channels // each) * -(-each // vector) * vector
+
+
 def tiles_of(program: Program, step: Step, m: int, images: int) -> int:
     _, p, q, _ = program.nhwc(step.output)
     return images * -(-p // m) * -(-q // m)
@@ -445,6 +474,8 @@ def tiles_of(program: Program, step: Step, m: int, images: int) -> int:
 
 def default_choice(program: Program, step: Step) -> Choice:
     """The choice without measurement: Winograd where its weights are few beside its work."""
+    if step.conv.groups > 1:
+        return grouped_choice(program, step)
     images = program.size[step.output]
     if fits_winograd(step, program.target):
         tiles = tiles_of(program, step, 4, images)
@@ -468,6 +499,22 @@ def gemm_choice(program: Program, channels: int, rows: int, block: int = 96) -> 
     while columns > max(unit, 32) and row_blocks * -(-channels // columns) < 4 * program.workers:
         columns = max(unit, columns // 2 // unit * unit)
     return Choice("gemm", -(-rows // row_blocks), columns)
+
+
+def grouped_choice(program: Program, step: Step, floats: int = 1 << 16, channels: int = 128) -> Choice:
+    """At least `channels` of x's at a time, and as many rows as make no more than `floats` of it, but several tasks."""
+    _, p, q, _ = program.nhwc(step.output)
+    each = unit(step, program.target)[0]
+    units = max(1, channels // each)
+    rows, images = p, program.size[step.output]
+
+    def crowded() -> bool:
+        few = images * -(-p // rows) * -(-step.conv.in_channels // (units * each)) < 4 * program.workers
+        return few or grouped_room(program, step, Choice("grouped", rows, units)) > floats
+
+    while rows > 1 and crowded():
+        rows -= 1
+    return Choice("grouped", -(-p // -(-p // rows)), units)
 
 
 def winograd_choice(program: Program, step: Step, m: int, images: int, shared: bool | None = None) -> Choice:

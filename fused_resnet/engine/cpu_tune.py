@@ -28,10 +28,17 @@ def kinds(program: cp.Program) -> list[Callable[[Step], cp.Choice]]:
         return k, program.size[step.output] * p * q
 
     def gemm(block: int):
-        return lambda step: cp.gemm_choice(program, *rows(step), block)
+        def choose(step: Step) -> cp.Choice:
+            if step.conv.groups > 1:
+                return cp.grouped_choice(program, step, channels=64 if block > 48 else 32)
+            return cp.gemm_choice(program, *rows(step), block)
+
+        return choose
 
     def winograd(m: int, shared: bool | None):
         def choose(step: Step) -> cp.Choice:
+            if step.conv.groups > 1:
+                return cp.grouped_choice(program, step, 1 << (14 if m == 4 else 15))
             if not cp.fits_winograd(step, program.target):
                 return cp.gemm_choice(program, *rows(step), 192 if m == 4 else 48)
             # Four times fewer multiplications, or two, for four times the weights, or two: with many tiles the former.
@@ -86,6 +93,7 @@ def problem(program: cp.Program, step: Step) -> str:
     shapes = [program.nhwc(step.x), program.nhwc(step.output)]
     conv = step.conv
     parts = [program.target.name, *shapes, conv.kernel, conv.stride, conv.padding, conv.dilation, step.relu]
+    parts += [f"groups{conv.groups}"] if conv.groups > 1 else []
     parts += [program.size[step.output], program.workers, step.residual is not None]
     if step.segment is not None:
         parts += [program.nhwc(step.segment[0]), step.segment[1].stride]
@@ -122,7 +130,11 @@ def _choice(config: dict, program: cp.Program, step: Step) -> cp.Choice | None:
     except TypeError:
         return None
     sizes = (choice.rows, choice.columns, *((choice.m, choice.tiles) if choice.kernel == "winograd" else ()))
-    if not all(type(n) is int and 0 < n < 1 << 20 for n in sizes) or choice.columns % program.target.columns:
+    if not all(type(n) is int and 0 < n < 1 << 20 for n in sizes):
+        return None
+    if choice.kernel == "grouped" or step.conv.groups > 1:
+        return choice if choice.kernel == "grouped" and step.conv.groups > 1 else None
+    if choice.columns % program.target.columns:
         return None
     if choice.kernel == "gemm":
         return choice

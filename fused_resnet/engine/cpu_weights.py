@@ -37,6 +37,16 @@ def matrix(weight: Tensor, channels_last: bool = True) -> Tensor:
     return (weight.permute(0, 2, 3, 1) if channels_last else weight).reshape(weight.shape[0], -1)
 
 
+def grouped(weight: Tensor, unit: int, width: int) -> Tensor:
+    """[K, C / groups, R, S] -> [K / unit * ceil(unit / width), R, C / groups, S, width]: `unit` outputs next to each
+    other fill whole vectors, zero-padded, float32."""
+    count = -(-unit // width)
+    parts = weight.reshape(-1, unit, *weight.shape[1:])
+    padded = parts.new_zeros(len(parts), count * width, *weight.shape[1:], dtype=torch.float32)
+    padded[:, :unit] = parts
+    return padded.view(-1, width, *weight.shape[1:]).permute(0, 3, 2, 4, 1).contiguous()
+
+
 def filter_transform(m: int) -> Tensor:
     """G, [m + 2, 3] float64: F(m x m, 3 x 3) over POINTS[m] (Lavin and Gray, arXiv 1509.09308)."""
     points = POINTS[m]

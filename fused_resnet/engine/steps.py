@@ -44,6 +44,13 @@ class Convolution:
             for n, k, s, p, d in zip((h, w), self.kernel, self.stride, self.padding, self.dilation, strict=True)
         )
 
+    def reads(self, p: int, q: int) -> tuple[int, int]:
+        """Rows and columns of the input, padding included, that p x q of the output read."""
+        return tuple(
+            (n - 1) * s + (k - 1) * d + 1
+            for n, s, k, d in zip((p, q), self.stride, self.kernel, self.dilation, strict=True)
+        )
+
     def fold(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """float64 weight [K, C/groups, R, S] and bias [K] of the convolution followed by its BN."""
         conv = module.get_submodule(self.weight)

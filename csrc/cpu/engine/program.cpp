@@ -16,8 +16,8 @@ namespace {
 using torch::stable::Tensor;
 using namespace engine;
 
-constexpr int64_t kVersion = 1;
-enum Op : int64_t { kConv, kWinograd, kStem, kMaxPool, kAvgPool };
+constexpr int64_t kVersion = 2;
+enum Op : int64_t { kConv, kWinograd, kStem, kMaxPool, kAvgPool, kGrouped };
 
 // Reads the program word by word, and proves that each operand lies inside its buffer.
 class Reader {
@@ -115,6 +115,8 @@ class Machine {
         return max_pool(in);
       case kAvgPool:
         return avg_pool(in);
+      case kGrouped:
+        return grouped(in);
       default:
         check(false, "run_program: there is no step ", op);
     }
@@ -222,6 +224,29 @@ class Machine {
     s.y = in.in(y, Reader::product({s.batch, s.pool_p, s.pool_q, s.channels}));
     over(s.batch * ceil_div(s.pool_p, s.band), k_.stem_scratch(s),
          [&](int64_t task, float* scratch) { k_.stem(s, task, scratch); });
+  }
+
+  void grouped(Reader& in) {
+    Grouped g{};
+    const auto x = in.operand(), weight = in.operand(), bias = in.operand(), residual = in.operand(), y = in.operand();
+    g.batch = in.positive(), g.h = in.positive(), g.w = in.positive(), g.c = in.positive();
+    g.p = in.positive(), g.q = in.positive(), g.channels = in.positive(), g.groups = in.positive();
+    g.r = in.positive(), g.s = in.positive(), g.stride_h = in.positive(), g.stride_w = in.positive();
+    g.pad_h = in.natural(), g.pad_w = in.natural(), g.dilation_h = in.positive(), g.dilation_w = in.positive();
+    g.relu = in.number() != 0, g.rows = in.positive(), g.units = in.positive();
+    check(g.c % g.groups == 0 && g.channels % g.groups == 0, "run_program: ", g.groups, " groups do not divide ", g.c,
+          " and ", g.channels, " channels");
+    g.units = std::min(g.units, g.c / k_.grouped_unit(g));
+    g.rows = std::min(g.rows, g.p);
+    const int64_t height = Reader::product({g.p, g.stride_h}) + Reader::product({g.r, g.dilation_h});
+    const int64_t width = Reader::product({g.q, g.stride_w}) + Reader::product({g.s, g.dilation_w});
+    Reader::product({height, width, g.c, k_.width});  // its scratch is a number
+    const int64_t vectors = k_.grouped_vectors(g), floats = Reader::product({g.batch, g.p, g.q, g.channels});
+    g.x = in.in(x, Reader::product({g.batch, g.h, g.w, g.c})), g.y = in.in(y, floats);
+    g.weight = in.in(weight, Reader::product({vectors, g.r, g.group_c(), g.s, k_.width}));
+    g.bias = in.in(bias, Reader::product({vectors, k_.width})), g.residual = in.maybe_in(residual, floats);
+    over(g.batch * ceil_div(g.p, g.rows) * ceil_div(g.c / k_.grouped_unit(g), g.units), k_.grouped_scratch(g),
+         [&](int64_t task, float* scratch) { k_.grouped(g, task, scratch); });
   }
 
   void max_pool(Reader& in) {

@@ -83,6 +83,24 @@ struct Stem {
   FUSED_RESNET_INLINE int64_t width() const { return (q - 1) * stride + s; }
 };
 
+// The same as Conv for a convolution whose outputs read the inputs of their own group only.
+struct Grouped {
+  const float* x;       // [batch, h, w, c]
+  const float* weight;  // [kernels.grouped_vectors][r][c / groups][s][kernels.width], zero-padded
+  const float* bias;    // [kernels.grouped_vectors][kernels.width]
+  const float* residual;
+  float* y;  // [batch, p, q, channels]
+  int64_t batch, h, w, c, p, q, channels, groups;
+  int64_t r, s;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool relu;
+  int64_t rows;   // of y that a task computes
+  int64_t units;  // groups, or vectors of groups, that a task computes
+
+  FUSED_RESNET_INLINE int64_t group_c() const { return c / groups; }
+  FUSED_RESNET_INLINE int64_t group_k() const { return channels / groups; }
+};
+
 struct MaxPool {
   const float* x;
   float* y;
@@ -112,6 +130,11 @@ struct Kernels {
 
   int64_t (*stem_scratch)(const Stem&);
   void (*stem)(const Stem&, int64_t task, float* scratch);
+
+  int64_t (*grouped_scratch)(const Grouped&);
+  int64_t (*grouped_vectors)(const Grouped&);
+  int64_t (*grouped_unit)(const Grouped&);  // channels of x in a unit
+  void (*grouped)(const Grouped&, int64_t task, float* scratch);
 
   void (*max_pool)(const MaxPool&, int64_t row);
   void (*avg_pool)(const AvgPool&, int64_t image);

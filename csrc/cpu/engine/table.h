@@ -4,6 +4,7 @@
 
 #include "bn.h"
 #include "conv.h"
+#include "grouped.h"
 #include "pool.h"
 #include "stem.h"
 #include "winograd.h"
@@ -22,6 +23,10 @@
                          winograd_output,   \
                          stem_scratch,      \
                          stem_task,         \
+                         grouped_scratch,   \
+                         grouped_vectors,   \
+                         unit_c,            \
+                         grouped_task,      \
                          max_pool_row,      \
                          avg_pool_image,    \
                          kBn};              \
