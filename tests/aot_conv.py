@@ -1,4 +1,4 @@
-"""Compile every config of conv_bias_act and stem_pool offered for the layers of ResNet-18 and -50, ahead of time.
+"""Compile every config of conv_bias_act, grouped too, and stem_pool offered for ResNets and their kin, ahead of time.
 
     python tests/aot_conv.py --arch 90 [--few] [--only REGEX]
 
@@ -83,6 +83,39 @@ def convolutions(arch: int, launches: list):
             yield name, config, functools.partial(launch, host), shape, dtype
 
 
+def grouped(arch: int, launches: list):
+    """The 3x3 convolutions of ResNeXts and RegNets, in fp16 at two batch sizes; a few in what else there is."""
+    host = aot.backend("engine.triton_grouped")
+    aot.recorded(launches, host._grouped)
+
+    def launch(config, shape, groups, dtype):
+        x, c = meta(shape.n, shape.c, shape.h, shape.w, dtype=dtype), shape.c // groups * config["bundle"]
+        out = meta(shape.n, shape.k, shape.p, shape.q, dtype=dtype)
+        conv = {"stride": shape.stride, "padding": shape.padding, "dilation": shape.dilation, "groups": groups}
+        weight = meta(shape.k, c, shape.r, shape.s, dtype=dtype)
+        host.launch(config, x, weight, meta(shape.k), out if shape.residual else None, out, **conv)
+
+    def conv(n, channels, size, stride=1, **more):
+        return host.Conv(n, channels, size, size, channels, 3, 3, (stride, stride), (1, 1), **more)
+
+    found = {}
+    for n in (1, 128):
+        for channels, size in ((128, 56), (256, 28), (512, 14), (1024, 7)):
+            found[f"grouped_{channels // 32}_b{n}_fp16"] = conv(n, channels, size), 32
+        found[f"grouped_8_stride2_b{n}_fp16"] = conv(n, 256, 56, 2), 32
+        found[f"grouped_24_b{n}_fp16"] = conv(n, 120, 28), 5
+        found[f"grouped_112_b{n}_fp16"] = conv(n, 448, 28), 4
+        found[f"grouped_232_b{n}_fp16"] = conv(n, 1392, 14), 6
+    for precision in ("bf16", "tf32", "ieee"):
+        found[f"grouped_8_residual_b32_{precision}"] = conv(32, 256, 28, residual=True), 32
+        found[f"grouped_112_b32_{precision}"] = conv(32, 448, 28), 4
+    for name, (shape, groups) in found.items():
+        precision = name.rsplit("_", 1)[1]
+        dtype = DTYPES[precision]
+        for config in host.configs(shape, groups, dtype, arch, SMS[arch], tf32=precision != "ieee"):
+            yield name, config, launch, shape, groups, dtype
+
+
 def stems(arch: int, launches: list):
     """Every precision, both layouts, input of the compute dtype and of float32; maps that 16 does not divide."""
     host = aot.backend("engine.triton_stem")
@@ -118,7 +151,11 @@ def main() -> None:
     arch = options.arch
     launches: list = []
     seen, met = set(), set()
-    for name, config, launch, *args in (*convolutions(arch, launches), *stems(arch, launches)):
+    for name, config, launch, *args in (
+        *convolutions(arch, launches),
+        *grouped(arch, launches),
+        *stems(arch, launches),
+    ):
         if not re.search(options.only, name):
             continue
         tile = repr({k: v > 1 if k == "splits" else v for k, v in config.items() if k != "programs"})

@@ -593,6 +593,8 @@ PROBLEMS = {
     "conv-quartered": replace(POINTWISE, segment=(8, 5, 7, 1)),
     "conv-float16": replace(CONV, dtype="float16"),
     "conv-tf32": replace(CONV, tf32=True),
+    "grouped": cases.GroupedArgs(**vars(CONV), groups=4),
+    "grouped-residual": cases.GroupedArgs(**vars(replace(CONV, residual=True, c=12)), groups=2),
     "stem": STEM,
     "stem-nhwc": replace(STEM, channels_last=True),
     "stem-float64": replace(STEM, input_dtype="float64"),

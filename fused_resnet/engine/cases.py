@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import cudnn
 from ..backends.library import chip as gpu_chip
 from ..backends.triton import unavailable as triton_unavailable
-from . import compiled_conv, compiled_pool, compiled_stem, reference, triton_conv, triton_stem
+from . import compiled_conv, compiled_pool, compiled_stem, reference, triton_conv, triton_grouped, triton_stem
 from .problem import TOLERANCE, Candidate, Case, Problem
 
 CUDNN = Candidate("cudnn", "PyTorch's convolution, and kernels of their own for what follows")
@@ -33,7 +33,7 @@ def label(config: dict) -> str:
     """A config in a few characters."""
     tile = "x".join(str(config[k]) for k in ("block_m", "block_n", "block_k"))
     more = f" split {config['splits']}" if config.get("splits", 1) > 1 else ""
-    kind = "tma " if config.get("kernel") == "tma" else ""
+    kind = {"tma": "tma ", "grouped": f"{config.get('bundle')} groups "}.get(config.get("kernel"), "")
     stages = config.get("num_stages", config.get("stages_conv"))
     return f"{kind}{tile} w{config['num_warps']} s{stages}{more}"
 
@@ -197,7 +197,8 @@ class ConvCase(EngineCase):
     def pack(self, candidate, inputs):
         if candidate.backend not in OWN:
             return inputs
-        packed = inputs | {k: triton_conv.pack(inputs[k], tf32=self.tf32) for k in ("weight", "weight2") if k in inputs}
+        pack, _ = conv_pack(candidate, self.args)
+        packed = inputs | {k: pack(inputs[k]) for k in ("weight", "weight2") if k in inputs}
         size = conv_workspace(candidate, self.args.shape, self.dtype, self.sms)
         packed["workspace"] = torch.empty(size, dtype=torch.uint8, device=inputs["x"].device) if size else None
         settle(self.device)
@@ -245,6 +246,49 @@ class LinearCase(ConvCase):
         return F.linear(x.flatten(1), weight.flatten(1), bias.to(x.dtype))[..., None, None]
 
 
+@dataclass(frozen=True)
+class GroupedArgs(ConvArgs):
+    """The same for a convolution of several groups, without a second segment."""
+
+    groups: int
+
+    def problem(self) -> Problem:
+        key = super().problem().key.replace(f"-> {self.k}", f"-> {self.k} in {self.groups} groups", 1)
+        return Problem(key, f"{__name__}:grouped", jsonable(self))
+
+
+def grouped(**args) -> GroupedCase:
+    return GroupedCase(GroupedArgs(**tuples(args)))
+
+
+class GroupedCase(ConvCase):
+    def __init__(self, args: GroupedArgs):
+        super().__init__(args)
+        self.options["groups"] = args.groups
+
+    def triton(self) -> list[dict]:
+        a = self.args
+        return triton_grouped.configs(a.shape, a.groups, self.dtype, self.arch, self.sms, tf32=self.tf32)
+
+    def compiled(self) -> list[Candidate]:
+        return []
+
+    def inputs(self, device, seed):
+        a, random = self.args, Random(device, self.dtype, seed + 1)
+        return super().inputs(device, seed) | {"weight": random.filter(a.k, a.c // a.groups, *a.kernel)}
+
+
+def conv_pack(candidate: Candidate, args: ConvArgs) -> tuple[Callable[[Tensor], Tensor], str]:
+    """(what packs the weight, the name of that form)."""
+    tf32 = args.tf32
+    if isinstance(args, GroupedArgs):
+        bundle = candidate.config["bundle"]
+        return functools.partial(
+            triton_grouped.pack, bundle=bundle, groups=args.groups, tf32=tf32
+        ), f"grouped {bundle} {tf32}"
+    return functools.partial(triton_conv.pack, tf32=tf32), f"conv {tf32}"
+
+
 def settle(device: torch.device) -> None:
     """What was written so far on the current stream is there for kernels that read their weights before those before
     them have ended: this is a launch like any other, which begins after all that came before, and overlaps nothing."""
@@ -252,8 +296,11 @@ def settle(device: torch.device) -> None:
         torch.empty(1, device=device).zero_()
 
 
-def launch_conv(candidate: Candidate, *tensors, **options) -> None:
+def launch_conv(candidate: Candidate, *tensors, groups: int = 1, **options) -> None:
     """triton_conv.launch, or its like, with the candidate's config."""
+    if groups > 1:
+        x, weight, bias, residual, _, out, _ = tensors
+        return triton_grouped.launch(candidate.config, x, weight, bias, residual, out, groups=groups, **options)
     kernels = compiled_conv if candidate.backend == "cuda" else triton_conv
     kernels.launch(candidate.config, *tensors, **options)
 

@@ -21,10 +21,12 @@ from .captured import Captured, Ordered, Turns, race
 from .cases import (
     CUDNN,
     OWN,
+    GroupedArgs,
     LinearArgs,
     PoolArgs,
     StemArgs,
     chip,
+    conv_pack,
     conv_workspace,
     launch_conv,
     launch_stem,
@@ -436,8 +438,7 @@ class Program:
             backend = own or (self.chosen(piece).backend if result else "pytorch")
             why = alone.why
             if piece.args is None and alone.op in ("conv", "stem"):
-                groups = alone.conv.groups
-                why = f"{groups} groups: no kernel here has them" if groups > 1 else "no kernel here is right for it"
+                why = "no kernel here is right for it"
             config = self.chosen(piece).label if result is not None and backend in OWN else ""
             found.append(Group(piece.steps, piece.rung, backend, config, seconds, why))
         return found
@@ -529,12 +530,12 @@ class Program:
 
     def _conv(self, piece: Piece, candidate: Candidate) -> tuple[Callable[[dict], None], int]:
         (step,) = piece.steps
-        tf32 = piece.args.tf32
-        pack = lambda w: triton_conv.pack(w, tf32=tf32)  # noqa: E731
-        weights, bias = self.weights.get(step, pack, f"conv {tf32}")
+        weights, bias = self.weights.get(step, *conv_pack(candidate, piece.args))
         options = dict(
             stride=piece.args.stride, padding=piece.args.padding, dilation=piece.args.dilation, relu=step.relu
         )
+        if isinstance(piece.args, GroupedArgs):
+            options["groups"] = piece.args.groups
         stride2 = piece.args.segment and piece.args.segment[3]
         size = conv_workspace(candidate, piece.args.shape, self.dtype, chip(self.device)[1])
         value = self._aligned if candidate.backend == "cuda" else self._value

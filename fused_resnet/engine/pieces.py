@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ..backends.verify import product_tf32_allowed
-from .cases import ConvArgs, LinearArgs, PoolArgs, StemArgs
+from .cases import ConvArgs, GroupedArgs, LinearArgs, PoolArgs, StemArgs
 from .chain_cases import ChainArgs
 from .path import Move
 from .steps import Network, Step
@@ -99,6 +99,8 @@ class Pieces:
     def _single(self, step: Step) -> list[Piece]:
         if step.op == "stem" and (args := self._stem(step)) is not None:
             return [Piece((step,), 2, args, step.output)]
+        if step.op == "conv" and step.conv.groups > 1 and step.segment is None:
+            return [Piece((step,), 1, self._conv(step), step.output)]
         if step.op == "conv" and step.conv.groups == 1:
             rung = 3 if step.segment else 1
             found = [Piece((step,), rung, self._conv(step), step.output)]
@@ -126,9 +128,10 @@ class Pieces:
     def _conv(self, step: Step, quartered: bool = False) -> ConvArgs:
         conv = step.conv
         n, c, h, w = self.shape(step.x)
-        return ConvArgs(
+        kind, more = (GroupedArgs, {"groups": conv.groups}) if conv.groups > 1 else (ConvArgs, {})
+        return kind(
             n, c, h, w, conv.out_channels, conv.kernel, conv.stride, conv.padding, conv.dilation, step.relu,
-            step.residual is not None, self._segment(step, quartered), **self.common, tf32=self.tf32,
+            step.residual is not None, self._segment(step, quartered), **self.common, tf32=self.tf32, **more,
         )  # fmt: skip
 
     def _linear(self, step: Step) -> LinearArgs | None:

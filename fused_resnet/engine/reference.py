@@ -16,12 +16,13 @@ def conv_bias_act(
     dilation=(1, 1),
     relu: bool = True,
     segment: tuple[Tensor, Tensor, int] | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """y: [N, K, P, Q] = act(conv(x: [N, C, H, W], weight: [K, C, R, S]) + bias: [K] + residual: [N, K, P, Q]).
+    """y: [N, K, P, Q] = act(conv(x: [N, C, H, W], weight: [K, C / groups, R, S]) + bias: [K] + residual: [N, K, P, Q]).
 
     segment: (x2: [N, C2, H2, W2], weight2: [K, C2, 1, 1], stride2), whose 1x1 convolution is added: a projection.
     """
-    y = F.conv2d(x, weight, bias.to(x.dtype), stride, padding, dilation)
+    y = F.conv2d(x, weight, bias.to(x.dtype), stride, padding, dilation, groups)
     if residual is not None:
         y = y + residual
     if segment is not None:

@@ -165,6 +165,23 @@ def test_stages_that_are_results_are_whole_and_stay(monkeypatch):
     assert any(p.rung == 5 for p in pieces) and not any(p.quarter for p in pieces)
 
 
+def test_groups_are_a_kernel_like_others(monkeypatch):
+    """Between 1x1 convolutions of one group; its sum with the input is taken in."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(16, 64, 1), torch.nn.Conv2d(64, 64, 3, padding=1, groups=16, bias=False)
+            self.bn, self.c = torch.nn.BatchNorm2d(64), torch.nn.Conv2d(64, 16, 1)
+
+        def forward(self, x):
+            a = self.a(x).relu()
+            return self.c((self.bn(self.b(a)) + a).relu())
+
+    pieces = compare(Block().eval(), torch.randn(2, 16, 5, 7), torch.float16, True, monkeypatch)
+    assert [p.rung for p in pieces] == [1, 1, 1] and (pieces[1].args.groups, pieces[1].args.residual) == (16, True)
+
+
 class Views(torch.nn.Module):
     """Traced nodes around convolutions: views of what kernels wrote, in-place changes, slices with gaps."""
 
