@@ -15,18 +15,22 @@ import fused_resnet
 from fused_resnet import backends, measure
 from fused_resnet.backends import composed, pooled, reference, stem_conv
 
-# name: (N, C, H, W, K, kernel, stride, padding, batch norm while loading); odd maps make ragged tiles
+# name: (N, C, H, W, K, kernel, stride, padding, batch norm while loading, groups if several); odd maps, ragged tiles
 CONVOLUTIONS = {
     "3x3": (2, 64, 7, 9, 64, 3, 1, 1, True),
     "1x1": (3, 64, 7, 9, 96, 1, 1, 0, True),
     "3x3-stride2": (2, 32, 15, 13, 64, 3, 2, 1, True),
     "3x3-72-channels": (2, 72, 7, 9, 72, 3, 1, 1, True),
     "raw-1x1": (3, 96, 7, 9, 32, 1, 1, 0, False),
+    "3x3-grouped": (2, 64, 7, 9, 64, 3, 1, 1, True, 16),
+    "3x3-grouped-stride2": (2, 72, 15, 13, 72, 3, 2, 1, True, 3),
 }
 CONVOLUTIONS_OF_A_RESNET = {
     "layer1-3x3": (32, 64, 56, 56, 64, 3, 1, 1, True),
     "layer1-raw-1x1": (32, 256, 56, 56, 64, 1, 1, 0, False),
     "layer3-3x3-stride2": (32, 256, 28, 28, 256, 3, 2, 1, True),
+    "resnext-layer1-3x3": (32, 128, 56, 56, 128, 3, 1, 1, True, 32),
+    "resnext-layer3-3x3-stride2": (32, 512, 28, 28, 512, 3, 2, 1, True, 32),
 }
 # The same; what is not loaded through a batch norm is a projection, without residual and ReLU.
 POINTWISE = {
@@ -65,7 +69,8 @@ def specs(op: str, on_gpu: bool) -> dict[str, tuple]:
 
 
 def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_format) -> tuple:
-    n, c, h, w, k, kernel, stride, padding, normalised = spec
+    n, c, h, w, k, kernel, stride, padding, normalised, *several = spec
+    (groups,) = several or [1]
 
     def maps(shape, seed: int) -> Tensor:
         return measure.random_input(shape, seed, device, dtype).contiguous(memory_format=format)
@@ -82,7 +87,8 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
             return x, *bn, 1e-5
         _, winner = reference.bn_act_pool(x, *bn, 1e-5)
         return maps(winner.shape, 3), x, winner, *bn[:3], 1e-5, [True] * 3
-    weight = (maps((k, c, kernel, kernel), 2).float() / (c * kernel * kernel) ** 0.5).to(dtype)
+    filters = (k, c // groups, kernel, kernel)
+    weight = (maps(filters, 2).float() / (c // groups * kernel * kernel) ** 0.5).to(dtype)
     if op in stem_conv.OPS:  # pictures come in either layout
         weight = weight.contiguous(memory_format=torch.channels_last)
         if op == "stem_conv":
@@ -91,7 +97,7 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
     weight = weight.contiguous(memory_format=format)
     loaded = (*(reference.bn_stats(x) if normalised else (None, None)), *(affine(c) if normalised else (None, None)))
     loaded = (*loaded, 1e-5, True)
-    places = ([stride] * 2, [padding] * 2, [1, 1], 1)
+    places = ([stride] * 2, [padding] * 2, [1, 1], groups)
     if op == "bn_act_conv":
         return x, weight, *loaded, *places, True
     shape = (n, k, *((size + 2 * padding - kernel) // stride + 1 for size in (h, w)))
@@ -118,6 +124,7 @@ KERNELS = 100  # of a profile, those that take longest
 
 def bench_cases(device: torch.device) -> Iterator[tuple[str, Callable[[], dict]]]:
     plan = [("resnet50", "bfloat16", 256), ("resnet50", "bfloat16", 128), ("resnet18", "bfloat16", 256)]
+    plan.append(("resnext50_32x4d", "bfloat16", 128))
     for name, dtype, batch in plan if device.type == "cuda" else [("resnet18", "bfloat16", 2)]:
         yield f"train/speed/{name}/{dtype}/{batch}", functools.partial(_speed, name, dtype, batch, device)
 

@@ -23,11 +23,11 @@ def normalisation(c: int, normalises: bool = True) -> list:
     return [meta(c) for _ in range(4)] if normalises else [None] * 4
 
 
-def convolution(host, c, size, k, taps, stride, precision, normalises=True, image=CL):
+def convolution(host, c, size, k, taps, stride, precision, normalises=True, image=CL, groups=1):
     """One bn_act_conv of a square map, padded by taps // 2."""
     dtype = DTYPES[precision]
-    x, weight = meta(BATCH, c, size, size, dtype=dtype, format=image), meta(k, c, taps, taps, dtype=dtype)
-    conv = ([stride] * 2, [taps // 2] * 2, [1, 1], 1)
+    x, weight = meta(BATCH, c, size, size, dtype=dtype, format=image), meta(k, c // groups, taps, taps, dtype=dtype)
+    conv = ([stride] * 2, [taps // 2] * 2, [1, 1], groups)
     host.bn_act_conv(x, weight, *normalisation(c, normalises), 1e-5, True, *conv, True)
 
 
@@ -61,6 +61,7 @@ def instances(few: bool) -> dict[str, tuple]:
     kinds = {
         "conv_3x3_64_fp16": (convolution, 64, 56, 64, 3, 1, "fp16"),
         "conv_stem_raw_fp16": (convolution, 3, 224, 64, 7, 2, "fp16", False),
+        "conv_grouped_4_fp16": (convolution, 128, 56, 128, 3, 1, "fp16", True, CL, 32),
         "pointwise_64_256_tf32": (pointwise, 64, 56, 256, 1, "tf32"),
         "gram_256_bf16": (gram, 256, 56, 1, "bf16"),
         "small_64_256_bf16": (small, 64, 256, "bf16"),
@@ -93,6 +94,31 @@ def instances(few: bool) -> dict[str, tuple]:
         }
     return kinds | {
         "conv_stem_nchw_raw_fp16": (convolution, 3, 224, 64, 7, 2, "fp16", False, torch.contiguous_format),
+        **{
+            f"conv_grouped_{c // groups}{'_stride2' * (stride > 1)}_{precision}": (
+                convolution,
+                c,
+                size,
+                c,
+                3,
+                stride,
+                precision,
+                True,
+                CL,
+                groups,
+            )
+            for c, size, stride, groups in (
+                (128, 56, 1, 32),
+                (256, 56, 2, 32),
+                (512, 14, 1, 32),
+                (1024, 7, 1, 32),
+                (120, 28, 1, 5),
+                (448, 28, 1, 4),
+            )
+            for precision in ("fp16", "bf16", "tf32")
+        },
+        "conv_grouped_4_raw_bf16": (convolution, 128, 56, 128, 3, 1, "bf16", False, CL, 32),
+        "conv_grouped_8_ieee": (convolution, 256, 28, 256, 3, 1, "ieee", True, CL, 32),
         "conv_3x3_64_ieee": (convolution, 64, 56, 64, 3, 1, "ieee"),
         "conv_3x3_72_fp16": (convolution, 72, 28, 72, 3, 1, "fp16"),
         "conv_3x3_72_tf32": (convolution, 72, 28, 72, 3, 1, "tf32"),

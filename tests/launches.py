@@ -144,6 +144,8 @@ CASES = {
     "train-3x3": ("bn_act_conv", training, {"spec": "3x3"}),
     "train-raw": ("bn_act_conv", training, {"spec": "raw-1x1", "layout": torch.contiguous_format}),
     "train-backward": ("bn_act_conv_bwd", training, {"spec": "3x3-stride2"}),
+    "train-grouped": ("bn_act_conv", training, {"spec": "3x3-grouped"}),
+    "train-grouped-backward": ("bn_act_conv_bwd", training, {"spec": "3x3-grouped-stride2"}),
     "train-expand": ("pointwise_bn_act", training, {"spec": "expand"}),
     "train-expand-backward": ("pointwise_bn_act_bwd", training, {"spec": "expand"}),
     "train-pool": ("bn_act_pool", training, {"spec": "pool"}),

@@ -14,6 +14,7 @@ from ..kernels import tiles
 from . import triton as _base
 from .layout import conv_output_size, output_format
 from .triton import _dispatch
+from .triton_groups import bundle_of, bundled
 from .triton_pointwise import product_statistics
 
 try:
@@ -31,8 +32,6 @@ def declines(op: str, *args) -> str | None:
     """Why this call cannot run here, as the rest of a sentence; None where it can."""
     x, weight = args[:2]
     stride, padding, dilation, groups = args[8:12] if op == "bn_act_conv" else (args[12], [0, 0], [1, 1], 1)
-    if groups > 1:
-        return f"needs groups == 1, got {groups}"
     if op == "pointwise_bn_act" and x.dtype is float32:
         return "needs 16 bits: float32 deserves better statistics than those of a float32 covariance"
     return _base.declines("conv_bn_act", x, weight, *[None] * 6, stride, padding, dilation)
@@ -44,7 +43,8 @@ def variant(op: str, x: Tensor, weight: Tensor, mean: Tensor | None, *args) -> t
     xn, _, xh, xw = _base._strides(x)
     rows = _base._row_stride((x.shape[0], *x.shape[2:]), (xn, xh, xw)) is not None
     merged = gram_variant(x, stride) if op == "pointwise_bn_act" else None
-    return _tile(x, weight, stride, padding, dilation, mean is not None), rows, math.gcd(xn, xh, xw, 16), merged
+    groups = args[8] if op == "bn_act_conv" else 1
+    return _tile(x, weight, stride, padding, dilation, groups, mean is not None), rows, math.gcd(xn, xh, xw, 16), merged
 
 
 def gram_variant(x: Tensor, stride) -> int:
@@ -58,11 +58,16 @@ def _merged(tile) -> int:
     return min(64, tiles.power_of_2(tile.splits))
 
 
-def _tile(x: Tensor, weight: Tensor, stride, padding, dilation, normalises: bool) -> tiles.ConvTile:
+def _tile(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, normalises: bool) -> tiles.ConvTile:
     n, k, p, q = conv_output_size(x, weight, stride, padding, dilation)
     _, c, r, s = weight.shape
     fma = x.dtype is float32 and not _base.tf32_allowed()
-    return tiles.bn_act_conv_tile(n * p * q, k, c, r * s, x.element_size(), *_base._chip(x), fma, normalises)
+    bundle = bundle_of(weight, groups)
+    rows = n * p * q * (groups // bundle.size)  # each bundle has rows of its own
+    tile = tiles.bn_act_conv_tile(rows, bundle.k, bundle.c, r * s, x.element_size(), *_base._chip(x), fma, normalises)
+    if fma and groups > 1 and tile.block_m == 128:
+        return tile._replace(block_m=64, num_warps=4)  # 128 rows of operands in registers spill on sm_89, by one
+    return tile
 
 
 def bn_act_conv(
@@ -82,13 +87,13 @@ def bn_act_conv(
     *,
     launch=_dispatch,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y: [N, K, P, Q], its mean: [K], its biased variance: [K]) of y = conv(a, weight: [K, C, R, S]), where a =
+    """(y: [N, K, P, Q], its mean: [K], its biased variance: [K]) of y = conv(a, weight: [K, C/groups, R, S]), where a =
     act((x - mean) / sqrt(var + eps) * bn_weight + bn_bias), rounded to x's dtype, of x: [N, C, H, W]; without a mean a
     is x. The statistics are float32, of y as it is stored; None without stats."""
     with _base._device_of(x):
-        affine = _affine(launch, x, mean, var, bn_weight, bn_bias, eps)
+        affine = _affine(launch, x, mean, var, bn_weight, bn_bias, eps, spare=groups > 1)
         out, partial_mean, partial_m2, block_m = _convolve(
-            launch, x, weight, affine, relu, None, None, None, stride, padding, dilation, False, stats
+            launch, x, weight, affine, relu, None, None, None, stride, padding, dilation, False, stats, groups
         )
         if not stats:
             return out.result(), None, None
@@ -251,12 +256,13 @@ def gram(
         return a_mean, a_cov
 
 
-def _affine(launch, x: Tensor, mean, var, bn_weight, bn_bias, eps: float) -> Tensor | None:
-    """[3, C and up to the next whole block] float32: mean, scale and bias of a BatchNorm; None without one."""
+def _affine(launch, x: Tensor, mean, var, bn_weight, bn_bias, eps: float, spare: bool = False) -> Tensor | None:
+    """[3, C and up to the next whole block] float32: mean, scale and bias of a BatchNorm; None without one. spare: and
+    another block, which a tile of the last groups may read."""
     if mean is None:
         return None
     c = x.shape[1]
-    blocks = tiles.ceil_div(c, _AFFINE_BLOCK)
+    blocks = tiles.ceil_div(c, _AFFINE_BLOCK) + spare
     affine = _base._floats(x, 3, blocks * _AFFINE_BLOCK)
     launch(
         _conv._bn_affine_kernel,
@@ -285,18 +291,20 @@ def _convolve(
     dilation: list[int],
     out_relu: bool,
     stats: bool,
+    groups: int = 1,
 ):
     """(y, partial means and sums of squared distances: [row tiles, K] or None, rows of a tile)."""
     shape = n, k, p, q = conv_output_size(x, weight, stride, padding, dilation)
     out = _base._Output(shape, output_format(x, weight), x)
-    _, c, r, s = weight.shape
-    h, w = x.shape[2:]
+    r, s = weight.shape[2:]
+    c, h, w = x.shape[1:]
     m = n * p * q
-    tile = _tile(x, weight, stride, padding, dilation, affine is not None)
+    tile = _tile(x, weight, stride, padding, dilation, groups, affine is not None)
+    bundle = bundle_of(weight, groups)
     fma = x.dtype is float32 and not _base.tf32_allowed()
     if not tile.flat and x.stride(1) != 1:
         x = _base._channels_last(x)
-    weight = _base._channels_last(weight)
+    weight = bundled(launch, _base._channels_last(weight), groups)
     xn, xc, xh, xw = _base._strides(x)
     rows = r * s == 1 and not any(padding) and max(stride) == 1
     row_stride = _base._row_stride((n, h, w), (xn, xh, xw)) if rows else None
@@ -304,7 +312,7 @@ def _convolve(
     partials = [_base._floats(x, row_tiles, k) if stats else None for _ in range(2)]
     launch(
         _conv._bn_act_conv_fwd_kernel,
-        (row_tiles * tiles.ceil_div(k, tile.block_n),),
+        (row_tiles * (k // bundle.k) * tiles.ceil_div(bundle.k, tile.block_n),),
         x,
         weight,
         affine,
@@ -332,9 +340,9 @@ def _convolve(
         S=s,
         PADDED=any(padding),
         ROWS=row_stride is not None,
-        FLAT_C=c if tile.flat else 0,
-        EVEN_C=c % tile.block_k == 0,
-        EVEN_K=k % tile.block_n == 0,
+        FLAT_C=bundle.c if tile.flat else 0,
+        EVEN_C=bundle.c % tile.block_k == 0,
+        EVEN_K=bundle.k % tile.block_n == 0,
         ALIGN_X=math.gcd(c, xn, xh, xw, 16),
         ALIGN_K=math.gcd(k, 16),
         RELU=relu,
@@ -346,6 +354,8 @@ def _convolve(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
+        BUNDLE_C=bundle.c if groups > 1 else 0,
+        BUNDLE_K=bundle.k if groups > 1 else 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

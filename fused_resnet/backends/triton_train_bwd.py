@@ -30,6 +30,7 @@ from .triton import (
     interpreting,
     tf32_allowed,
 )
+from .triton_groups import bundle_of, bundled
 
 try:
     from ..kernels import bn_act_conv_bwd as _conv_bwd
@@ -75,9 +76,9 @@ class WeightTile(NamedTuple):
 
 
 @cache
-def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = False) -> WeightTile:
-    """Tile of the weight gradient [k, taps, c] over m rows. It and the split depend on the shape alone, so sums come
-    out the same on every run and every GPU."""
+def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = False, bundles: int = 1) -> WeightTile:
+    """Tile of the weight gradient [k, taps, c] over m rows, a bundle's. It and the split depend on the shape alone, so
+    sums come out the same on every run and every GPU."""
     scattered = math.gcd(k, c) * itemsize % 16 != 0
     widest = 64 if fma or scattered else 128
     block_m = 128 if widest == 128 and k > 64 else 64  # a warp group's matrix instruction is 64 rows
@@ -85,9 +86,9 @@ def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = Fa
     block_k = 16 if fma else 32 if scattered else 128 // itemsize
     # Behind BN and ReLU a step's columns pass through registers: four warps would spill.
     num_warps = 8 if widest == 128 and block_n >= 64 else 4
-    tiles_mn = tiles.ceil_div(k, block_m) * tiles.ceil_div(c, block_n) * taps
+    tiles_mn = tiles.ceil_div(k, block_m) * tiles.ceil_div(c, block_n) * taps * bundles
     blocks = tiles.ceil_div(m, block_k)
-    most = min(_PROGRAMS // tiles_mn, _PARTIAL_BYTES // (4 * k * c * taps), blocks)
+    most = min(_PROGRAMS // tiles_mn, _PARTIAL_BYTES // (4 * k * c * taps * bundles), blocks)
     steps = tiles.ceil_div(blocks, max(1, most))
     return WeightTile(block_m, block_n, block_k, num_warps, 3, tiles.ceil_div(blocks, steps), steps)
 
@@ -95,16 +96,14 @@ def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = Fa
 def declines(op: str, grad: Tensor, x: Tensor, weight: Tensor, *args) -> str | None:
     """Why `bn_act_conv_bwd` cannot run with these arguments, as the rest of a sentence; None where it can."""
     *_, groups, _ = args
-    k, c = weight.shape[:2]
+    _, c, k = bundle_of(weight, groups)
     if not x.dtype == weight.dtype == grad.dtype:
         return f"needs grad, x and weight of one dtype, got {grad.dtype}, {x.dtype} and {weight.dtype}"
-    if groups != 1:
-        return f"needs groups == 1, got {groups}"
     if min(k, c) < _FEWEST:
         return f"needs at least {_FEWEST} input and output channels, got {c} and {k}"
     if weight.numel() == 0:
         return "needs a non-empty weight"
-    rows = max(x.numel() // c, grad.numel() // k)
+    rows = max(x.numel() // x.shape[1], grad.numel() // grad.shape[1])
     if rows > _base._MAX_ROWS:
         return f"needs at most {_base._MAX_ROWS} positions, got {rows}"
     return None
@@ -112,16 +111,20 @@ def declines(op: str, grad: Tensor, x: Tensor, weight: Tensor, *args) -> str | N
 
 def variant(op: str, grad: Tensor, x: Tensor, weight: Tensor, *args) -> tuple:
     """The tiles, which are picked by the number of rows."""
-    tile, of_weight = _tiles(grad, x, weight)
+    tile, of_weight = _tiles(grad, x, weight, args[-2])
     return tile, of_weight[:5]
 
 
-def _tiles(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tile, WeightTile]:
-    k, c, r, s = weight.shape
+def _tiles(grad: Tensor, x: Tensor, weight: Tensor, groups: int) -> tuple[Tile, WeightTile]:
+    r, s = weight.shape[2:]
+    c, k = x.shape[1], grad.shape[1]
     fma = x.dtype is torch.float32 and not tf32_allowed()
     size = x.element_size()
-    tile = input_tile(x.numel() // c, c, k, r * s, size, *_base._chip(x), fma)
-    return tile, weight_tile(grad.numel() // k, k, c, r * s, size, fma)
+    bundle, of_weight = bundle_of(weight, groups), bundle_of(weight, groups, width=tiles.WEIGHT_BUNDLE_WIDTH)
+    rows = x.numel() // c * (groups // bundle.size)  # each bundle has rows of its own
+    tile = input_tile(rows, bundle.c, bundle.k, r * s, size, *_base._chip(x), fma)
+    bundles = groups // of_weight.size
+    return tile, weight_tile(grad.numel() // k, of_weight.k, of_weight.c, r * s, size, fma, bundles)
 
 
 def bn_act_conv_bwd(
@@ -142,18 +145,17 @@ def bn_act_conv_bwd(
     *,
     launch=_dispatch,
 ) -> tuple[Tensor | None, ...]:
-    """(dx: [N, C, H, W], dweight: [K, C, R, S], dbn_weight: [C], dbn_bias: [C]) for grad: [N, K, P, Q]; None where
-    output_mask is off.
+    """(dx: [N, C, H, W], dweight: [K, C / groups, R, S], dbn_weight: [C], dbn_bias: [C]) for grad: [N, K, P, Q]; None
+    where output_mask is off.
 
     mean, var: [C] float32, the batch statistics of x, through which dx goes as well; None: no BN and no ReLU, a is x.
-    groups is 1 (`declines`).
     """
     need_x, need_weight, need_bn_weight, need_bn_bias = output_mask
     with _device_of(x):
         dx = _Output(x.shape, output_format(x, weight), x) if need_x else None
         grad, x = _channels_last(grad), _channels_last(x)
         bn = *map(_per_channel, (mean, var, bn_weight, bn_bias)), eps, relu and mean is not None
-        conv = stride, padding, dilation
+        conv = stride, padding, dilation, groups
         dweight = dbn_weight = dbn_bias = None
         if need_weight:
             dweight = _weight_gradient(launch, grad, x, weight, *bn, *conv)
@@ -170,14 +172,15 @@ def bn_act_conv_bwd(
 
 
 def _masked_input_gradient(
-    launch, grad, x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation, g
+    launch, grad, x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation, groups, g
 ) -> tuple[Tensor, Tensor] | None:
     """Writes the gradient of bn(x) into g: [N, C, H, W] channels_last; with BN, partials [*, C] of sum g and of
     sum g * (x - mean)."""
     n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    p, q = grad.shape[2:]
-    tile, _ = _tiles(grad, x, weight)
+    r, s = weight.shape[2:]
+    k, p, q = grad.shape[1:]
+    tile, _ = _tiles(grad, x, weight, groups)
+    bundle = bundle_of(weight, groups)
     # The largest class of positions: those of one remainder by the stride.
     class_rows = n * tiles.ceil_div(h, stride[0]) * tiles.ceil_div(w, stride[1])
     tiles_m, classes = tiles.ceil_div(class_rows, tile.block_m), stride[0] * stride[1]
@@ -186,10 +189,10 @@ def _masked_input_gradient(
         partials = _floats(x, classes * tiles_m, c), _floats(x, classes * tiles_m, c)
     launch(
         _conv_bwd._bn_act_conv_bwd_input_kernel,
-        (tiles_m * tiles.ceil_div(c, tile.block_n), classes),
+        (tiles_m * (c // bundle.c) * tiles.ceil_div(bundle.c, tile.block_n), classes),
         grad,
         None if mean is None else x,
-        weight,
+        bundled(launch, weight, groups),
         mean,
         var,
         bn_weight,
@@ -215,13 +218,14 @@ def _masked_input_gradient(
         STEP_H=stride[0] // math.gcd(stride[0], dilation[0]),
         STEP_W=stride[1] // math.gcd(stride[1], dilation[1]),
         ROWS=_same_rows(weight, stride, padding),
-        EVEN_C=c % tile.block_n == 0,
-        EVEN_K=k % tile.block_k == 0,
+        EVEN_C=bundle.c % tile.block_n == 0,
+        EVEN_K=bundle.k % tile.block_k == 0,
         **_shared_constants(x, c, k, relu),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=8,
+        **_bundle_constants(bundle, groups),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -229,21 +233,22 @@ def _masked_input_gradient(
 
 
 def _weight_gradient(
-    launch, grad, x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation
+    launch, grad, x, weight, mean, var, bn_weight, bn_bias, eps, relu, stride, padding, dilation, groups
 ) -> Tensor:
-    """dweight: [K, C, R, S], in weight's dtype and strides."""
+    """dweight: [K, C / groups, R, S], in weight's dtype and strides."""
     _, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    p, q = grad.shape[2:]
+    r, s = weight.shape[2:]
+    k, p, q = grad.shape[1:]
     m = grad.numel() // k
-    _, tile = _tiles(grad, x, weight)
+    _, tile = _tiles(grad, x, weight, groups)
+    bundle = bundle_of(weight, groups, width=tiles.WEIGHT_BUNDLE_WIDTH)
     dweight = torch.empty_like(weight)
     if not dweight.is_contiguous(memory_format=torch.channels_last):
         dweight = torch.empty_like(weight, memory_format=torch.channels_last)
-    partial = _floats(x, tile.splits, dweight.numel())
+    partial = _floats(x, tile.splits, dweight.numel() * bundle.size)
     launch(
         _conv_bwd._bn_act_conv_bwd_weight_kernel,
-        (tiles.ceil_div(k, tile.block_m) * tiles.ceil_div(c, tile.block_n) * r * s, tile.splits),
+        (_tiles_of_weight(bundle, tile) * (k // bundle.k) * r * s, tile.splits),
         grad,
         x,
         mean,
@@ -267,12 +272,13 @@ def _weight_gradient(
         S=s,
         PADDED=any(padding),
         ROWS=_same_rows(weight, stride, padding),
-        EVEN_C=c % tile.block_n == 0,
-        EVEN_K=k % tile.block_m == 0,
+        EVEN_C=bundle.c % tile.block_n == 0,
+        EVEN_K=bundle.k % tile.block_m == 0,
         **_shared_constants(x, c, k, relu),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
+        **_bundle_constants(bundle, groups),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -285,10 +291,22 @@ def _weight_gradient(
         dweight,
         dweight.numel(),
         tile.splits,
+        K_GROUP=k // groups,
+        C_GROUP=c // groups,
+        TAPS=r * s,
+        BUNDLE=bundle.size,
         BLOCK_S=block_s,
         BLOCK_E=block_e,
     )
     return with_strides_of(weight, dweight)
+
+
+def _tiles_of_weight(bundle: tiles.Bundle, tile: WeightTile) -> int:
+    return tiles.ceil_div(bundle.k, tile.block_m) * tiles.ceil_div(bundle.c, tile.block_n)
+
+
+def _bundle_constants(bundle: tiles.Bundle, groups: int) -> dict:
+    return {"BUNDLE_C": bundle.c if groups > 1 else 0, "BUNDLE_K": bundle.k if groups > 1 else 0}
 
 
 def _same_rows(weight: Tensor, stride, padding) -> bool:

@@ -4,7 +4,6 @@ the launch. A config is as in triton_conv, with `bundle`: the groups that are on
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +21,6 @@ _WIDTHS = (32, 64)  # channels that a bundle of small groups is filled up to
 _ROWS = ((128, 4), (64, 4))  # positions of a tile, warps
 
 
-class Groups(NamedTuple):
-    """Channels of x and of y in `bundle` of the groups."""
-
-    groups: int
-    c: int  # in one group
-    k: int
-
-    def of(self, bundle: int) -> tuple[int, int]:
-        return bundle * self.c, bundle * self.k
-
-
-def groups_of(shape: Conv, groups: int) -> Groups:
-    """shape: channels of x and y are all groups'."""
-    return Groups(groups, shape.c // groups, shape.k // groups)
-
-
 def declines(shape: Conv, groups: int, dtype: torch.dtype, arch: int) -> str | None:
     """Why the kernel cannot run this, as the rest of a sentence; None where it can."""
     if shape.c % groups or shape.k % groups:
@@ -47,12 +30,9 @@ def declines(shape: Conv, groups: int, dtype: torch.dtype, arch: int) -> str | N
     return triton_conv.declines(shape, dtype, arch)
 
 
-def bundles(of: Groups) -> list[int]:
-    """How many groups to take at a time, each width once."""
-    found = []
-    for width in _WIDTHS:
-        most = max(1, width // max(of.c, of.k))
-        found.append(max(n for n in range(1, most + 1) if of.groups % n == 0))
+def bundles(shape: Conv, groups: int) -> list[tiles.Bundle]:
+    """How many groups to take at a time, each number once."""
+    found = (tiles.bundle(groups, shape.c // groups, shape.k // groups, width) for width in _WIDTHS)
     return sorted(set(found))
 
 
@@ -62,9 +42,7 @@ def configs(shape: Conv, groups: int, dtype: torch.dtype, arch: int, sms: int, *
         return []
     fma = dtype is torch.float32 and not tf32
     found = []
-    of = groups_of(shape, groups)
-    for bundle in bundles(of):
-        c, k = of.of(bundle)
+    for bundle, c, k in bundles(shape, groups):
         block_n = max(16, min(128 if not fma else 32, tiles.power_of_2(k)))
         block_k = max(16, min(16 if fma else 128 // dtype.itemsize, tiles.power_of_2(c)))
         for block_m, warps in _ROWS:
@@ -119,7 +97,7 @@ def launch(
     """out = act(conv(x, weight, groups) + bias + residual) on the current stream of the current device. Activations are
     dense channels_last. Allocates nothing."""
     shape = triton_conv.shape_of(x, weight, residual, None, stride, padding, dilation)
-    bundle_c, bundle_k = groups_of(shape, groups).of(config["bundle"])
+    bundle_c, bundle_k = (channels // groups * config["bundle"] for channels in (shape.c, shape.k))
     block_m, block_n = config["block_m"], config["block_n"]
     tiles_n = shape.k // bundle_k * tiles.ceil_div(bundle_k, block_n)
     _grouped._conv_bias_act_grouped_kernel[(tiles.ceil_div(shape.m, block_m) * tiles_n,)](

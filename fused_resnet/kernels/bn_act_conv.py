@@ -55,6 +55,28 @@ def _normalised(x, mean, scale, bias, RELU: tl.constexpr):
     return a.to(x.dtype)
 
 
+@triton.jit
+def _bundle_weight_kernel(
+    weight_ptr,  # [K, R * S, C], dense; C: channels of a group
+    wide_ptr,  # [K, R * S, BUNDLE * C]
+    K_GROUP: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    BUNDLE: tl.constexpr,  # groups
+    BLOCK: tl.constexpr,
+):
+    """The weight of a bundle of groups as one product: each output's own group, zeros elsewhere."""
+    k = tl.program_id(0)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    WIDE: tl.constexpr = BUNDLE * C
+    there = e < TAPS * WIDE
+    tap = e // WIDE
+    c = e % WIDE
+    own = there & (c // C == k // K_GROUP % BUNDLE)
+    w = tl.load(weight_ptr + k.to(tl.int64) * (TAPS * C) + tap * C + c % C, mask=own, other=0.0)
+    tl.store(wide_ptr + k.to(tl.int64) * (TAPS * WIDE) + e, w, mask=there)
+
+
 @triton.jit(do_not_specialize=["M", "P", "Q", "H", "W"])
 def _bn_act_conv_fwd_kernel(
     x_ptr,  # [N, C, H, W], any strides (a channel stride of 1 is what makes it fast)
@@ -102,6 +124,8 @@ def _bn_act_conv_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    BUNDLE_C: tl.constexpr,  # 0, or of a grouped convolution the channels of x and of y in a bundle of groups, which is
+    BUNDLE_K: tl.constexpr,  # one product: weight is [K, R, S, BUNDLE_C] of `_bundle_weight_kernel`
 ):
     TAPS: tl.constexpr = R * S
     # Triton finds out by itself only what 16 divides; 8 channels of 16 bits are 16 bytes already.
@@ -112,7 +136,22 @@ def _bn_act_conv_fwd_kernel(
         stride_xw = stride_xw // ALIGN_X * ALIGN_X
     if ALIGN_K < 16:
         K = K // ALIGN_K * ALIGN_K
-    tile_m, tile_n = _banded(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    if BUNDLE_K > 0:
+        OF_BUNDLE: tl.constexpr = (BUNDLE_K + BLOCK_N - 1) // BLOCK_N
+        tiles_n = K // BUNDLE_K * OF_BUNDLE
+    tile_m, tile_n = _banded(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    first_k = 0
+    end_k = K
+    if BUNDLE_K > 0:
+        bundle = tile_n // OF_BUNDLE
+        tile_n = tile_n % OF_BUNDLE
+        x_ptr += (bundle * BUNDLE_C).to(tl.int64) * stride_xc
+        if affine_ptr is not None:
+            affine_ptr += bundle * BUNDLE_C
+        first_k = bundle * BUNDLE_K
+        end_k = first_k + BUNDLE_K
+        C = BUNDLE_C
 
     # Rows past the end read row M - 1 instead of being masked in every load; they are neither stored nor counted.
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -127,8 +166,8 @@ def _bn_act_conv_fwd_kernel(
         w0 = m_read % Q * stride_w - pad_w
         # Before the first tap: may point outside the map, where it is masked.
         x_rows = x_ptr + n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
-    k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_read = k if EVEN_K else tl.minimum(k, K - 1)
+    k = first_k + tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_read = k if EVEN_K else tl.minimum(k, end_k - 1)
     w_rows = weight_ptr + k_read.to(tl.int64) * (TAPS * C)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -159,6 +198,8 @@ def _bn_act_conv_fwd_kernel(
                 a = _normalised(a, mean, scale, bias, RELU)
                 if PADDED:
                     a = tl.where(inside, a, tl.zeros_like(a))  # padding is zero behind BatchNorm and ReLU
+                if BUNDLE_K > 0 and not EVEN_C:
+                    a = tl.where((c < C)[None, :], a, tl.zeros_like(a))  # the next bundle's mean may be NaN
             a = _operand(a, ROUND_TF32, UPCAST)
             b = _operand(b, ROUND_TF32, UPCAST)
             acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
@@ -167,7 +208,7 @@ def _bn_act_conv_fwd_kernel(
     first_row = (tile_m * BLOCK_M).to(tl.int64) * K
     out = tl.arange(0, BLOCK_M)[:, None] * K + k[None, :]
     row_ok = (m < M)[:, None]
-    out_ok = row_ok if EVEN_K else row_ok & (k < K)[None, :]
+    out_ok = row_ok if EVEN_K else row_ok & (k < end_k)[None, :]
     if scale_ptr is not None:
         acc = acc * tl.load(scale_ptr + k_read)[None, :] + tl.load(shift_ptr + k_read)[None, :]
     if residual_ptr is not None:
@@ -182,5 +223,5 @@ def _bn_act_conv_fwd_kernel(
         mean = tl.sum(tl.where(row_ok, y, 0.0), axis=0) / tl.minimum(M - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
         away = tl.where(row_ok, y - mean[None, :], 0.0)
         at = tile_m.to(tl.int64) * K + k
-        tl.store(tile_mean_ptr + at, mean, mask=k < K)
-        tl.store(tile_m2_ptr + at, tl.sum(away * away, axis=0), mask=k < K)
+        tl.store(tile_mean_ptr + at, mean, mask=k < end_k)
+        tl.store(tile_m2_ptr + at, tl.sum(away * away, axis=0), mask=k < end_k)

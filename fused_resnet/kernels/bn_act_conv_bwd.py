@@ -57,6 +57,7 @@ def _mask_and_sum(
     partial_gx_ptr,
     eps,
     C,
+    end,  # channels that there are, of the tile's
     EVEN_C: tl.constexpr,
     RELU: tl.constexpr,
 ):
@@ -64,9 +65,9 @@ def _mask_and_sum(
     # 64 bits for the first row alone: an offset of 64 bits an element would fill the registers.
     base = origin.to(tl.int64) * C
     at = row[:, None] * C + c[None, :]
-    ok = row_ok if EVEN_C else row_ok & (c < C)[None, :]
+    ok = row_ok if EVEN_C else row_ok & (c < end)[None, :]
     if mean_ptr is not None:
-        mean, scale, bias = _bn_vectors(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, c, C)
+        mean, scale, bias = _bn_vectors(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, c, end)
         x = tl.load(x_ptr + base + at, mask=ok, other=0.0)
         centred = x.to(tl.float32) - mean[None, :]
         if RELU:
@@ -76,8 +77,8 @@ def _mask_and_sum(
         # Of g as it is stored; rows past the end hold copies of the last one's.
         added = tl.where(ok, g.to(tl.float32), 0.0)
         partial = partial_row.to(tl.int64) * C + c
-        tl.store(partial_g_ptr + partial, tl.sum(added, axis=0), mask=c < C)
-        tl.store(partial_gx_ptr + partial, tl.sum(added * centred, axis=0), mask=c < C)
+        tl.store(partial_g_ptr + partial, tl.sum(added, axis=0), mask=c < end)
+        tl.store(partial_gx_ptr + partial, tl.sum(added * centred, axis=0), mask=c < end)
     if g_ptr is not None:
         tl.store(g_ptr + base + at, g, mask=ok)
 
@@ -126,6 +127,8 @@ def _bn_act_conv_bwd_input_kernel(
     BLOCK_N: tl.constexpr,  # C
     BLOCK_K: tl.constexpr,  # K
     GROUP_M: tl.constexpr,
+    BUNDLE_C: tl.constexpr,  # 0, or channels of a bundle of groups, as in `_bn_act_conv_fwd_kernel`, whose weight it is
+    BUNDLE_K: tl.constexpr,
 ):
     """An implicit GEMM over positions of x. With a stride, positions of one remainder are reached by the same few taps:
     each class of them has its own tiles, program_id(1), and no tap is multiplied by zeros."""
@@ -133,7 +136,23 @@ def _bn_act_conv_bwd_input_kernel(
         C = C // ALIGN_C * ALIGN_C
     if ALIGN_K < 16:
         K = K // ALIGN_K * ALIGN_K
-    tile_m, tile_n = _banded(tl.program_id(0), tiles_m, tl.cdiv(C, BLOCK_N), GROUP_M)
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    if BUNDLE_C > 0:
+        OF_BUNDLE: tl.constexpr = (BUNDLE_C + BLOCK_N - 1) // BLOCK_N
+        tiles_n = C // BUNDLE_C * OF_BUNDLE
+    tile_m, tile_n = _banded(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    first_c = 0  # of the bundle
+    first_k = 0
+    of_c = C  # channels that the tile's product has
+    of_k = K
+    if BUNDLE_C > 0:
+        first_c = tile_n // OF_BUNDLE * BUNDLE_C
+        first_k = tile_n // OF_BUNDLE * BUNDLE_K
+        tile_n = tile_n % OF_BUNDLE
+        of_c = BUNDLE_C
+        of_k = BUNDLE_K
+        grad_ptr += first_k
+        weight_ptr += first_k.to(tl.int64) * (R * S * BUNDLE_C)
     # Class 0 is reached by the most taps: the longest programs start first.
     member = tl.program_id(1)
     h_first, r_first, taps_h, p_first = _reaching(member // STRIDE_W, pad_h, R, STRIDE_H, DILATION_H, STEP_H)
@@ -164,7 +183,7 @@ def _bn_act_conv_bwd_input_kernel(
 
     BACK_H: tl.constexpr = DILATION_H * STEP_H // STRIDE_H  # how far the next tap that reaches lies back in the output
     BACK_W: tl.constexpr = DILATION_W * STEP_W // STRIDE_W
-    steps = tl.cdiv(K, BLOCK_K) * taps_h * taps_w
+    steps = tl.cdiv(of_k, BLOCK_K) * taps_h * taps_w
     taps = tl.maximum(taps_h * taps_w, 1)
     taps_w = tl.maximum(taps_w, 1)
     lane = tl.arange(0, BLOCK_K)
@@ -182,21 +201,21 @@ def _bn_act_conv_bwd_input_kernel(
             if EVEN_K:
                 a = tl.load(a_ptrs)
             else:
-                a = tl.load(a_ptrs, mask=(k < K)[None, :], other=0.0)
+                a = tl.load(a_ptrs, mask=(k < of_k)[None, :], other=0.0)
         else:
             p = p0 - back_h
             q = q0 - back_w
             a_ok = ((p >= 0) & (p < P) & (q >= 0) & (q < Q))[:, None]
             if not EVEN_K:
-                a_ok = a_ok & (k < K)[None, :]
+                a_ok = a_ok & (k < of_k)[None, :]
             a = tl.load(a_ptrs, mask=a_ok, other=0.0)
-        b_ptrs = weight_ptr + (k.to(tl.int64) * (R * S * C))[:, None] + (tap * C + c)[None, :]
+        b_ptrs = weight_ptr + (k.to(tl.int64) * (R * S * of_c))[:, None] + (tap * of_c + c)[None, :]
         if EVEN_C and EVEN_K:
             b = tl.load(b_ptrs)
         elif EVEN_C:
-            b = tl.load(b_ptrs, mask=(k < K)[:, None], other=0.0)
+            b = tl.load(b_ptrs, mask=(k < of_k)[:, None], other=0.0)
         else:
-            b = tl.load(b_ptrs, mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=(k < of_k)[:, None] & (c < of_c)[None, :], other=0.0)
         a = _operand(a, ROUND_TF32, UPCAST)
         b = _operand(b, ROUND_TF32, UPCAST)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
@@ -205,7 +224,9 @@ def _bn_act_conv_bwd_input_kernel(
         origin = tl.min(row, axis=0)
     else:
         origin = tile_m * BLOCK_M
-    ends = (x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, g_ptr, partial_g_ptr, partial_gx_ptr, eps, C)
+    ends = (x_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, g_ptr, partial_g_ptr, partial_gx_ptr, eps, C,
+            first_c + of_c)  # fmt: skip
+    c += first_c
     where = (origin, row - origin, (m < M)[:, None], member * tiles_m + tile_m)
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     if BLOCK_M * BLOCK_N < 128 * 64:
@@ -214,7 +235,7 @@ def _bn_act_conv_bwd_input_kernel(
         # One half after the other: g, x and their products of a whole tile are more than the registers hold.
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
-        c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        c = first_c + tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _mask_and_sum(left.to(dtype), c, *where, *ends, EVEN_C, RELU)
         _mask_and_sum(right.to(dtype), c + BLOCK_N // 2, *where, *ends, EVEN_C, RELU)
 
@@ -258,6 +279,8 @@ def _bn_act_conv_bwd_weight_kernel(
     BLOCK_M: tl.constexpr,  # K
     BLOCK_N: tl.constexpr,  # C, of one tap
     BLOCK_K: tl.constexpr,  # rows
+    BUNDLE_C: tl.constexpr,  # 0, or channels of a bundle of groups: partial is [splits, K, R, S, BUNDLE_C]
+    BUNDLE_K: tl.constexpr,
 ):
     TAPS: tl.constexpr = R * S
     if ALIGN_C < 16:
@@ -267,14 +290,33 @@ def _bn_act_conv_bwd_weight_kernel(
     # Taps innermost: programs that run together read the same rows of grad and, shifted, of x.
     pid = tl.program_id(0)
     tap = pid % TAPS
-    tiles_n = tl.cdiv(C, BLOCK_N)
+    of_c = C  # channels that the tile's product has
+    end_k = K
+    if BUNDLE_C > 0:
+        of_c = BUNDLE_C
+    tiles_n = tl.cdiv(of_c, BLOCK_N)
     c = pid // TAPS % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = pid // (TAPS * tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_m = pid // (TAPS * tiles_n)
+    k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if BUNDLE_C > 0:
+        OF_BUNDLE: tl.constexpr = (BUNDLE_K + BLOCK_M - 1) // BLOCK_M
+        first_c = tile_m // OF_BUNDLE * BUNDLE_C
+        first_k = tile_m // OF_BUNDLE * BUNDLE_K
+        k = first_k + tile_m % OF_BUNDLE * BLOCK_M + tl.arange(0, BLOCK_M)
+        end_k = first_k + BUNDLE_K
+        x_ptr += first_c
+        if mean_ptr is not None:
+            mean_ptr += first_c
+            var_ptr += first_c
+            if bn_weight_ptr is not None:
+                bn_weight_ptr += first_c
+            if bn_bias_ptr is not None:
+                bn_bias_ptr += first_c
     split = tl.program_id(1)
     dh = tap // S * dilation_h - pad_h
     dw = tap % S * dilation_w - pad_w
     if mean_ptr is not None:
-        mean, scale, bias = _bn_vectors(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, c, C)
+        mean, scale, bias = _bn_vectors(mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, eps, c, of_c)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     first = split * steps
@@ -283,7 +325,7 @@ def _bn_act_conv_bwd_weight_kernel(
         there = m < M
         grad_ok = there[:, None]
         if not EVEN_K:
-            grad_ok = grad_ok & (k < K)[None, :]
+            grad_ok = grad_ok & (k < end_k)[None, :]
         grad = tl.load(grad_ptr + (m.to(tl.int64) * K)[:, None] + k[None, :], mask=grad_ok, other=0.0)
         if ROWS:
             row = m.to(tl.int64)
@@ -295,7 +337,7 @@ def _bn_act_conv_bwd_weight_kernel(
                 there = there & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         x_ok = there[:, None]
         if not EVEN_C:
-            x_ok = x_ok & (c < C)[None, :]
+            x_ok = x_ok & (c < of_c)[None, :]
         a = tl.load(x_ptr + (row * C)[:, None] + c[None, :], mask=x_ok, other=0.0)
         if mean_ptr is not None:
             z = (a.to(tl.float32) - mean[None, :]) * scale[None, :] + bias[None, :]
@@ -307,12 +349,12 @@ def _bn_act_conv_bwd_weight_kernel(
         a = _operand(a, ROUND_TF32, UPCAST)
         acc = tl.dot(tl.trans(grad), a, acc, input_precision=INPUT_PRECISION)
 
-    base = partial_ptr + split.to(tl.int64) * K * (TAPS * C)
-    at = (k.to(tl.int64) * (TAPS * C))[:, None] + (tap * C + c)[None, :]
+    base = partial_ptr + split.to(tl.int64) * K * (TAPS * of_c)
+    at = (k.to(tl.int64) * (TAPS * of_c))[:, None] + (tap * of_c + c)[None, :]
     if EVEN_C and EVEN_K:
         tl.store(base + at, acc)
     else:
-        tl.store(base + at, acc, mask=(k < K)[:, None] & (c < C)[None, :])
+        tl.store(base + at, acc, mask=(k < end_k)[:, None] & (c < of_c)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -321,13 +363,21 @@ def _bn_act_conv_bwd_weight_finish_kernel(
     dweight_ptr,  # [E]
     E,  # K * R * S * C
     splits,
+    K_GROUP: tl.constexpr,  # of a group: outputs, and elements of the reduction of one tap
+    C_GROUP: tl.constexpr,
+    TAPS: tl.constexpr,
+    BUNDLE: tl.constexpr,  # groups of a bundle, whose products off the diagonal are left out; 1: there are none
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    at = e
+    if BUNDLE > 1:
+        k = e // (TAPS * C_GROUP)
+        at = (e // C_GROUP * BUNDLE + k // K_GROUP % BUNDLE) * C_GROUP + e % C_GROUP
     total = tl.zeros((BLOCK_S, BLOCK_E), dtype=tl.float32)
     for start in tl.range(0, splits, BLOCK_S):
         s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
         ok = (s < splits)[:, None] & (e < E)[None, :]
-        total += tl.load(partial_ptr + s[:, None] * E + e[None, :], mask=ok, other=0.0)
+        total += tl.load(partial_ptr + s[:, None] * (E * BUNDLE) + at[None, :], mask=ok, other=0.0)
     tl.store(dweight_ptr + e, tl.sum(total, axis=0).to(dweight_ptr.dtype.element_ty), mask=e < E)

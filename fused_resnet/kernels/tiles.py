@@ -62,6 +62,26 @@ def shared_bytes(arch: int) -> int:
     return SHARED_BYTES.get(arch, SHARED_BYTES_ELSEWHERE)
 
 
+BUNDLE_WIDTH = 32  # channels, as GROUPED_SPAN
+WEIGHT_BUNDLE_WIDTH = 64  # of the weight's gradient, whose rows are channels: a warp group's instruction has 64
+
+
+class Bundle(NamedTuple):
+    """Groups next to each other whose convolutions are one product: zeros stand off the diagonal of its weight."""
+
+    size: int  # groups
+    c: int  # channels of x and of y in them
+    k: int
+
+
+@cache
+def bundle(groups: int, c: int, k: int, width: int = BUNDLE_WIDTH) -> Bundle:
+    """As many of the groups, of c and k channels each, as fit into `width` and divide their number; at least one."""
+    most = max(1, width // max(c, k))
+    size = max(n for n in range(1, most + 1) if groups % n == 0)
+    return Bundle(size, size * c, size * k)
+
+
 @cache
 def conv_tile(
     m: int, k: int, c_group: int, groups: int, taps: int, itemsize: int, arch: int, sms: int, fma: bool = False

@@ -87,7 +87,11 @@ def test_every_config_offered():
 
 def test_bundles_divide_the_groups():
     """And fill 32 or 64 channels as far as they can; a group that is wider stays alone."""
-    of = lambda groups, c, k=None: triton_grouped.bundles(triton_grouped.Groups(groups, c, k or c))  # noqa: E731
+
+    def of(groups, c, k=None):
+        shape = Conv(1, groups * c, 5, 5, groups * (k or c), 3, 3)
+        return [bundle.size for bundle in triton_grouped.bundles(shape, groups)]
+
     assert of(32, 4) == [8, 16] and of(32, 8) == [4, 8] and of(32, 16) == [2, 4] and of(32, 32) == [1, 2]
     assert of(5, 24) == [1] and of(6, 24) == [1, 2] and of(2, 232) == [1]
     assert of(96, 1) == [32, 48] and of(4, 4, 24) == [1, 2]
