@@ -106,13 +106,12 @@ def grouped(arch: int, launches: list):
         found[f"grouped_24_b{n}_fp16"] = conv(n, 120, 28), 5
         found[f"grouped_112_b{n}_fp16"] = conv(n, 448, 28), 4
         found[f"grouped_232_b{n}_fp16"] = conv(n, 1392, 14), 6
-    for precision in ("bf16", "tf32", "ieee"):
+    for precision in ("bf16", "tf32"):
         found[f"grouped_8_residual_b32_{precision}"] = conv(32, 256, 28, residual=True), 32
         found[f"grouped_112_b32_{precision}"] = conv(32, 448, 28), 4
     for name, (shape, groups) in found.items():
-        precision = name.rsplit("_", 1)[1]
-        dtype = DTYPES[precision]
-        for config in host.configs(shape, groups, dtype, arch, SMS[arch], tf32=precision != "ieee"):
+        dtype = DTYPES[name.rsplit("_", 1)[1]]
+        for config in host.configs(shape, groups, dtype, arch, SMS[arch]):
             yield name, config, launch, shape, groups, dtype
 
 

@@ -118,7 +118,6 @@ def instances(few: bool) -> dict[str, tuple]:
             for precision in ("fp16", "bf16", "tf32")
         },
         "conv_grouped_4_raw_bf16": (convolution, 128, 56, 128, 3, 1, "bf16", False, CL, 32),
-        "conv_grouped_8_ieee": (convolution, 256, 28, 256, 3, 1, "ieee", True, CL, 32),
         "conv_3x3_64_ieee": (convolution, 64, 56, 64, 3, 1, "ieee"),
         "conv_3x3_72_fp16": (convolution, 72, 28, 72, 3, 1, "fp16"),
         "conv_3x3_72_tf32": (convolution, 72, 28, 72, 3, 1, "tf32"),

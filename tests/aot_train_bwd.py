@@ -37,7 +37,6 @@ OTHERS = {
     "grouped_24_fp16": (32, 120, 28, 120, 3, 1, 5),
     "grouped_112_bf16": (32, 448, 28, 448, 3, 1, 4),
     "grouped_8_tf32": (32, 256, 28, 256, 3, 1, 32),
-    "grouped_8_ieee": (32, 256, 28, 256, 3, 1, 32),
     # Multiples of 16 bytes that 16 does not divide; rows that no vector load fits.
     "3x3_72_fp16": (32, 72, 28, 72, 3, 1),
     "3x3_50_140_odd_fp16": (32, 50, 28, 140, 3, 1),

@@ -244,6 +244,7 @@ def one_of_two(rank: int, out: str, *more: str) -> int:
     return made[0]._calls if made else 0
 
 
+@pytest.mark.slow
 def test_steps_of_a_captured_model_in_two_processes(tmp_path):
     with Ranks(2) as ranks:
         assert ranks.run(one_of_two, str(tmp_path / "captured"), "--capture") == [2 * 2 * STEPS] * 2

@@ -165,6 +165,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "PRODUCT", {"cpu": 64})
 
 
+@pytest.mark.slow
 def test_a_cell_is_measured_written_resumed_and_drawn(tmp_path, quick, capsys, monkeypatch):
     path = tmp_path / "peers.json"
     options = ["--models", "resnet18", "--batches", "2", "--size", "32", "--rounds", "3", "--threads", "1"]

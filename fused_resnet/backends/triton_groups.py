@@ -6,11 +6,21 @@ import torch
 from torch import Tensor
 
 from ..kernels import tiles
+from .verify import tf32_allowed
 
 try:
     from ..kernels import bn_act_conv as _conv
 except ImportError:  # backends/triton.py says so
     pass
+
+
+def declines_groups(x: Tensor, groups: int) -> str | None:
+    """Why a grouped convolution of x cannot run, as the rest of a sentence; None where it can."""
+    if groups > 1 and x.dtype is torch.float32 and not tf32_allowed():
+        return (
+            f"needs the tensor cores (16 bits, or TF32 allowed) for {groups} groups, whose zeros off the diagonal cost"
+        )
+    return None
 
 
 def bundle_of(weight: Tensor, groups: int, **width) -> tiles.Bundle:
@@ -38,3 +48,8 @@ def bundled(launch, weight: Tensor, groups: int) -> Tensor:
         BLOCK=block,
     )
     return wide
+
+
+def bundle_constants(bundle: tiles.Bundle, groups: int) -> dict:
+    """What the kernels are specialised on; without groups nothing is offset."""
+    return {"BUNDLE_C": bundle.c if groups > 1 else 0, "BUNDLE_K": bundle.k if groups > 1 else 0}

@@ -14,7 +14,7 @@ from ..kernels import tiles
 from . import triton as _base
 from .layout import conv_output_size, output_format
 from .triton import _dispatch
-from .triton_groups import bundle_of, bundled
+from .triton_groups import bundle_constants, bundle_of, bundled, declines_groups
 from .triton_pointwise import product_statistics
 
 try:
@@ -32,6 +32,8 @@ def declines(op: str, *args) -> str | None:
     """Why this call cannot run here, as the rest of a sentence; None where it can."""
     x, weight = args[:2]
     stride, padding, dilation, groups = args[8:12] if op == "bn_act_conv" else (args[12], [0, 0], [1, 1], 1)
+    if declined := declines_groups(x, groups):
+        return declined
     if op == "pointwise_bn_act" and x.dtype is float32:
         return "needs 16 bits: float32 deserves better statistics than those of a float32 covariance"
     return _base.declines("conv_bn_act", x, weight, *[None] * 6, stride, padding, dilation)
@@ -64,10 +66,7 @@ def _tile(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, nor
     fma = x.dtype is float32 and not _base.tf32_allowed()
     bundle = bundle_of(weight, groups)
     rows = n * p * q * (groups // bundle.size)  # each bundle has rows of its own
-    tile = tiles.bn_act_conv_tile(rows, bundle.k, bundle.c, r * s, x.element_size(), *_base._chip(x), fma, normalises)
-    if fma and groups > 1 and tile.block_m == 128:
-        return tile._replace(block_m=64, num_warps=4)  # 128 rows of operands in registers spill on sm_89, by one
-    return tile
+    return tiles.bn_act_conv_tile(rows, bundle.k, bundle.c, r * s, x.element_size(), *_base._chip(x), fma, normalises)
 
 
 def bn_act_conv(
@@ -354,8 +353,8 @@ def _convolve(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
-        BUNDLE_C=bundle.c if groups > 1 else 0,
-        BUNDLE_K=bundle.k if groups > 1 else 0,
+        BUNDLE=bundle.size,
+        **bundle_constants(bundle, groups),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

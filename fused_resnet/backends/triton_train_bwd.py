@@ -30,7 +30,7 @@ from .triton import (
     interpreting,
     tf32_allowed,
 )
-from .triton_groups import bundle_of, bundled
+from .triton_groups import bundle_constants, bundle_of, bundled, declines_groups
 
 try:
     from ..kernels import bn_act_conv_bwd as _conv_bwd
@@ -99,6 +99,8 @@ def declines(op: str, grad: Tensor, x: Tensor, weight: Tensor, *args) -> str | N
     _, c, k = bundle_of(weight, groups)
     if not x.dtype == weight.dtype == grad.dtype:
         return f"needs grad, x and weight of one dtype, got {grad.dtype}, {x.dtype} and {weight.dtype}"
+    if declined := declines_groups(x, groups):
+        return declined
     if min(k, c) < _FEWEST:
         return f"needs at least {_FEWEST} input and output channels, got {c} and {k}"
     if weight.numel() == 0:
@@ -225,7 +227,8 @@ def _masked_input_gradient(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=8,
-        **_bundle_constants(bundle, groups),
+        BUNDLE=bundle.size,
+        **bundle_constants(bundle, groups),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -278,7 +281,7 @@ def _weight_gradient(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        **_bundle_constants(bundle, groups),
+        **bundle_constants(bundle, groups),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -303,10 +306,6 @@ def _weight_gradient(
 
 def _tiles_of_weight(bundle: tiles.Bundle, tile: WeightTile) -> int:
     return tiles.ceil_div(bundle.k, tile.block_m) * tiles.ceil_div(bundle.c, tile.block_n)
-
-
-def _bundle_constants(bundle: tiles.Bundle, groups: int) -> dict:
-    return {"BUNDLE_C": bundle.c if groups > 1 else 0, "BUNDLE_K": bundle.k if groups > 1 else 0}
 
 
 def _same_rows(weight: Tensor, stride, padding) -> bool:

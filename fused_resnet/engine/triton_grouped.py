@@ -37,22 +37,22 @@ def bundles(shape: Conv, groups: int) -> list[tiles.Bundle]:
 
 
 def configs(shape: Conv, groups: int, dtype: torch.dtype, arch: int, sms: int, *, tf32: bool = True) -> list[dict]:
-    """What is worth trying. tf32: float32 may run on the tensor cores."""
-    if declines(shape, groups, dtype, arch):
+    """What is worth trying. tf32: float32 may run on the tensor cores; where it may not, a bundle's zeros would cost
+    several times the convolution."""
+    if declines(shape, groups, dtype, arch) or (dtype is torch.float32 and not tf32):
         return []
-    fma = dtype is torch.float32 and not tf32
     found = []
     for bundle, c, k in bundles(shape, groups):
-        block_n = max(16, min(128 if not fma else 32, tiles.power_of_2(k)))
-        block_k = max(16, min(16 if fma else 128 // dtype.itemsize, tiles.power_of_2(c)))
+        block_n = max(16, min(128, tiles.power_of_2(k)))
+        block_k = max(16, min(128 // dtype.itemsize, tiles.power_of_2(c)))
         for block_m, warps in _ROWS:
             if block_m * 2 > _ROWS[0][0] and tiles.ceil_div(shape.m, block_m) * (shape.k // k) < sms:
                 continue  # smaller ones leave fewer multiprocessors without work
-            if block_m == 128 and fma:
+            if block_m * block_n > 128 * 32 and bundle > 1 and dtype is torch.float32:
                 continue  # its sums spill
             warps = 8 if block_m * block_n > 128 * 64 else warps
             # One stage: nothing is copied ahead, and a tile's taps find each other's rows in the first-level cache.
-            for stages in (3,) if fma or c > _WIDTHS[-1] else (1, 3):
+            for stages in (3,) if c > _WIDTHS[-1] else (1, 3):
                 config = {
                     "kernel": "grouped",
                     "bundle": bundle,
@@ -62,7 +62,7 @@ def configs(shape: Conv, groups: int, dtype: torch.dtype, arch: int, sms: int, *
                     "num_warps": warps,
                     "num_stages": stages,
                     "splits": 1,
-                    "precision": "ieee" if fma else "tf32",
+                    "precision": "tf32",
                 }
                 if config not in found:
                     found.append(config)
@@ -119,6 +119,7 @@ def launch(
         R=shape.r,
         S=shape.s,
         PADDED=any(shape.padding),
+        BUNDLE=config["bundle"],
         BUNDLE_C=bundle_c,
         BUNDLE_K=bundle_k,
         ALIGN_C=math.gcd(shape.c, 16),

@@ -124,8 +124,9 @@ def _bn_act_conv_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    BUNDLE_C: tl.constexpr,  # 0, or of a grouped convolution the channels of x and of y in a bundle of groups, which is
-    BUNDLE_K: tl.constexpr,  # one product: weight is [K, R, S, BUNDLE_C] of `_bundle_weight_kernel`
+    BUNDLE: tl.constexpr,  # groups that are one product
+    BUNDLE_C: tl.constexpr,  # 0, or of a grouped convolution the channels of x and of y in such a bundle: weight is
+    BUNDLE_K: tl.constexpr,  # [K, R, S, BUNDLE_C] of `_bundle_weight_kernel`
 ):
     TAPS: tl.constexpr = R * S
     # Triton finds out by itself only what 16 divides; 8 channels of 16 bits are 16 bytes already.
@@ -203,6 +204,31 @@ def _bn_act_conv_fwd_kernel(
             a = _operand(a, ROUND_TF32, UPCAST)
             b = _operand(b, ROUND_TF32, UPCAST)
             acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        if BUNDLE > 1:
+            # As in `_conv_bn_act_fwd_kernel`: where a NaN came out, it may be another group's.
+            if tl.max((acc != acc).to(tl.int32)) > 0:
+                C_GROUP: tl.constexpr = BUNDLE_C // BUNDLE
+                k_ok = k < end_k
+                own = (k_read - first_k) // (BUNDLE_K // BUNDLE) * C_GROUP
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                for step in tl.range(0, TAPS * C_GROUP):
+                    tap = step // C_GROUP
+                    c = own + step % C_GROUP
+                    dh = tap // S * dilation_h
+                    dw = tap % S * dilation_w
+                    offset = dh.to(tl.int64) * stride_xh + dw.to(tl.int64) * stride_xw
+                    inside = k_ok[None, :]
+                    if PADDED:
+                        on_map = (h0 + dh >= 0) & (h0 + dh < H) & (w0 + dw >= 0) & (w0 + dw < W)
+                        inside = inside & on_map[:, None]
+                    a = tl.load(
+                        x_rows[:, None] + (offset + c.to(tl.int64) * stride_xc)[None, :], mask=inside, other=0.0
+                    )
+                    if affine_ptr is not None:
+                        mean, scale, bias = _affine(affine_ptr, affine_stride, c)
+                        a = tl.where(inside, _normalised(a, mean, scale, bias, RELU), tl.zeros_like(a))
+                    b = tl.load(w_rows + tap * BUNDLE_C + c, mask=k_ok, other=0.0)
+                    acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
 
     # 64 bits for the tile's first row alone: an offset of 64 bits an element would fill the registers.
     first_row = (tile_m * BLOCK_M).to(tl.int64) * K

@@ -127,6 +127,7 @@ def _bn_act_conv_bwd_input_kernel(
     BLOCK_N: tl.constexpr,  # C
     BLOCK_K: tl.constexpr,  # K
     GROUP_M: tl.constexpr,
+    BUNDLE: tl.constexpr,  # groups that are one product
     BUNDLE_C: tl.constexpr,  # 0, or channels of a bundle of groups, as in `_bn_act_conv_fwd_kernel`, whose weight it is
     BUNDLE_K: tl.constexpr,
 ):
@@ -219,6 +220,29 @@ def _bn_act_conv_bwd_input_kernel(
         a = _operand(a, ROUND_TF32, UPCAST)
         b = _operand(b, ROUND_TF32, UPCAST)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+    if BUNDLE > 1:
+        # As in `_conv_bn_act_fwd_kernel`: where a NaN came out, it may be another group's.
+        if tl.max((acc != acc).to(tl.int32)) > 0:
+            K_GROUP: tl.constexpr = BUNDLE_K // BUNDLE
+            c_ok = c < of_c
+            own = tl.minimum(c, of_c - 1) // (BUNDLE_C // BUNDLE) * K_GROUP
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for step in tl.range(0, taps_h * taps_w * K_GROUP):
+                k = own + step // taps
+                back_h = step % taps // taps_w
+                back_w = step % taps % taps_w
+                tap = (r_first + back_h * STEP_H) * S + s_first + back_w * STEP_W
+                back_h *= BACK_H
+                back_w *= BACK_W
+                ok = c_ok[None, :]
+                if not ROWS:
+                    p = p0 - back_h
+                    q = q0 - back_w
+                    ok = ok & ((p >= 0) & (p < P) & (q >= 0) & (q < Q))[:, None]
+                a = tl.load(grad_rows[:, None] + (k - (back_h * Q + back_w) * K)[None, :], mask=ok, other=0.0)
+                b = tl.load(weight_ptr + k.to(tl.int64) * (R * S * of_c) + tap * of_c + c, mask=c_ok, other=0.0)
+                acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
 
     if STRIDE_H * STRIDE_W > 1:
         origin = tl.min(row, axis=0)

@@ -37,7 +37,8 @@ def _conv_bias_act_grouped_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     PADDED: tl.constexpr,  # a tap may fall outside the map
-    BUNDLE_C: tl.constexpr,  # channels of x and of y in a bundle
+    BUNDLE: tl.constexpr,  # groups in a bundle
+    BUNDLE_C: tl.constexpr,  # channels of x and of y in it
     BUNDLE_K: tl.constexpr,
     ALIGN_C: tl.constexpr,  # what divides C, up to 16: Triton finds out only whether 16 does
     ALIGN_K: tl.constexpr,
@@ -102,6 +103,25 @@ def _conv_bias_act_grouped_kernel(
             b = tl.load(b_ptrs, mask=(c < BUNDLE_C)[:, None], other=0.0)
         a = _operand(a, ROUND_TF32, UPCAST)
         acc = tl.dot(a, _operand(b, False, UPCAST), acc, input_precision=INPUT_PRECISION)
+
+    if BUNDLE > 1:
+        # An off-diagonal zero times an infinity of another group is NaN. Where a NaN came out, the tile is computed
+        # again, each output from its own group alone: slow, right, and run only where activations blew up.
+        if tl.max((acc != acc).to(tl.int32)) > 0:
+            C_GROUP: tl.constexpr = BUNDLE_C // BUNDLE
+            own = column // (BUNDLE_K // BUNDLE) * C_GROUP
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for step in tl.range(0, TAPS * C_GROUP):
+                tap = step // C_GROUP
+                c = own + step % C_GROUP
+                dh = tap // S * dilation_h
+                dw = tap % S * dilation_w
+                ok = (column < BUNDLE_K)[None, :]
+                if PADDED:
+                    ok = ok & ((h0 + dh >= 0) & (h0 + dh < H) & (w0 + dw >= 0) & (w0 + dw < W))[:, None]
+                a = tl.load(x_rows[:, None] + ((dh * W + dw) * C + c)[None, :], mask=ok, other=0.0)
+                b = tl.load(w_rows + tap * BUNDLE_C + c, mask=column < BUNDLE_K, other=0.0)
+                acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
 
     # 64 bits for the tile's first row alone: an offset of 64 bits an element would fill the registers.
     first_row = (tile_m * BLOCK_M).to(tl.int64) * K

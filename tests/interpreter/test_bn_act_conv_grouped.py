@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_resnet.backends import reference
+from fused_resnet.backends import reference, triton_groups
 from fused_resnet.backends import triton_train as forward
 from fused_resnet.backends import triton_train_bwd as backward
 from fused_resnet.kernels import tiles
@@ -120,6 +120,28 @@ def test_as_it_is_launched(case, monkeypatch):
         check_backward(x, weight, bn, conv, torch.float32, relu=False)
 
 
+@pytest.mark.parametrize(
+    "case, value", [("4 channels", float("inf")), ("uneven", float("nan")), ("1x1", -float("inf"))], ids=str
+)
+def test_not_finite_travels_as_in_torch(case, value):
+    """Groups that share a bundle, in which zeros are multiplied with it, do not touch each other."""
+    x, weight, (mean, var, gamma, beta), conv = inputs(case, torch.float32)
+    grad = gradient(x, weight, conv).float().contiguous(memory_format=CL)
+    x[0, 1, 2, 1] = value
+    grad[0, 1, 1, 1] = value
+    for bn in ((mean, var, gamma, beta), (None,) * 4):
+        want = reference.bn_act_conv(*double(x, weight, *bn), EPS, True, *conv, False)[0]
+        got = forward.bn_act_conv(x, weight, *bn, EPS, True, *conv, False)[0]
+        mask = [True, True, False, False]
+        wanted = reference.bn_act_conv_bwd(*double(grad, x, weight, *bn), EPS, True, *conv, mask)
+        given = backward.bn_act_conv_bwd(grad, x, weight, *bn, EPS, True, *conv, mask)
+        for a, b in zip((got, *given[:2]), (want, *wanted[:2]), strict=True):
+            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
+            finite = b.isfinite()
+            assert finite.any() and (value == -float("inf") or not finite.all())
+            assert_close(a[finite], b[finite], factor=4.0)
+
+
 def test_the_next_groups_statistics_do_not_matter():
     """Of channels that a tile reads past its bundle: a mean that is NaN there, or behind the last."""
     x, weight, (mean, var, gamma, beta), conv = inputs("20 channels", torch.float32)
@@ -160,14 +182,22 @@ def test_bundles():
     assert of(4, 4, 24) == (1, 4, 24) and of(96, 1, 1) == (32, 32, 32)
 
 
-def test_declines_with_a_sentence():
+def test_declines_with_a_sentence(monkeypatch):
     """Groups so narrow that no bundle fills an instruction of the tensor cores are others'."""
     x, weight, bn, conv = inputs("4 channels", torch.float16)
     options = (*bn, EPS, True, *conv)
     assert forward.declines("bn_act_conv", x, weight, *options, True) is None
     grad = gradient(x, weight, conv).half()
     assert backward.declines("bn_act_conv_bwd", grad, x, weight, *options, [True] * 4) is None
-    narrow = (rand(2, 6, 5, 7), rand(6, 3, 3, 3))
-    grad = rand(2, 6, 5, 7)
+    wide = [t.float() for t in (grad, x, weight)]
+    for allowed in (True, False):
+        monkeypatch.setattr(triton_groups, "tf32_allowed", lambda allowed=allowed: allowed)
+        reasons = (
+            forward.declines("bn_act_conv", *wide[1:], *options, True),
+            backward.declines("bn_act_conv_bwd", *wide, *options, [True] * 4),
+        )
+        assert all(why is None if allowed else "needs the tensor cores" in why for why in reasons)
+    narrow = (rand(2, 6, 5, 7).half(), rand(6, 3, 3, 3).half())
+    grad = rand(2, 6, 5, 7).half()
     why = backward.declines("bn_act_conv_bwd", grad, *narrow, *[None] * 4, EPS, True, *conv[:3], 2, [True] * 4)
     assert why == "needs at least 16 input and output channels, got 6 and 6"

@@ -57,7 +57,7 @@ def expected(shape, groups, x, weight, bias, residual, relu=True):
 def offered(shape, groups, dtype, arch=90):
     """One config of each bundle and tile: stages are nothing to the interpreter."""
     kinds = {}
-    for config in triton_grouped.configs(shape, groups, dtype, arch, 4, tf32=dtype is not torch.float32):
+    for config in triton_grouped.configs(shape, groups, dtype, arch, 4):
         kinds.setdefault((config["bundle"], config["block_m"]), config)
     return kinds.values()
 
@@ -109,21 +109,21 @@ def test_a_packed_weight_is_the_same_convolution(bundle):
     assert not torch.equal(rounded, packed) and (rounded - packed).abs().max() < 2.0**-10
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_what_is_not_finite_reaches_its_bundle_and_no_further(value):
-    """It is never finite where PyTorch's result is not; zero times infinity is no number for the bundle's others."""
-    shape, groups = CASES["4 channels"]
-    x, weight, bias, residual = tensors(shape, groups, torch.float32)
-    x[0, 17, 3, 4] = value
-    want = expected(shape, groups, x, weight, bias, residual)
-    for config in offered(shape, groups, torch.float32):
-        got = run(config, shape, groups, x, weight, bias, residual)
-        assert not (got.isfinite() & ~want.isfinite()).any()
-        width = config["bundle"] * 4
-        first = 17 // width * width
-        others = [c for c in range(64) if not first <= c < first + width]
-        assert got[:, others].isfinite().all() and not got[0, first : first + width].isfinite().all()
-        assert_close(got[:, others], want[:, others])
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_not_finite_travels_as_in_torch(value, relu):
+    """Groups that share a bundle, in which zeros are multiplied with it, do not touch each other."""
+    for case in ("4 channels", "5 of 12 channels", "1x1"):
+        shape, groups = CASES[case]
+        x, weight, bias, residual = tensors(shape, groups, torch.float32)
+        x[0, 17, 3, 4] = value
+        want = expected(shape, groups, x, weight, bias, residual, relu)
+        finite = want.isfinite()
+        assert finite.any() and (relu or not finite.all())
+        for config in offered(shape, groups, torch.float32):
+            got = run(config, shape, groups, x, weight, bias, residual, relu)
+            assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf()), config
+            assert_close(got[finite], want[finite], name=config)
 
 
 def test_a_planted_error_is_found():
@@ -147,3 +147,5 @@ def test_declines_with_a_sentence():
     segment = shape._replace(residual=False, segment=(8, 5, 7, 1))
     assert decline(segment, groups, torch.float16, 80) == "takes no second segment"
     assert not triton_grouped.configs(segment, groups, torch.float16, 90, 132)
+    assert triton_grouped.configs(shape, groups, torch.float32, 90, 132)
+    assert not triton_grouped.configs(shape, groups, torch.float32, 90, 132, tf32=False)
