@@ -191,6 +191,10 @@ GROUPED = {  # groups, channels of x and of y in a group, how it walks, map
     "uneven": (4, 4, 8, dict(kernel_size=(5, 2), stride=(1, 2), padding=(0, 3), dilation=(1, 2)), (9, 8)),
     "much padding": (2, 8, 8, dict(padding=5, stride=2), (3, 2)),
     "a 1x1 map": (2, 8, 8, dict(padding=1), (1, 1)),
+    "depthwise 5x5": (24, 1, 1, dict(kernel_size=5, padding=2), (6, 13)),
+    "depthwise 5x5, stride 2": (19, 1, 1, dict(kernel_size=5, padding=2, stride=2), (7, 12)),
+    "depthwise 7x7": (9, 1, 1, dict(kernel_size=7, padding=3), (5, 11)),
+    "2 channels, the last vector not whole": (11, 2, 2, dict(padding=1), (5, 12)),
 }
 
 
@@ -213,6 +217,44 @@ def test_grouped(shape, isa, guarded):
                 program.choices[step.output] = cp.Choice("grouped", rows, units)
             assert all(s.conv.groups == groups for s in program.network.steps)
             rule(runner.run(program, (x,)))
+
+
+@isas
+def test_how_much_of_a_grouped_convolution_is_a_task(isa):
+    """Whole units, rows that leave each worker several tasks and fit the scratch, and not a row at a time where there
+    are many workers or a line is long; groups that would leave most of a vector empty are PyTorch's."""
+    width = cp.isa(isa).width
+    layer = conv(64, 64, groups=16)
+    for size, workers in (((56, 56), 1), ((56, 56), 16), ((7, 7), 2), ((20000, 1), 1), ((3, 4000), 2)):
+        _, program = program_of(
+            Net(lambda m, x: m.a(x), a=layer), (torch.randn(1, 64, *size),), isa=isa, workers=workers
+        )
+        (step,) = program.network.steps
+        choice = cp.grouped_choice(program, step)
+        tasks = -(-size[0] // choice.rows) * -(-64 // (choice.columns * cp.unit(step, program.target)[0]))
+        assert choice.kernel == "grouped" and 1 <= choice.rows <= size[0] and choice.columns >= 1
+        assert tasks >= min(4 * workers, size[0]), (size, workers, choice)
+        assert cp.grouped_room(program, step, choice) <= 1 << 16 or choice.rows == 1
+        assert choice.rows >= min(size[0], 4) or choice.columns == 1 or size[1] > 1000
+    for k, fits in ((1, True), (2, False), (width // 2, True)):
+        model = Net(lambda m, x: m.a(x), a=nn.Conv2d(8, 8 * k, 3, groups=8))
+        network = network_of(model, torch.randn(1, 8, 5, 5))
+        assert (cp.unsupported(network.steps[0], cp.isa(isa)) is None) == (fits or 2 * k >= width), k
+
+
+@isas
+def test_a_remembered_choice_of_another_kind_is_ignored(isa):
+    model = Net(lambda m, x: m.b(m.a(x)), a=conv(8, 8, groups=2), b=conv(8, 8))
+    _, program = program_of(model, (torch.randn(1, 8, 5, 5),), isa=isa)
+    grouped, dense = program.network.steps
+    kept = {"kernel": "grouped", "rows": 2, "columns": 3, "m": 0, "tiles": 0, "shared": False}
+    plain = kept | {"kernel": "gemm", "columns": cp.isa(isa).columns}
+    assert cpu_tune._choice(kept, program, grouped) == cp.Choice("grouped", 2, 3)
+    assert cpu_tune._choice(plain, program, dense) == cp.Choice("gemm", 2, cp.isa(isa).columns)
+    assert cpu_tune._choice(plain, program, grouped) is None and cpu_tune._choice(kept, program, dense) is None
+    for odd in ({"shared": True}, {"m": 4}, {"tiles": 7}, {"rows": 0}, {"columns": "3"}):
+        assert cpu_tune._choice(kept | odd, program, grouped) is None
+        assert cpu_tune._choice(plain | odd, program, dense) is None
 
 
 @isas

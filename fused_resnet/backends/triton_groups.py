@@ -14,8 +14,14 @@ except ImportError:  # backends/triton.py says so
     pass
 
 
-def declines_groups(x: Tensor, groups: int) -> str | None:
+FEWEST = 16  # channels on either side of a product: what a tensor core's instruction takes at once
+
+
+def declines_groups(x: Tensor, weight: Tensor, groups: int) -> str | None:
     """Why a grouped convolution of x cannot run, as the rest of a sentence; None where it can."""
+    _, c, k = bundle_of(weight, groups)
+    if groups > 1 and min(c, k) < FEWEST:
+        return f"needs groups that fill {FEWEST} input and output channels, got bundles of {c} and {k}"
     if groups > 1 and x.dtype is torch.float32 and not tf32_allowed():
         return (
             f"needs the tensor cores (16 bits, or TF32 allowed) for {groups} groups, whose zeros off the diagonal cost"

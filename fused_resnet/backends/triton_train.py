@@ -32,7 +32,7 @@ def declines(op: str, *args) -> str | None:
     """Why this call cannot run here, as the rest of a sentence; None where it can."""
     x, weight = args[:2]
     stride, padding, dilation, groups = args[8:12] if op == "bn_act_conv" else (args[12], [0, 0], [1, 1], 1)
-    if declined := declines_groups(x, groups):
+    if declined := declines_groups(x, weight, groups):
         return declined
     if op == "pointwise_bn_act" and x.dtype is float32:
         return "needs 16 bits: float32 deserves better statistics than those of a float32 covariance"

@@ -30,14 +30,13 @@ from .triton import (
     interpreting,
     tf32_allowed,
 )
-from .triton_groups import bundle_constants, bundle_of, bundled, declines_groups
+from .triton_groups import FEWEST, bundle_constants, bundle_of, bundled, declines_groups
 
 try:
     from ..kernels import bn_act_conv_bwd as _conv_bwd
 except ImportError:  # backends/triton.py says so
     pass
 
-_FEWEST = 16  # channels on either side: what a tensor core's instruction takes at once
 _PROGRAMS = 256  # of the weight gradient: two for each multiprocessor of a large chip
 _PARTIAL_BYTES = 16 << 20  # of the weight gradient, at most, unless the rows are not split at all
 
@@ -96,13 +95,13 @@ def weight_tile(m: int, k: int, c: int, taps: int, itemsize: int, fma: bool = Fa
 def declines(op: str, grad: Tensor, x: Tensor, weight: Tensor, *args) -> str | None:
     """Why `bn_act_conv_bwd` cannot run with these arguments, as the rest of a sentence; None where it can."""
     *_, groups, _ = args
-    _, c, k = bundle_of(weight, groups)
+    k, c = weight.shape[:2]
     if not x.dtype == weight.dtype == grad.dtype:
         return f"needs grad, x and weight of one dtype, got {grad.dtype}, {x.dtype} and {weight.dtype}"
-    if declined := declines_groups(x, groups):
+    if declined := declines_groups(x, weight, groups):
         return declined
-    if min(k, c) < _FEWEST:
-        return f"needs at least {_FEWEST} input and output channels, got {c} and {k}"
+    if groups == 1 and min(k, c) < FEWEST:
+        return f"needs at least {FEWEST} input and output channels, got {c} and {k}"
     if weight.numel() == 0:
         return "needs a non-empty weight"
     rows = max(x.numel() // x.shape[1], grad.numel() // grad.shape[1])

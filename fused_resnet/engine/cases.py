@@ -163,6 +163,7 @@ class ConvCase(EngineCase):
         super().__init__(args.device, args.dtype, args.tf32)
         self.args = args
         self.options = dict(stride=args.stride, padding=args.padding, dilation=args.dilation, relu=args.relu)
+        self.filters = (args.k, args.c, *args.kernel)
 
     def triton(self) -> list[dict]:
         return triton_conv.configs(self.args.shape, self.dtype, self.arch, self.sms, tf32=self.tf32)
@@ -179,7 +180,7 @@ class ConvCase(EngineCase):
 
     def inputs(self, device, seed):
         a, random = self.args, Random(device, self.dtype, seed)
-        tensors = {"x": random.map(a.n, a.c, a.h, a.w), "weight": random.filter(a.k, a.c, *a.kernel)}
+        tensors = {"x": random.map(a.n, a.c, a.h, a.w), "weight": random.filter(*self.filters)}
         tensors["bias"] = random.bias(a.k)
         if a.residual:
             tensors["residual"] = random.map(a.n, a.k, a.shape.p, a.shape.q)
@@ -265,6 +266,7 @@ class GroupedCase(ConvCase):
     def __init__(self, args: GroupedArgs):
         super().__init__(args)
         self.options["groups"] = args.groups
+        self.filters = (args.k, args.c // args.groups, *args.kernel)
 
     def triton(self) -> list[dict]:
         a = self.args
@@ -272,10 +274,6 @@ class GroupedCase(ConvCase):
 
     def compiled(self) -> list[Candidate]:
         return []
-
-    def inputs(self, device, seed):
-        a, random = self.args, Random(device, self.dtype, seed + 1)
-        return super().inputs(device, seed) | {"weight": random.filter(a.k, a.c // a.groups, *a.kernel)}
 
 
 def conv_pack(candidate: Candidate, args: ConvArgs) -> tuple[Callable[[Tensor], Tensor], str]:

@@ -68,10 +68,22 @@ class Choice:
         return f"F({self.m}x{self.m},3x3) {self.tiles} tiles {together}"
 
 
+def unit(step: Step, target: Isa) -> tuple[int, int]:
+    """Channels of x and of y that go together in a grouped convolution: a group's, or, of groups that are parts of a
+    vector, a vector's (csrc/cpu/engine/grouped.h: spreads)."""
+    conv = step.conv
+    c, k = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    if c == k and c < target.width and target.width % c == 0:
+        return target.width, target.width
+    return c, k
+
+
 def unsupported(step: Step, target: Isa) -> str | None:
     """Why the CPU's kernels do not compute this step; None if they do."""
     if step.op == "norm":
         return "batch norm and ReLU in one pass"
+    if step.conv is not None and step.conv.groups > 1 and 2 * unit(step, target)[1] < target.width:
+        return f"{step.conv.groups} groups of few channels: through oneDNN"  # most of a vector would be padding
     return None
 
 
@@ -100,16 +112,6 @@ def fits_winograd(step: Step, target: Isa) -> bool:
         and conv.in_channels % target.width == 0
         and conv.out_channels % target.width == 0
     )
-
-
-def unit(step: Step, target: Isa) -> tuple[int, int]:
-    """Channels of x and of y that go together in a grouped convolution: a group's, or, of groups that are parts of a
-    vector, a vector's (csrc/cpu/engine/grouped.h: spreads)."""
-    conv = step.conv
-    c, k = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    if c == k and c < target.width and target.width % c == 0 and conv.in_channels % target.width == 0:
-        return target.width, target.width
-    return c, k
 
 
 class Weights:
@@ -464,7 +466,7 @@ def grouped_room(program: Program, step: Step, choice: Choice) -> int:
     _, p, q, _ = program.nhwc(step.output)
     (height, width), conv = step.conv.reads(min(choice.rows, p), q), step.conv
     each, vector = unit(step, program.target)[0], program.target.width
-    return height * width * min(choice.columns, conv.in_channels // each) * -(-each // vector) * vector
+    return height * width * min(choice.columns, -(-conv.in_channels // each)) * -(-each // vector) * vector
 
 
 def tiles_of(program: Program, step: Step, m: int, images: int) -> int:
@@ -502,19 +504,24 @@ def gemm_choice(program: Program, channels: int, rows: int, block: int = 96) -> 
 
 
 def grouped_choice(program: Program, step: Step, floats: int = 1 << 16, channels: int = 128) -> Choice:
-    """At least `channels` of x's at a time, and as many rows as make no more than `floats` of it, but several tasks."""
-    _, p, q, _ = program.nhwc(step.output)
-    each = unit(step, program.target)[0]
+    """At least `channels` of x's at a time, and as many rows as make no more than `floats` of it, but several tasks;
+    fewer channels where that would be few rows, which read others' rows again."""
+    _, p, _, _ = program.nhwc(step.output)
+    each, images = unit(step, program.target)[0], program.size[step.output]
     units = max(1, channels // each)
-    rows, images = p, program.size[step.output]
+    while True:
 
-    def crowded() -> bool:
-        few = images * -(-p // rows) * -(-step.conv.in_channels // (units * each)) < 4 * program.workers
-        return few or grouped_room(program, step, Choice("grouped", rows, units)) > floats
+        def crowded(rows: int, units: int = units) -> bool:
+            few = images * -(-p // rows) * -(-step.conv.in_channels // (units * each)) < 4 * program.workers
+            return few or grouped_room(program, step, Choice("grouped", rows, units)) > floats
 
-    while rows > 1 and crowded():
-        rows -= 1
-    return Choice("grouped", -(-p // -(-p // rows)), units)
+        fit, above = 1, p + 1  # the most rows that are not too many
+        while above - fit > 1:
+            middle = (fit + above) // 2
+            fit, above = (fit, middle) if crowded(middle) else (middle, above)
+        if fit >= min(p, 4) or units == 1:
+            return Choice("grouped", -(-p // -(-p // fit)), units)
+        units = (units + 1) // 2
 
 
 def winograd_choice(program: Program, step: Step, m: int, images: int, shared: bool | None = None) -> Choice:

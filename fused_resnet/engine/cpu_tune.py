@@ -132,6 +132,8 @@ def _choice(config: dict, program: cp.Program, step: Step) -> cp.Choice | None:
     sizes = (choice.rows, choice.columns, *((choice.m, choice.tiles) if choice.kernel == "winograd" else ()))
     if not all(type(n) is int and 0 < n < 1 << 20 for n in sizes):
         return None
+    if choice.kernel != "winograd" and (choice.shared or choice.m or choice.tiles):
+        return None
     if choice.kernel == "grouped" or step.conv.groups > 1:
         return choice if choice.kernel == "grouped" and step.conv.groups > 1 else None
     if choice.columns % program.target.columns:

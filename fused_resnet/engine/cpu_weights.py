@@ -38,12 +38,12 @@ def matrix(weight: Tensor, channels_last: bool = True) -> Tensor:
 
 
 def grouped(weight: Tensor, unit: int, width: int) -> Tensor:
-    """[K, C / groups, R, S] -> [K / unit * ceil(unit / width), R, C / groups, S, width]: `unit` outputs next to each
-    other fill whole vectors, zero-padded, float32."""
-    count = -(-unit // width)
-    parts = weight.reshape(-1, unit, *weight.shape[1:])
-    padded = parts.new_zeros(len(parts), count * width, *weight.shape[1:], dtype=torch.float32)
-    padded[:, :unit] = parts
+    """[K, C / groups, R, S] -> [ceil(K / unit) * ceil(unit / width), R, C / groups, S, width]: `unit` outputs next to
+    each other fill whole vectors, zero-padded, float32."""
+    units, vectors = -(-len(weight) // unit), -(-unit // width)
+    padded = weight.new_zeros(units, vectors * width, *weight.shape[1:], dtype=torch.float32)
+    for i, part in enumerate(weight.split(unit)):
+        padded[i, : len(part)] = part
     return padded.view(-1, width, *weight.shape[1:]).permute(0, 3, 2, 4, 1).contiguous()
 
 

@@ -77,7 +77,7 @@ class Bundle(NamedTuple):
 @cache
 def bundle(groups: int, c: int, k: int, width: int = BUNDLE_WIDTH) -> Bundle:
     """As many of the groups, of c and k channels each, as fit into `width` and divide their number; at least one."""
-    most = max(1, width // max(c, k))
+    most = max(1, width // max(c, k, 1))
     size = max(n for n in range(1, most + 1) if groups % n == 0)
     return Bundle(size, size * c, size * k)
 

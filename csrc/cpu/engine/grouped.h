@@ -24,10 +24,11 @@ inline V shuffle(V v, I lanes) {
 #endif
 }
 
-// Groups of which a vector holds several: outputs j of all of them read input j of their own.
+// Groups of which a vector holds several: outputs j of all of them read input j of their own. The last vector may have
+// fewer than the others.
 inline bool spreads(const Grouped& conv) {
   const int64_t c = conv.group_c();
-  return c == conv.group_k() && c < kWidth && kWidth % c == 0 && conv.c % kWidth == 0;
+  return c == conv.group_k() && c < kWidth && kWidth % c == 0;
 }
 
 inline int64_t unit_c(const Grouped& conv) { return spreads(conv) ? kWidth : conv.group_c(); }
@@ -48,6 +49,11 @@ inline int64_t unit_floats(const Grouped& conv, int64_t rows) {
 
 int64_t grouped_scratch(const Grouped& conv) { return conv.units * unit_floats(conv, smaller(conv.rows, conv.p)); }
 
+inline int64_t units_of(const Grouped& conv) { return ceil_div(conv.c, unit_c(conv)); }
+
+// How a vector of outputs meets an input of each of its groups.
+enum Meeting { kSplat, kShuffle, kPlain };  // one group; several; as many as it has lanes
+
 // What a tile of outputs next to each other reads, and how far apart its parts are: floats.
 struct Taps {
   int64_t r, s, c;                    // of the filter; c: inputs of a group
@@ -59,14 +65,14 @@ struct GroupedOut {
   const float* bias;
   const float* residual;
   float* y;
-  int64_t ld, columns;  // floats from pixel to pixel; of a vector, those that exist
+  int64_t ld, columns;  // floats from pixel to pixel; outputs of the unit, or of the vector, that exist
   bool relu;
 };
 
 // kT pixels of one vector of outputs, kTaps taps of a filter's row at a time. Several only where a tap's step is a
 // pixel's, a vector: an input is then loaded once for all the outputs that read it. Not inlined: its sums would not stay
 // in registers.
-template <int kT, int kTaps, bool kSpread>
+template <int kT, int kTaps, Meeting kMeeting>
 __attribute__((noinline)) void grouped_tile(const Taps& taps, const float* x, const float* weight,
                                             const GroupedOut& out, int64_t at) {
   V acc[kT];
@@ -84,12 +90,15 @@ __attribute__((noinline)) void grouped_tile(const Taps& taps, const float* x, co
         for (int64_t c = 0; c < count; ++c, w_at += w_step) {
           asm("" : "+r"(in));  // a tile's inputs are read again: kept, they would take the registers of its sums
           V w[kTaps];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int k = 0; k < kTaps; ++k) w[k] = load(w_at + k * kWidth);
 #pragma GCC unroll 20
           for (int e = 0; e < kT + kTaps - 1; ++e) {
-            const V v = kSpread ? shuffle(load(in + e * pixel), lanes) : splat(in[e * pixel + c]);
-#pragma GCC unroll 4
+            const float* at_e = in + e * pixel;
+            const V v = kMeeting == kPlain     ? load(at_e)
+                        : kMeeting == kShuffle ? shuffle(load(at_e), lanes)
+                                               : splat(at_e[c]);
+#pragma GCC unroll 8
             for (int k = 0; k < kTaps; ++k)
               if (e - k >= 0 && e - k < kT) acc[e - k] += v * w[k];
           }
@@ -126,10 +135,10 @@ __attribute__((noinline)) void grouped_tile(const Taps& taps, const float* x, co
     }
 }
 
-template <int kT, int kTaps, bool kSpread, typename... Args>
+template <int kT, int kTaps, Meeting kMeeting, typename... Args>
 inline void grouped_tile_of(int64_t pixels, const Args&... args) {
-  if (pixels == kT) return grouped_tile<kT, kTaps, kSpread>(args...);
-  if constexpr (kT > 1) grouped_tile_of<kT - 1, kTaps, kSpread>(pixels, args...);
+  if (pixels == kT) return grouped_tile<kT, kTaps, kMeeting>(args...);
+  if constexpr (kT > 1) grouped_tile_of<kT - 1, kTaps, kMeeting>(pixels, args...);
 }
 
 // `units` units' parts of `rows` rows of x from `top` on, padded with zeros.
@@ -154,10 +163,13 @@ void grouped_gather(const Grouped& conv, int64_t image, int64_t top, int64_t row
       const float* from = in + (w - conv.pad_w) * conv.c;
       float* to = out + w * kWidth;
       for (int64_t u = 0; u < units; ++u, from += channels) {
+        const int64_t there = smaller(channels, conv.c - first_channel - u * channels);
         int64_t c = 0;
-        for (; c + kWidth <= channels; c += kWidth, to += block) store(to, load(from + c));
-        if (c == channels) continue;
-        std::memcpy(to, from + c, (channels - c) * sizeof(float));
+        for (; c + kWidth <= there; c += kWidth, to += block) store(to, load(from + c));
+        if (c >= there) continue;
+        float edge[kWidth] = {};
+        std::memcpy(edge, from + c, (there - c) * sizeof(float));
+        store(to, load(edge));
         to += block;
       }
     }
@@ -165,19 +177,19 @@ void grouped_gather(const Grouped& conv, int64_t image, int64_t top, int64_t row
 }
 
 // `rows` rows of a unit's outputs, which begin at y, from what was gathered.
-template <int kTaps, bool kSpread>
+template <int kTaps, Meeting kMeeting>
 void grouped_unit(const Grouped& conv, const Taps& taps, int64_t rows, const float* x, const float* weight,
                   const GroupedOut& unit) {
   const int64_t tiles = ceil_div(conv.q, kPixels), each = conv.q / tiles, larger_tiles = conv.q % tiles;
   const int64_t k = taps.r * taps.s * taps.c * kWidth, x_row = conv.stride_h * grouped_width(conv) * kWidth;
   GroupedOut out = unit;
-  for (int64_t v = 0; v < unit_k(conv); v += kWidth, weight += k, out.bias += kWidth) {
-    out.columns = smaller(kWidth, unit_k(conv) - v);
+  for (int64_t v = 0; v < unit.columns; v += kWidth, weight += k, out.bias += kWidth) {
+    out.columns = smaller(kWidth, unit.columns - v);
     for (int64_t row = 0; row < rows; ++row) {
       int64_t q = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t count = each + (tile < larger_tiles);
-        grouped_tile_of<kPixels, kTaps, kSpread>(count, taps, x + row * x_row + q * taps.pixel, weight, out,
+        grouped_tile_of<kPixels, kTaps, kMeeting>(count, taps, x + row * x_row + q * taps.pixel, weight, out,
                                                  (row * conv.q + q) * conv.channels + v);
         q += count;
       }
@@ -185,9 +197,23 @@ void grouped_unit(const Grouped& conv, const Taps& taps, int64_t rows, const flo
   }
 }
 
+using GroupedUnit = void (*)(const Grouped&, const Taps&, int64_t, const float*, const float*, const GroupedOut&);
+
+// taps: of a row of the filter, if its steps are pixels.
+GroupedUnit run_of(int64_t taps, Meeting meeting) {
+  switch (meeting) {
+    case kPlain:
+      return taps == 3 ? grouped_unit<3, kPlain> : taps == 5 ? grouped_unit<5, kPlain> : grouped_unit<1, kPlain>;
+    case kShuffle:
+      return taps == 3 ? grouped_unit<3, kShuffle> : grouped_unit<1, kShuffle>;
+    default:
+      return taps == 3 ? grouped_unit<3, kSplat> : grouped_unit<1, kSplat>;
+  }
+}
+
 void grouped_task(const Grouped& conv, int64_t task, float* scratch) {
   const bool spread = spreads(conv);
-  const int64_t each_c = unit_c(conv), each_k = unit_k(conv), units = conv.c / each_c;
+  const int64_t each_c = unit_c(conv), each_k = unit_k(conv), units = units_of(conv);
   const int64_t unit_blocks = ceil_div(units, conv.units), row_blocks = ceil_div(conv.p, conv.rows);
   const int64_t unit = task % unit_blocks * conv.units, row = task / unit_blocks % row_blocks * conv.rows;
   const int64_t image = task / unit_blocks / row_blocks;
@@ -202,16 +228,17 @@ void grouped_task(const Grouped& conv, int64_t task, float* scratch) {
     for (int i = 0; i < kWidth; ++i) taps.lanes[i] = static_cast<int32_t>(i / taps.c * taps.c);
   const int64_t vectors = ceil_div(each_k, kWidth), k = taps.r * taps.s * taps.c * kWidth;
   const int64_t at = (image * conv.p + row) * conv.q * conv.channels;
-  const bool three = conv.s == 3 && taps.column == kWidth && taps.pixel == kWidth;
-  const auto run = three ? (spread ? grouped_unit<3, true> : grouped_unit<3, false>)
-                         : (spread ? grouped_unit<1, true> : grouped_unit<1, false>);
+  const bool beside = taps.column == kWidth && taps.pixel == kWidth;
+  const Meeting meeting = !spread ? kSplat : taps.c == 1 ? kPlain : kShuffle;
+  const auto run = run_of(beside ? conv.s : 1, meeting);
   // Vectors of groups share cache lines of y, so all write a row before the next; groups have weights to be kept near.
   const int64_t step = spread ? 1 : rows;
   for (int64_t top = 0; top < rows; top += step) {
     for (int64_t u = 0; u < count; ++u) {
       const int64_t first = (unit + u) * vectors, to = at + top * conv.q * conv.channels + (unit + u) * each_k;
+      const int64_t columns = smaller(each_k, conv.channels - (unit + u) * each_k);
       const GroupedOut out{conv.bias + first * kWidth, conv.residual ? conv.residual + to : nullptr, conv.y + to,
-                           conv.channels, kWidth, conv.relu};
+                           conv.channels, columns, conv.relu};
       const float* x = scratch + u * floats + top * conv.stride_h * row_floats;
       run(conv, taps, step, x, conv.weight + first * k, out);
     }
@@ -220,7 +247,7 @@ void grouped_task(const Grouped& conv, int64_t task, float* scratch) {
 
 // Vectors of outputs that the weights and the bias are packed for.
 int64_t grouped_vectors(const Grouped& conv) {
-  return conv.c / unit_c(conv) * ceil_div(unit_k(conv), kWidth);
+  return units_of(conv) * ceil_div(unit_k(conv), kWidth);
 }
 
 }  // namespace
