@@ -82,8 +82,11 @@ def unsupported(step: Step, target: Isa) -> str | None:
     """Why the CPU's kernels do not compute this step; None if they do."""
     if step.op == "norm":
         return "batch norm and ReLU in one pass"
-    if step.conv is not None and step.conv.groups > 1 and 2 * unit(step, target)[1] < target.width:
-        return f"{step.conv.groups} groups of few channels: through oneDNN"  # most of a vector would be padding
+    conv = step.conv
+    if conv is not None and conv.groups > 1:
+        # Most of a vector would be padding; and one tap of one channel is hardly worth what gathering it costs.
+        if conv.in_channels == conv.groups or 2 * unit(step, target)[1] < target.width:
+            return f"{conv.groups} groups of few channels: through oneDNN"
     return None
 
 

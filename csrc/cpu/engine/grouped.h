@@ -51,9 +51,6 @@ int64_t grouped_scratch(const Grouped& conv) { return conv.units * unit_floats(c
 
 inline int64_t units_of(const Grouped& conv) { return ceil_div(conv.c, unit_c(conv)); }
 
-// How a vector of outputs meets an input of each of its groups.
-enum Meeting { kSplat, kShuffle, kPlain };  // one group; several; as many as it has lanes
-
 // What a tile of outputs next to each other reads, and how far apart its parts are: floats.
 struct Taps {
   int64_t r, s, c;                    // of the filter; c: inputs of a group
@@ -72,7 +69,7 @@ struct GroupedOut {
 // kT pixels of one vector of outputs, kTaps taps of a filter's row at a time. Several only where a tap's step is a
 // pixel's, a vector: an input is then loaded once for all the outputs that read it. Not inlined: its sums would not stay
 // in registers.
-template <int kT, int kTaps, Meeting kMeeting>
+template <int kT, int kTaps, bool kSpread>
 __attribute__((noinline)) void grouped_tile(const Taps& taps, const float* x, const float* weight,
                                             const GroupedOut& out, int64_t at) {
   V acc[kT];
@@ -90,15 +87,12 @@ __attribute__((noinline)) void grouped_tile(const Taps& taps, const float* x, co
         for (int64_t c = 0; c < count; ++c, w_at += w_step) {
           asm("" : "+r"(in));  // a tile's inputs are read again: kept, they would take the registers of its sums
           V w[kTaps];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
           for (int k = 0; k < kTaps; ++k) w[k] = load(w_at + k * kWidth);
 #pragma GCC unroll 20
           for (int e = 0; e < kT + kTaps - 1; ++e) {
-            const float* at_e = in + e * pixel;
-            const V v = kMeeting == kPlain     ? load(at_e)
-                        : kMeeting == kShuffle ? shuffle(load(at_e), lanes)
-                                               : splat(at_e[c]);
-#pragma GCC unroll 8
+            const V v = kSpread ? shuffle(load(in + e * pixel), lanes) : splat(in[e * pixel + c]);
+#pragma GCC unroll 4
             for (int k = 0; k < kTaps; ++k)
               if (e - k >= 0 && e - k < kT) acc[e - k] += v * w[k];
           }
@@ -135,10 +129,10 @@ __attribute__((noinline)) void grouped_tile(const Taps& taps, const float* x, co
     }
 }
 
-template <int kT, int kTaps, Meeting kMeeting, typename... Args>
+template <int kT, int kTaps, bool kSpread, typename... Args>
 inline void grouped_tile_of(int64_t pixels, const Args&... args) {
-  if (pixels == kT) return grouped_tile<kT, kTaps, kMeeting>(args...);
-  if constexpr (kT > 1) grouped_tile_of<kT - 1, kTaps, kMeeting>(pixels, args...);
+  if (pixels == kT) return grouped_tile<kT, kTaps, kSpread>(args...);
+  if constexpr (kT > 1) grouped_tile_of<kT - 1, kTaps, kSpread>(pixels, args...);
 }
 
 // `units` units' parts of `rows` rows of x from `top` on, padded with zeros.
@@ -177,7 +171,7 @@ void grouped_gather(const Grouped& conv, int64_t image, int64_t top, int64_t row
 }
 
 // `rows` rows of a unit's outputs, which begin at y, from what was gathered.
-template <int kTaps, Meeting kMeeting>
+template <int kTaps, bool kSpread>
 void grouped_unit(const Grouped& conv, const Taps& taps, int64_t rows, const float* x, const float* weight,
                   const GroupedOut& unit) {
   const int64_t tiles = ceil_div(conv.q, kPixels), each = conv.q / tiles, larger_tiles = conv.q % tiles;
@@ -189,25 +183,11 @@ void grouped_unit(const Grouped& conv, const Taps& taps, int64_t rows, const flo
       int64_t q = 0;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t count = each + (tile < larger_tiles);
-        grouped_tile_of<kPixels, kTaps, kMeeting>(count, taps, x + row * x_row + q * taps.pixel, weight, out,
+        grouped_tile_of<kPixels, kTaps, kSpread>(count, taps, x + row * x_row + q * taps.pixel, weight, out,
                                                  (row * conv.q + q) * conv.channels + v);
         q += count;
       }
     }
-  }
-}
-
-using GroupedUnit = void (*)(const Grouped&, const Taps&, int64_t, const float*, const float*, const GroupedOut&);
-
-// taps: of a row of the filter, if its steps are pixels.
-GroupedUnit run_of(int64_t taps, Meeting meeting) {
-  switch (meeting) {
-    case kPlain:
-      return taps == 3 ? grouped_unit<3, kPlain> : taps == 5 ? grouped_unit<5, kPlain> : grouped_unit<1, kPlain>;
-    case kShuffle:
-      return taps == 3 ? grouped_unit<3, kShuffle> : grouped_unit<1, kShuffle>;
-    default:
-      return taps == 3 ? grouped_unit<3, kSplat> : grouped_unit<1, kSplat>;
   }
 }
 
@@ -229,8 +209,8 @@ void grouped_task(const Grouped& conv, int64_t task, float* scratch) {
   const int64_t vectors = ceil_div(each_k, kWidth), k = taps.r * taps.s * taps.c * kWidth;
   const int64_t at = (image * conv.p + row) * conv.q * conv.channels;
   const bool beside = taps.column == kWidth && taps.pixel == kWidth;
-  const Meeting meeting = !spread ? kSplat : taps.c == 1 ? kPlain : kShuffle;
-  const auto run = run_of(beside ? conv.s : 1, meeting);
+  const auto run = beside && conv.s == 3 ? (spread ? grouped_unit<3, true> : grouped_unit<3, false>)
+                                         : (spread ? grouped_unit<1, true> : grouped_unit<1, false>);
   // Vectors of groups share cache lines of y, so all write a row before the next; groups have weights to be kept near.
   const int64_t step = spread ? 1 : rows;
   for (int64_t top = 0; top < rows; top += step) {
