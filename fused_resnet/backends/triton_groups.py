@@ -23,9 +23,8 @@ def declines_groups(x: Tensor, weight: Tensor, groups: int) -> str | None:
     if groups > 1 and min(c, k) < FEWEST:
         return f"needs groups that fill {FEWEST} input and output channels, got bundles of {c} and {k}"
     if groups > 1 and x.dtype is torch.float32 and not tf32_allowed():
-        return (
-            f"needs the tensor cores (16 bits, or TF32 allowed) for {groups} groups, whose zeros off the diagonal cost"
-        )
+        # Zeros off the diagonal would cost several times the convolution.
+        return f"needs 16 bits, or TF32 allowed, for {groups} groups"
     return None
 
 

@@ -196,7 +196,7 @@ def test_declines_with_a_sentence(monkeypatch):
             forward.declines("bn_act_conv", *wide[1:], *options, True),
             backward.declines("bn_act_conv_bwd", *wide, *options, [True] * 4),
         )
-        assert all(why is None if allowed else "needs the tensor cores" in why for why in reasons)
+        assert all(why is None if allowed else why == "needs 16 bits, or TF32 allowed, for 8 groups" for why in reasons)
     narrow = (rand(2, 6, 5, 7).half(), rand(6, 3, 3, 3).half())
     grad = rand(2, 6, 5, 7).half()
     options = (*[None] * 4, EPS, True, *conv[:3], 2)
