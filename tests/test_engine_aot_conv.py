@@ -1,4 +1,4 @@
-"""conv_bias_act and stem_pool, every config offered at the shapes of ResNet-18 and -50, compiled for GPUs not here.
+"""conv_bias_act, grouped as well, and stem_pool, every config offered at the shapes of ResNet-18 and -50, compiled for GPUs not here.
 
 Runs tests/aot_conv.py; aot_runs.py has how.
 """
@@ -29,7 +29,13 @@ def lines(request) -> list[dict]:
 def test_every_config_compiles_and_fits(lines, version, arch, few):
     assert not [(i["instance"], i["kernel"], i["config"]) for i in lines if i["spill_load"] or i["spill_store"]]
     assert not [(i["instance"], i["config"], i["shared"]) for i in lines if i["shared"] > SHARED_KIB[arch] << 10]
-    kernels = {"_conv_bias_act_kernel", "_conv_bias_act_finish_kernel", "_stem_pool_kernel"}
+    names = (
+        "_conv_bias_act_kernel",
+        "_conv_bias_act_finish_kernel",
+        "_conv_bias_act_grouped_kernel",
+        "_stem_pool_kernel",
+    )
+    kernels = set(names)
     assert {i["kernel"] for i in lines} == kernels | ({"_conv_bias_act_tma_kernel"} if arch >= 90 else set())
 
 
@@ -55,3 +61,5 @@ def test_operands_stream(lines, version, arch, few):
             assert line["store"] == line["store_16_bytes"] > 0, line["instance"]
             if line["kernel"] == "_conv_bias_act_kernel":
                 assert line["async_copy"] > 0, line["instance"]
+            if line["kernel"] == "_conv_bias_act_grouped_kernel":  # of one stage: by loads that the first cache serves
+                assert (line["async_copy"] > 0) == (line["stages"] > 1), line["instance"]
