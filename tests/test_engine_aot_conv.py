@@ -1,4 +1,4 @@
-"""conv_bias_act, grouped as well, and stem_pool: every config offered for ResNets and their kin, compiled ahead of time.
+"""conv_bias_act, grouped as well, and stem_pool: every config offered for ResNets and their kin, compiled for GPUs.
 
 Runs tests/aot_conv.py; aot_runs.py has how.
 """
