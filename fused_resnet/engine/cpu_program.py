@@ -407,8 +407,12 @@ class Program:
             choice = self.choice(step)
             if choice.shared:
                 return winograd_room(step, choice)
-            room = {"gemm": lambda: choice.rows * SLICE, "grouped": lambda: grouped_room(self, step, choice)}
-            each = room.get(choice.kernel, lambda: winograd_room(step, choice))()
+            if choice.kernel == "gemm":
+                each = choice.rows * SLICE
+            elif choice.kernel == "grouped":
+                each = grouped_room(self, step, choice)
+            else:
+                each = winograd_room(step, choice)
         return (each + ALIGN) * self.workers
 
     def _words(self, writer: Writer, step: Step, first: int, images: int) -> list[int]:

@@ -21,6 +21,61 @@ def _finished(acc, bias, RELU: tl.constexpr):
     return acc
 
 
+@triton.jit
+def _over_taps(
+    acc,  # [BLOCK_M, BLOCK_N] float32
+    x_rows,  # [BLOCK_M] pointers, before the first tap: may point outside the map, where it is masked
+    w_rows,  # [BLOCK_N] pointers
+    h0,  # [BLOCK_M], read with PADDED
+    w0,
+    first,  # steps of the reduction
+    last,
+    H,
+    W,
+    C,  # channels of x from one position to the next
+    OF,  # those that are reduced over: C, or a bundle's
+    dilation_h,
+    dilation_w,
+    S: tl.constexpr,
+    TAPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    EVEN_C: tl.constexpr,  # BLOCK_K divides OF
+    INPUT_PRECISION: tl.constexpr,
+    ROUND_TF32: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc plus some steps of the convolution."""
+    lane = tl.arange(0, BLOCK_K)
+    # One loop over (channel block, tap): nested loops would drain the pipeline at every tap. Taps are innermost: the
+    # R*S shifted reads of one channel block overlap, and dividing by the constant TAPS is cheap.
+    for step in tl.range(first, last):
+        c = step // TAPS * BLOCK_K + lane
+        tap = step % TAPS
+        dh = tap // S * dilation_h
+        dw = tap % S * dilation_w
+        a_ptrs = x_rows[:, None] + ((dh * W + dw) * C + c)[None, :]
+        if PADDED:
+            h = h0 + dh
+            w = w0 + dw
+            a_ok = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
+            if not EVEN_C:
+                a_ok = a_ok & (c < OF)[None, :]
+            a = tl.load(a_ptrs, mask=a_ok, other=0.0)
+        elif EVEN_C:
+            a = tl.load(a_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(c < OF)[None, :], other=0.0)
+        b_ptrs = w_rows[None, :] + (tap * OF + c)[:, None]
+        if EVEN_C:
+            b = tl.load(b_ptrs)
+        else:
+            b = tl.load(b_ptrs, mask=(c < OF)[:, None], other=0.0)
+        a = _operand(a, ROUND_TF32, UPCAST)
+        acc = tl.dot(a, _operand(b, False, UPCAST), acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
 @triton.jit(
     do_not_specialize=["M", "P", "Q", "H", "W", "H2", "W2", "stride_h", "stride_w", "pad_h", "pad_w"]
     + ["dilation_h", "dilation_w", "stride2_h", "stride2_w", "split_steps"]
@@ -90,6 +145,8 @@ def _conv_bias_act_kernel(
     k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k_read = k if EVEN_K else tl.minimum(k, K - 1)
     w_rows = weight_ptr + k_read.to(tl.int64) * (TAPS * C)
+    h0 = 0
+    w0 = 0
     if ROWS:
         x_rows = x_ptr + m_read.to(tl.int64) * C
     else:
@@ -105,32 +162,8 @@ def _conv_bias_act_kernel(
         first = tl.program_id(1) * split_steps
         last = tl.minimum(first + split_steps, steps)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # One loop over (channel block, tap): nested loops would drain the pipeline at every tap. Taps are innermost: the
-    # R*S shifted reads of one channel block overlap, and dividing by the constant TAPS is cheap.
-    for step in tl.range(first, last):
-        c = step // TAPS * BLOCK_K + lane
-        tap = step % TAPS
-        dh = tap // S * dilation_h
-        dw = tap % S * dilation_w
-        a_ptrs = x_rows[:, None] + ((dh * W + dw) * C + c)[None, :]
-        if PADDED:
-            h = h0 + dh
-            w = w0 + dw
-            a_ok = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-            if not EVEN_C:
-                a_ok = a_ok & (c < C)[None, :]
-            a = tl.load(a_ptrs, mask=a_ok, other=0.0)
-        elif EVEN_C:
-            a = tl.load(a_ptrs)
-        else:
-            a = tl.load(a_ptrs, mask=(c < C)[None, :], other=0.0)
-        b_ptrs = w_rows[None, :] + (tap * C + c)[:, None]
-        if EVEN_C:
-            b = tl.load(b_ptrs)
-        else:
-            b = tl.load(b_ptrs, mask=(c < C)[:, None], other=0.0)
-        a = _operand(a, ROUND_TF32, UPCAST)
-        acc = tl.dot(a, _operand(b, False, UPCAST), acc, input_precision=INPUT_PRECISION)
+    where = (x_rows, w_rows, h0, w0, first, last, H, W, C, C, dilation_h, dilation_w)
+    acc = _over_taps(acc, *where, S, TAPS, PADDED, EVEN_C, INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_K)
 
     if x2_ptr is not None:
         if ALIGN_C2 < 16:

@@ -8,8 +8,7 @@ over the filter's taps and the bundle's channels, not over all of x's; activatio
 import triton
 import triton.language as tl
 
-from .conv_bias_act import _finished
-from .conv_bn_act import _operand
+from .conv_bias_act import _finished, _over_taps
 
 
 @triton.jit(
@@ -64,7 +63,6 @@ def _conv_bias_act_grouped_kernel(
     tile_m = pid // tiles_n
     bundle = pid % tiles_n // TILES_N
     column = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)  # within the bundle: tiles_n is a multiple of TILES_N
-    lane = tl.arange(0, BLOCK_K)
 
     # Rows past the end read row M - 1 instead of being masked in every load; only their store is masked.
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -79,30 +77,9 @@ def _conv_bias_act_grouped_kernel(
     x_rows = x_ptr + ((n.to(tl.int64) * H + h0) * W + w0) * C + bundle * BUNDLE_C
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in tl.range(0, (BUNDLE_C + BLOCK_K - 1) // BLOCK_K * TAPS):
-        c = step // TAPS * BLOCK_K + lane
-        tap = step % TAPS
-        dh = tap // S * dilation_h
-        dw = tap % S * dilation_w
-        a_ptrs = x_rows[:, None] + ((dh * W + dw) * C + c)[None, :]
-        if PADDED:
-            h = h0 + dh
-            w = w0 + dw
-            a_ok = ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
-            if not EVEN_C:
-                a_ok = a_ok & (c < BUNDLE_C)[None, :]
-            a = tl.load(a_ptrs, mask=a_ok, other=0.0)
-        elif EVEN_C:
-            a = tl.load(a_ptrs)
-        else:
-            a = tl.load(a_ptrs, mask=(c < BUNDLE_C)[None, :], other=0.0)
-        b_ptrs = w_rows[None, :] + (tap * BUNDLE_C + c)[:, None]
-        if EVEN_C:
-            b = tl.load(b_ptrs)
-        else:
-            b = tl.load(b_ptrs, mask=(c < BUNDLE_C)[:, None], other=0.0)
-        a = _operand(a, ROUND_TF32, UPCAST)
-        acc = tl.dot(a, _operand(b, False, UPCAST), acc, input_precision=INPUT_PRECISION)
+    steps: tl.constexpr = (BUNDLE_C + BLOCK_K - 1) // BLOCK_K * TAPS
+    where = (x_rows, w_rows, h0, w0, 0, steps, H, W, C, BUNDLE_C, dilation_h, dilation_w)
+    acc = _over_taps(acc, *where, S, TAPS, PADDED, EVEN_C, INPUT_PRECISION, ROUND_TF32, UPCAST, BLOCK_K)
 
     if BUNDLE > 1:
         # An off-diagonal zero times an infinity of another group is NaN. Where a NaN came out, the tile is computed

@@ -62,7 +62,7 @@ def shared_bytes(arch: int) -> int:
     return SHARED_BYTES.get(arch, SHARED_BYTES_ELSEWHERE)
 
 
-BUNDLE_WIDTH = 32  # channels, as GROUPED_SPAN
+BUNDLE_WIDTH = GROUPED_SPAN  # channels, for the same reasons
 WEIGHT_BUNDLE_WIDTH = 64  # of the weight's gradient, whose rows are channels: a warp group's instruction has 64
 
 

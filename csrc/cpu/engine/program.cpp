@@ -236,7 +236,8 @@ class Machine {
     g.relu = in.number() != 0, g.rows = in.positive(), g.units = in.positive();
     check(g.c % g.groups == 0 && g.channels % g.groups == 0, "run_program: ", g.groups, " groups do not divide ", g.c,
           " and ", g.channels, " channels");
-    g.units = std::min(g.units, ceil_div(g.c, k_.grouped_unit(g)));
+    const int64_t units = ceil_div(g.c, k_.grouped_unit(g));
+    g.units = std::min(g.units, units);
     g.rows = std::min(g.rows, g.p);
     const int64_t height = Reader::product({g.p, g.stride_h}) + Reader::product({g.r, g.dilation_h});
     const int64_t width = Reader::product({g.q, g.stride_w}) + Reader::product({g.s, g.dilation_w});
@@ -245,7 +246,7 @@ class Machine {
     g.x = in.in(x, Reader::product({g.batch, g.h, g.w, g.c})), g.y = in.in(y, floats);
     g.weight = in.in(weight, Reader::product({vectors, g.r, g.group_c(), g.s, k_.width}));
     g.bias = in.in(bias, Reader::product({vectors, k_.width})), g.residual = in.maybe_in(residual, floats);
-    over(g.batch * ceil_div(g.p, g.rows) * ceil_div(ceil_div(g.c, k_.grouped_unit(g)), g.units), k_.grouped_scratch(g),
+    over(g.batch * ceil_div(g.p, g.rows) * ceil_div(units, g.units), k_.grouped_scratch(g),
          [&](int64_t task, float* scratch) { k_.grouped(g, task, scratch); });
   }
 
