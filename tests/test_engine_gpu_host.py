@@ -363,6 +363,7 @@ def planned(recorder, monkeypatch):
         out.copy_(found.eager.eager.run(step, match(graph), {"x": x}))
 
     monkeypatch.setattr(gpu, "tune", tune)
+    monkeypatch.setattr(gpu, "expected", lambda problems, device=None: {})
     monkeypatch.setattr(triton_conv, "launch", launch)
     monkeypatch.setattr(triton_stem, "launch", stem)
     return found, match(graph), (x,)
@@ -500,6 +501,101 @@ def test_one_problem_without_an_answer_costs_its_steps_only(planned, monkeypatch
     assert {g.backend for g in groups} >= {"triton", "pytorch"} and "no candidate is right" in note
     assert any(g.why == "no kernel here is right for it" for g in groups)
     assert torch.allclose(run(inputs), served.eager.run(network, inputs), atol=1e-5)
+
+
+@pytest.fixture
+def bottlenecks(recorder, monkeypatch):
+    """(gpu, network, inputs, asked): asked gets the keys of problems whenever some are tuned."""
+    for module in (cases, chain_cases, gpu):
+        monkeypatch.setattr(module, "triton_unavailable", lambda: None)
+    graph, x = capture(torchvision.models.resnet50(num_classes=8).eval()), torch.randn(1, 3, 64, 64)
+    propagate(graph, (x,))
+    served, asked = gpu.Gpu(EagerExecutor(graph.module.half(), torch.float16), torch.device("cpu", 0)), []
+
+    def tune(problems, mode, device=None):
+        assert mode == "cached"
+        problems = list(problems)
+        asked.append({p.key for p in problems})
+        found = ((p.key, p.build().candidates()[0]) for p in problems)
+        return Results((key, Result(key, chosen, "forecast", True, expected=costs(key))) for key, chosen in found)
+
+    monkeypatch.setattr(gpu, "tune", tune)
+    monkeypatch.setattr(gpu, "expected", lambda problems, device=None: {p.key: costs(p.key) for p in problems})
+    return served, match(graph), (x.half(),), asked
+
+
+def costs(key: str) -> float:
+    """Chains that end with the next reduction pay, others do not."""
+    return (1e-6 if "quarter" in key else 1e-2) if key.startswith("chain") else 1e-3
+
+
+@torch.no_grad()
+def test_cached_verifies_what_is_on_the_way_and_nothing_else(bottlenecks):
+    served, network, inputs, asked = bottlenecks
+    pieces, results = served.pieces(network, inputs, "cached", notes := [])
+    way = gpu.cheapest(network, pieces, results)
+    assert asked == [{p.key for p in way}] == [results.keys()] and not notes
+    chains = [key for key in asked[0] if key.startswith("chain")]
+    assert len(chains) == 3 and all("quarter" in key for key in chains)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["is slower than expected", "falls back", "has no answer"])
+def test_a_piece_that_turns_out_otherwise_is_left_for_another_way(how, bottlenecks, monkeypatch, caplog):
+    served, network, inputs, asked = bottlenecks
+    tune = gpu.tune
+
+    def otherwise(problems, mode, device=None):
+        problems = list(problems)
+        if how == "has no answer" and any(p.key.startswith("chain") for p in problems):
+            raise RuntimeError("chain: no candidate is right:\n  more")
+        found = tune(problems, mode, device)
+        for key, result in found.items():
+            if key.startswith("chain"):
+                result.expected = 1.0 if how == "is slower than expected" else None
+        return found
+
+    monkeypatch.setattr(gpu, "tune", otherwise)
+    with caplog.at_level(logging.ERROR):
+        pieces, results = served.pieces(network, inputs, "cached", notes := [])
+    way = gpu.cheapest(network, pieces, results)
+    assert not any(p.key.startswith("chain") for p in way)
+    assert {p.key for p in way} <= results.keys() == set.union(*asked)  # what came in the chains' place was verified
+    assert ("no candidate is right" in " ".join(notes)) == (how == "has no answer")
+
+
+@torch.no_grad()
+def test_a_step_that_nothing_is_right_for_runs_by_pytorch(bottlenecks, monkeypatch, caplog):
+    served, network, inputs, _ = bottlenecks
+    tune = gpu.tune
+
+    def fails(problems, mode, device=None):
+        problems = list(problems)
+        if any(p.key.startswith("stem") for p in problems):
+            raise RuntimeError("stem: no candidate is right:\n  more")
+        return tune(problems, mode, device)
+
+    monkeypatch.setattr(gpu, "tune", fails)
+    with caplog.at_level(logging.ERROR):
+        pieces, results = served.pieces(network, inputs, "cached", [])
+    way = gpu.cheapest(network, pieces, results)
+    assert way[0].args is None and way[0].steps[0].op == "stem"
+    assert {p.key for p in way[1:]} <= results.keys()
+
+
+@torch.no_grad()
+def test_a_plan_tells_what_was_forecast(planned, monkeypatch):
+    served, network, inputs = planned
+    tune = gpu.tune
+
+    def forecast(problems, mode, device=None):
+        return Results((k, replace(r, source="forecast", expected=1e-5)) for k, r in tune(problems, mode).items())
+
+    monkeypatch.setattr(gpu, "tune", forecast)
+    _, groups, note = served.plan(network, inputs, "cached", fine)
+    count = sum(g.backend != "traced" for g in groups)
+    assert note == f"{count} of {count} choices by forecast: what was fastest in others like them"
+    assert not any(g.seconds for g in groups)  # expected is not measured
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ def test_tune_writes_a_table_and_times_the_search(tmp_path):
             *("test", {"engine/refresh/resnet18": "torchvision", "engine/turns/resnet18": "seconds"}),
             marks=pytest.mark.slow,
         ),
-        ("bench", {"engine/speed/resnet18/float32/1": "images_per_s"}),
+        ("bench", {"engine/speed/resnet18/float32/1": "images_per_s", "engine/cached/resnet18/float32/1": "ready_s"}),
     ],
     ids=["smoke", "test", "bench"],
 )

@@ -126,7 +126,7 @@ def child_result(nursery):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "Nursery", lambda: nursery)
         patch.setattr(Nursery, "close", lambda self: None)
-        return tune([problem(*names)], cache=False, limits=Limits(verify=3))["product"]
+        return tune([problem(*names, kind="product")], cache=False, limits=Limits(verify=3))["product"]
 
 
 @pytest.mark.parametrize("name", [*BAD, *FATAL])
@@ -596,7 +596,86 @@ def test_the_tables_that_are_shipped_are_sound(monkeypatch):
     monkeypatch.undo()
     for path in caches.TABLES.glob("*.json"):
         environment, entries = caches.read(path, pytest.fail)
-        assert environment and entries
+        assert environment and entries and all(e["work"] for e in entries.values())
+
+
+# --- forecasts --------------------------------------------------------------------------------------------------------
+
+
+def alike(*names, size=1, kind="a product", **more) -> Problem:
+    return trusted(*names, key=f"product {size}", kind=kind, size=size, **more)
+
+
+def test_what_was_fastest_in_a_problem_like_it_is_tried_first(no_child):
+    assert tune([alike("slow", "plain")])["product 1"].chosen == candidate("plain")
+    result = tune([alike("slow", "plain", size=2)], "cached")["product 2"]
+    assert (result.source, result.chosen, result.verified) == ("forecast", candidate("plain"), True)
+    assert result.seconds is None and result.expected > 0 and "forecast, expected" in str(result)
+    assert list(reasons(result)) == ["plain"]  # the other was not run
+    assert tune([alike("slow", "plain", size=2, kind="other")], "cached")["product 2"].source == "default"
+
+
+def test_a_forecast_that_is_wrong_does_not_serve(no_child, monkeypatch):
+    tune([alike("slow", "plain")])
+    monkeypatch.setattr(tuning_cases, "plain", tuning_cases.wrong)
+    result = tune([alike("plain", "slow", size=2)], "cached")["product 2"]
+    assert result.chosen == candidate("slow") and reasons(result) == {"plain": BAD["wrong"], "slow": None}
+
+
+def test_full_tries_first_what_is_expected_to_be_fastest(no_child, monkeypatch):
+    """Where time is short, what is left out is what was slow."""
+    tune([alike("slow", "plain")])
+    order = []
+    verify = tuning.Bench.verify
+    monkeypatch.setattr(tuning.Bench, "verify", lambda self, c: order.append(c.config["name"]) or verify(self, c))
+    assert tune([alike("slow", "plain", size=2)])["product 2"].source == "measured"
+    assert order[:2] == ["plain", "slow"]
+
+
+def test_what_is_expected_is_what_was_measured_or_is_forecast(no_child):
+    measured = tune([alike("slow", "plain")])["product 1"]
+    found = tuning.expected([alike("slow", "plain"), alike("slow", "plain", size=2), trusted("plain")])
+    assert found["product 1"] == measured.seconds[0]
+    assert found["product 2"] == pytest.approx(measured.seconds[0], rel=0.01)
+    assert found.keys() == {"product 1", "product 2"}
+
+
+def test_kin_forecast_and_no_more(no_child, monkeypatch):
+    """What was measured on another GPU of the same generation is neither this one's choice nor its time."""
+    here, wanted = {**caches.environment(CPU), "capability": "9.0"}, alike("slow", "plain")
+    facts = dict(kind="a product", sizes={"positions": 1}, traits={}, flops=8, bytes=8)
+    monkeypatch.setattr(caches, "environment", lambda device: here)
+    caches.TABLES.mkdir()
+
+    def kin(**changes):
+        text = caches.dump({**here, "device": "its kin", **changes}, {wanted.id: {**entry("plain"), "work": facts}})
+        (caches.TABLES / "kin.json").write_text(text)
+        return tune([wanted], "cached")["product 1"]
+
+    assert kin(capability="8.0").source == "default"
+    result = kin()
+    assert (result.source, result.chosen, result.seconds) == ("forecast", candidate("plain"), None)
+
+
+WORK = dict(kind="a product", sizes={"positions": 1}, traits={}, flops=8, bytes=8)
+BAD_WORK = {
+    "none": None,
+    "a list": [],
+    "less": {**WORK, "sizes": None},
+    "more": {**WORK, "color": 1},
+    "no size": {**WORK, "sizes": {"positions": 0}},
+    "a huge size": {**WORK, "sizes": {"positions": 2**70}},
+    "a fraction": {**WORK, "flops": 0.5},
+    "a boolean": {**WORK, "bytes": True},
+    "a deep trait": {**WORK, "traits": {"stride": []}},
+}
+
+
+@pytest.mark.parametrize("work", BAD_WORK.values(), ids=BAD_WORK)
+def test_damaged_work_is_ignored(tmp_path, work):
+    path = Cache(tmp_path, HERE).path
+    path.write_text(caches.dump(HERE, {"good": {**entry(), "work": WORK}, "bad": {**entry(), "work": work}}))
+    assert set(Cache(tmp_path, HERE).entries) == {"good"}
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

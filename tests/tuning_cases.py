@@ -9,16 +9,20 @@ import time
 
 import torch
 
-from fused_resnet.engine.problem import Candidate, Case
+from fused_resnet.engine.problem import Candidate, Case, Work
 
 ROWS, COLUMNS = 37, 24
 NAMES = ("plain", "transposed", "slow", "packed")
 
 
 class Product(Case):
-    flops, bytes = 2 * ROWS * COLUMNS * 16, 4 * ROWS * COLUMNS
+    """kind: of its work; without one nothing is forecast of it, or from it."""
 
-    def __init__(self, names=NAMES, trusted=False, fallback=None, folder=None, dtype="float32", device="cpu"):
+    def __init__(
+        self, names=NAMES, trusted=False, fallback=None, folder=None, dtype="float32", device="cpu", kind=None, size=1
+    ):
+        if kind is not None:
+            self.work = Work(kind, {"positions": size}, {}, 2 * ROWS * COLUMNS * 16, 4 * ROWS * COLUMNS)
         self.names, self.trusted, self.folder, self.dtype = names, trusted, folder, getattr(torch, dtype)
         self.fallback = None if fallback is None else candidate(fallback)
         self.device = device

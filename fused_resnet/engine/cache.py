@@ -14,7 +14,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -74,12 +74,15 @@ class Cache:
         self.entries = self._own()
         self.exact: dict[str, dict] = {}  # of tables measured in this very environment
         self.near: dict[str, dict] = {}  # on this device, under other versions
+        self.akin: dict[str, dict] = {}  # on another device of this generation: nothing but forecasts comes from it
         for table in sorted(TABLES.glob("*.json")):
             measured_in, entries = read(table, self._tell)
             if measured_in == environment:
                 self.exact |= entries
             elif all(measured_in.get(fact) == environment.get(fact) for fact in DEVICE_FACTS):
                 self.near |= entries
+            elif measured_in.get("capability", "") == environment.get("capability"):
+                self.akin |= entries
 
     def __str__(self):
         where = self.path if self.path else "nowhere"
@@ -91,6 +94,10 @@ class Cache:
             if problem_id in entries:
                 return entries[problem_id], source, known
         return self.near.get(problem_id), "table", False
+
+    def alike(self) -> Iterable[dict]:
+        """What was measured on this device and on its kin, each problem once."""
+        return {**self.akin, **self.near, **self.exact, **self.entries}.values()
 
     def store(self, results: dict[str, dict]) -> None:
         """Add entries; those that other processes have written meanwhile stay. A folder that cannot be written to costs
@@ -164,16 +171,28 @@ def _is_seconds(value) -> bool:
 
 def _is_entry(entry) -> bool:
     """{"chosen": candidate, "candidates": digest of all there were, "trials": [{"candidate", "seconds": [p20, p50, p80]
-    or null, "reason": why it is out, or null}]}."""
+    or null, "reason": why it is out, or null}], "work": what forecasts need, or not there}."""
     try:
         json.dumps(entry, allow_nan=False)
     except (ValueError, RecursionError):  # 1e999 is read as infinity, and could not be written again
         return False
-    if not (isinstance(entry, dict) and entry.keys() == {"chosen", "candidates", "trials"}):
+    if not (isinstance(entry, dict) and entry.keys() - {"work"} == {"chosen", "candidates", "trials"}):
+        return False
+    if "work" in entry and not _is_work(entry["work"]):
         return False
     if not (_is_candidate(entry["chosen"]) and isinstance(entry["candidates"], str)):
         return False
     return isinstance(entry["trials"], list) and all(map(_is_trial, entry["trials"]))
+
+
+def _is_work(value) -> bool:
+    if not (isinstance(value, dict) and value.keys() == {"kind", "sizes", "traits", "flops", "bytes"}):
+        return False
+    if not (isinstance(value["kind"], str) and isinstance(value["sizes"], dict) and isinstance(value["traits"], dict)):
+        return False
+    numbers = [*value["sizes"].values(), value["flops"], value["bytes"]]
+    simple = all(isinstance(trait, (bool, int, str)) for trait in value["traits"].values())
+    return simple and all(type(n) is int and 0 < n < 2**63 for n in numbers)
 
 
 def _is_trial(value) -> bool:

@@ -16,7 +16,7 @@ from ..backends import cudnn
 from ..backends.library import chip as gpu_chip
 from ..backends.triton import unavailable as triton_unavailable
 from . import compiled_conv, compiled_pool, compiled_stem, reference, triton_conv, triton_grouped, triton_stem
-from .problem import TOLERANCE, Candidate, Case, Problem
+from .problem import TOLERANCE, Candidate, Case, Problem, Work
 
 CUDNN = Candidate("cudnn", "PyTorch's convolution, and kernels of their own for what follows")
 FUSED = Candidate("cudnn", "cuDNN's convolution with add and ReLU", {"fused": True})
@@ -64,10 +64,12 @@ class Random:
 
 
 class EngineCase(Case):
-    def __init__(self, device: str, dtype: str, tf32: bool):
-        self.device, self.dtype, self.tf32 = torch.device(device), getattr(torch, dtype), tf32
+    def __init__(self, args):
+        self.args, self.work = args, args.work()
+        self.device, self.dtype = torch.device(args.device), getattr(torch, args.dtype)
+        self.tf32 = getattr(args, "tf32", False)
         self.arch, self.sms = chip(self.device)
-        if self.dtype is torch.float32 and tf32:
+        if self.dtype is torch.float32 and self.tf32:
             self.tolerance = TOLERANCE | {torch.float32: TF32_TOLERANCE}
 
     def triton(self) -> list[dict]:
@@ -153,6 +155,21 @@ class ConvArgs:
         )
         return Problem(key, f"{__name__}:conv", jsonable(self))
 
+    def work(self, groups: int = 1) -> Work:
+        shape, (r, s) = self.shape, self.kernel
+        c2, taps = shape.c2, r * s * self.c // groups
+        out, read = shape.m * self.k, self.n * self.c * self.h * self.w
+        if r == s == 1:
+            read = min(read, shape.m * self.c)  # what a stride leaves out is not read
+        elements = read + shape.m * c2 + self.k * (taps + c2) + out * (1 + self.residual)
+        return Work(
+            f"{'grouped ' if groups > 1 else ''}conv {r}x{s} {numbers(self.dtype, self.tf32)}",
+            {"positions": shape.m, "channels": self.k, "reduction": taps + c2},
+            {"stride": _by(self.stride), "residual": self.residual, "segment": self.segment is not None},
+            2 * out * (taps + c2),
+            elements * getattr(torch, self.dtype).itemsize,
+        )
+
 
 def conv(**args) -> ConvCase:
     return ConvCase(ConvArgs(**tuples(args)))
@@ -160,8 +177,7 @@ def conv(**args) -> ConvCase:
 
 class ConvCase(EngineCase):
     def __init__(self, args: ConvArgs):
-        super().__init__(args.device, args.dtype, args.tf32)
-        self.args = args
+        super().__init__(args)
         self.options = dict(stride=args.stride, padding=args.padding, dilation=args.dilation, relu=args.relu)
         self.filters = (args.k, args.c, *args.kernel)
 
@@ -256,6 +272,10 @@ class GroupedArgs(ConvArgs):
     def problem(self) -> Problem:
         key = super().problem().key.replace(f"-> {self.k}", f"-> {self.k} in {self.groups} groups", 1)
         return Problem(key, f"{__name__}:grouped", jsonable(self))
+
+    def work(self) -> Work:
+        found = super().work(self.groups)
+        return replace(found, sizes=found.sizes | {"group": self.c // self.groups})
 
 
 def grouped(**args) -> GroupedCase:
@@ -354,16 +374,24 @@ class StemArgs:
         key = f"stem {self.n}x3x{self.h}x{self.w} -> {self.k} {layout} {self.input_dtype} {self.dtype}"
         return Problem(key + " tf32" * self.tf32, f"{__name__}:stem", jsonable(self))
 
+    def work(self) -> Work:
+        p, q, *pooled = triton_stem.sizes(self.h, self.w)
+        taps, size = 3 * 7 * 7, getattr(torch, self.dtype).itemsize
+        read = self.n * 3 * self.h * self.w * getattr(torch, self.input_dtype).itemsize
+        return Work(
+            f"stem {numbers(self.dtype, self.tf32)}",
+            {"positions": self.n * p * q, "channels": self.k},
+            {"channels_last": self.channels_last, "input": numbers(self.input_dtype)},
+            2 * self.n * p * q * self.k * taps,
+            read + (self.n * math.prod(pooled) + taps) * self.k * size,
+        )
+
 
 def stem(**args) -> StemCase:
     return StemCase(StemArgs(**args))
 
 
 class StemCase(EngineCase):
-    def __init__(self, args: StemArgs):
-        super().__init__(args.device, args.dtype, args.tf32)
-        self.args = args
-
     def triton(self) -> list[dict]:
         a = self.args
         return triton_stem.configs((a.n, 3, a.h, a.w), self.dtype, self.arch, self.sms, a.k, tf32=self.tf32)
@@ -442,16 +470,18 @@ class PoolArgs:
     def problem(self) -> Problem:
         return Problem(f"avg_pool {self.n}x{self.c}x{self.h}x{self.w} {self.dtype}", f"{__name__}:pool", jsonable(self))
 
+    def work(self) -> Work:
+        elements, maps = self.n * self.c * self.h * self.w, self.n * self.c
+        moved = (elements + maps) * getattr(torch, self.dtype).itemsize
+        sizes = {"positions": elements // self.c, "channels": self.c}
+        return Work(f"avg_pool {numbers(self.dtype)}", sizes, {}, elements, moved)
+
 
 def pool(**args) -> PoolCase:
     return PoolCase(PoolArgs(**args))
 
 
 class PoolCase(EngineCase):
-    def __init__(self, args: PoolArgs):
-        super().__init__(args.device, args.dtype, False)
-        self.args = args
-
     def triton(self) -> list[dict]:
         return []
 
@@ -480,6 +510,11 @@ class PoolCase(EngineCase):
         if candidate.backend in OWN:
             return self.run(candidate, inputs, outputs)
         return inputs["x"].mean((2, 3), keepdim=True)
+
+
+def numbers(dtype: str, tf32: bool = False) -> str:
+    """What a kernel's speed knows of a dtype."""
+    return "16 bits" if dtype in ("float16", "bfloat16") else dtype + " tf32" * tf32
 
 
 def _by(pair: tuple[int, int]) -> str:

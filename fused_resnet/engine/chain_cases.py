@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..backends.triton import unavailable as triton_unavailable
 from . import compiled_chain, reference, triton_chain
-from .cases import CUDNN, OWN, EngineCase, Random, chip, empty, jsonable, settle, tuples
-from .problem import Candidate, Problem
+from .cases import CUDNN, OWN, EngineCase, Random, chip, empty, jsonable, numbers, settle, tuples
+from .problem import Candidate, Problem, Work
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,28 @@ class ChainArgs:
             self.dtype,
         ]
         return Problem(" ".join(p for p in parts if p), f"{__name__}:chain", jsonable(self))
+
+    def work(self) -> Work:
+        p, q = self.size()
+        positions, c2 = self.n * p * q, self.segment[0] if self.segment else 0
+        weights = 9 * self.c * self.middle + (self.middle + c2) * self.k + self.k * self.following
+        stored = 1 if self.pool else ((p + 1) // 2) * ((q + 1) // 2) if self.quarter else p * q
+        elements = self.n * self.c * self.h * self.w + weights + self.n * self.k * stored
+        elements += positions * (self.following + c2 + self.residual * self.k)
+        channels = [self.c, self.middle, self.k, *(["more"] if self.following else [])]
+        return Work(
+            f"chain {' -> '.join(map(str, channels))} {numbers(self.dtype)}",
+            {"positions": positions, "channels": self.k} | ({"following": self.following} if self.following else {}),
+            {
+                "stride": str(self.stride),
+                "residual": self.residual,
+                "segment": self.segment is not None,
+                "quarter": self.quarter,
+                "pool": self.pool,
+            },
+            2 * positions * weights,
+            elements * getattr(torch, self.dtype).itemsize,
+        )
 
     def tensors(self, make_map, make_filter, make_bias) -> dict[str, Tensor]:
         tensors = {
@@ -121,10 +143,6 @@ class ChainCase(EngineCase):
 
     def candidates(self) -> list[Candidate]:
         return super().candidates()[1:] + self.args.compiled()
-
-    def __init__(self, args: ChainArgs):
-        super().__init__(args.device, args.dtype, False)
-        self.args = args
 
     def triton(self) -> list[dict]:
         return self.args.configs()

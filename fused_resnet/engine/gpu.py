@@ -6,7 +6,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -41,7 +42,7 @@ from .pieces import Piece, Pieces
 from .plan import Group
 from .problem import Candidate, Problem, describe
 from .steps import Network, fold
-from .tune import Results, tune
+from .tune import Results, expected, tune
 
 logger = logging.getLogger("fused_resnet")
 
@@ -128,6 +129,9 @@ class Gpu:
         try:
             pieces, results = self.pieces(network, inputs, mode, notes)
             ways = [("planned", cheapest(network, pieces, results), results)]
+            chosen = [results[piece.key] for piece in ways[0][1] if piece.args is not None]
+            if count := sum(result.source == "forecast" for result in chosen):
+                notes.append(f"{count} of {len(chosen)} choices by forecast: what was fastest in others like them")
             if (others := _without_splits(results)) is not None:
                 ways.append(("plain", cheapest(network, pieces, others), others))
                 chosen = [[(p.key, p.args and kept[p.key].chosen.id) for p in way] for _, way, kept in ways]
@@ -169,7 +173,8 @@ class Gpu:
         return min(runs, key=times.get)
 
     def pieces(self, network: Network, inputs: tuple, mode: str, notes: list[str]) -> tuple[Pieces, Results]:
-        """All pieces that can be run, and the results of their problems, measured before or now."""
+        """The pieces that can be run, and the results of their problems. mode 'cached': of those that are on the way
+        which is expected to be the cheapest."""
         tf32 = self.device.type == "cuda" and tf32_allowed()
         given = {k: v for k, v in named(network, inputs).items() if isinstance(v, Tensor)}
         all_pieces = Pieces(network, self.dtype, self.device, tf32, given)
@@ -177,9 +182,21 @@ class Gpu:
         for piece in all_pieces.all():
             if piece.args is not None:
                 problems.setdefault(piece.key, piece.args.problem())
-        results = _tuned(problems, mode, self.device, notes)
+        if mode == "cached":
+            results = self._on_the_way(network, all_pieces, problems, notes)
+        else:
+            results = _tuned(problems, mode, self.device, notes)
         all_pieces.keep(results)
         return all_pieces, results
+
+    def _on_the_way(self, network: Network, pieces: Pieces, problems: dict[str, Problem], notes: list[str]) -> Results:
+        """Results of what is expected to be the cheapest way through; anew where one of them turns out otherwise."""
+        results, left, costs = Results(), dict(problems), expected(problems.values(), device=self.device)
+        while wanted := {p.key for p in cheapest(network, pieces, results, costs)} & left.keys():
+            found = _tuned({key: left.pop(key) for key in sorted(wanted)}, "cached", self.device, notes)
+            results |= found
+            pieces.keep(results.keys() | left.keys())
+        return results
 
     def ordered(self, run: Callable) -> Ordered:
         """A function on the device, in turn with all the others: for what is not planned."""
@@ -226,15 +243,21 @@ _CALLED = {
 }
 
 
-def cheapest(network: Network, pieces: Pieces, results: Results) -> list[Piece]:
-    """The pieces of the least time by what was measured."""
+def cheapest(
+    network: Network, pieces: Pieces, results: Results, costs: Mapping[str, float] = types.MappingProxyType({})
+) -> list[Piece]:
+    """The pieces of the least time by what was measured or is expected. costs: seconds by key, where there is no result
+    yet."""
 
     def cost(piece: Piece) -> float:
         if piece.args is None:
             return 0.0  # the same on every way
-        seconds = results[piece.key].seconds
-        # What was not measured is not chosen before the steps one by one.
-        return seconds[0] if seconds else float(len(piece.steps) > 1)
+        if (result := results.get(piece.key)) is None:
+            seconds = costs.get(piece.key)
+        else:
+            seconds = result.seconds[0] if result.seconds else result.expected
+        # Of what nothing is known, nothing is chosen before the steps one by one.
+        return float(len(piece.steps) > 1) if seconds is None else seconds
 
     return list(path.cheapest(len(network.steps), pieces.moves(cost))[1])
 

@@ -57,21 +57,32 @@ class Problem:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a problem computes and moves, and what tells how alike two are: of one kind, by the quotients of their
+    sizes, and by their traits. flops: 2 x MAC; bytes: what has to be read and written once."""
+
+    kind: str
+    sizes: dict[str, int]
+    traits: dict[str, bool | int | str]
+    flops: int
+    bytes: int
+
+
 class Case:
     """A problem ready to run. Subclasses define candidates, inputs, outputs, reference and run.
 
     device: where it runs.
     trusted: its candidates may run in this process before they were verified; for a CPU's libraries.
     tolerance: by dtype of the output, the relative error (2-norm) that a candidate may have.
-    flops, bytes: for reports.
+    work: what it computes; None says nothing, and nothing is forecast.
     fallback: the candidate to take when none of `candidates()` is right; None: that is an error.
     """
 
     device: torch.device | str = "cpu"
     trusted: bool = False
     tolerance: dict[torch.dtype, float] = TOLERANCE
-    flops: int = 0
-    bytes: int = 0
+    work: Work | None = None
     fallback: Candidate | None = None
 
     def candidates(self) -> list[Candidate]:

@@ -50,8 +50,9 @@ def optimize_for_inference(
         are welcome later, see new_shapes.
     dtype: of weights, activations and floating-point results; default the model's own. Inputs are converted.
     tune: 'full' measures how to compute each step here and now, unless that was measured before, and on a GPU races
-        whole networks; 'cached' measures nothing and uses what was measured of steps; 'off' uses the built-in choice,
-        which on a GPU is PyTorch's kernels, in a graph.
+        whole networks; 'cached' measures nothing and uses what was measured of steps, here or, by the package's tables,
+        on this GPU, or what is forecast of that for other batches and other GPUs of the generation; 'off' uses the
+        built-in choice, which on a GPU is PyTorch's kernels, in a graph.
     new_shapes: what a call with sizes not seen before does. 'plan' plans for them (at most 16 plans are kept, the one
         not used for longest goes); 'eager' runs the same steps by PyTorch's own operators.
 

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from . import cache as caches
 from .bench import Bench, Dropped, Unusable
 from .cache import Cache
 from .child import Child, Limits, compile_all
+from .forecast import Forecast
 from .nursery import Nursery
 from .problem import Candidate, Case, Problem, candidates_digest, default_device, distinct
 from .progress import Bar
@@ -55,8 +56,9 @@ class Trial:
 
 @dataclass
 class Result:
-    """source: 'measured' now; 'cache' or 'table': measured earlier; 'default': the first that is right, not timed;
-    'fallback': no candidate was right. verified: whether it was compared with the reference in this call."""
+    """source: 'measured' now; 'cache' or 'table': measured earlier; 'forecast': the first that is right in the order of
+    what was fastest in problems like it, not timed; 'default': the first that is right, not timed; 'fallback': none was
+    right. verified: whether it was compared with the reference in this call. expected: seconds, by the forecast."""
 
     key: str
     chosen: Candidate
@@ -65,6 +67,7 @@ class Result:
     trials: list[Trial] = field(default_factory=list)
     flops: int = 0
     bytes: int = 0
+    expected: float | None = None
 
     @property
     def seconds(self) -> tuple[float, float, float] | None:
@@ -73,7 +76,9 @@ class Result:
 
     def __str__(self):
         head = f"{self.key}: {Trial(self.chosen, self.seconds)}, {self.source}"
-        if self.seconds:
+        if self.expected and not self.seconds:
+            head += f", expected {1e6 * self.expected:.1f} us"
+        if self.seconds and self.flops:
             per_s = 1 / self.seconds[1]
             head += f", {self.flops * per_s / 1e12:.2f} TFLOP/s, {self.bytes * per_s / 1e9:.0f} GB/s"
         return "\n".join([head, *(f"    {t}" for t in self.trials if t.candidate.id != self.chosen.id)])
@@ -100,8 +105,9 @@ def tune(
     """The best candidate of each problem.
 
     mode: 'full' measures what the cache does not know; 'cached' measures nothing: what neither the cache nor the
-    package's tables know gets the first of its candidates that is right; 'off' takes the first candidate as it is, and
-    nothing runs, is read or written.
+    package's tables know gets the first of its candidates that is right, in the order that is forecast of what they do
+    know, of this GPU and others of its generation; 'off' takes the first candidate as it is, and nothing runs, is read
+    or written.
     cache: its folder (None: FUSED_RESNET_CACHE or ~/.cache/fused_resnet), False for none, or a Cache.
     device: None for the cases' own. progress: a bar on stderr; None: if that is a terminal.
     budget_s: about how long to measure; a candidate that was not reached is out, and its problem is not cached.
@@ -142,18 +148,64 @@ def _cores() -> int:
 
 
 def _result(key: str, case: Case, chosen: Candidate, source: str, verified: bool, trials: list[Trial] = ()) -> Result:
-    return Result(key, chosen, source, verified, list(trials), case.flops, case.bytes)
+    work = (case.work.flops, case.work.bytes) if case.work else (0, 0)
+    return Result(key, chosen, source, verified, list(trials), *work)
+
+
+def _cache(cache: Cache | Path | str | bool | None, device: torch.device) -> Cache:
+    if isinstance(cache, Cache):
+        return cache
+    folder = None if cache is False else caches.folder() if cache is None or cache is True else Path(cache)
+    return Cache(folder, caches.environment(device))
+
+
+def expected(
+    problems: Iterable[Problem],
+    *,
+    cache: Cache | Path | str | bool | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """key: seconds that the problem takes with what `tune(..., "cached")` would choose, as it was measured, or as it is
+    forecast of problems like it. Nothing runs; where nothing is known, nothing is said.
+
+    cache, device: as in `tune`.
+    """
+    found: dict[str, float] = {}
+    caches_of: dict[torch.device, tuple[Cache, Forecast]] = {}
+    for problem in problems:
+        case = problem.build()
+        place = default_device(case, device)
+        if place not in caches_of:
+            known = _cache(cache, place)
+            caches_of[place] = known, Forecast(known.alike())
+        known, forecast = caches_of[place]
+        if (result := _known(known, problem, case)) is not None and result.seconds:
+            found[problem.key] = result.seconds[0]
+        elif order := forecast.order(case.work, distinct(case)):
+            if (seconds := forecast.seconds(case.work, order[0])) is not None:
+                found[problem.key] = seconds
+    return found
+
+
+def _known(cache: Cache, problem: Problem, case: Case) -> Result | None:
+    """What the cache or a table has of it, if there still is such a candidate; not verified."""
+    entry, source, _ = cache.find(problem.id)
+    if entry is None:
+        return None
+    chosen = Candidate(**entry["chosen"])
+    if chosen.id not in {c.id for c in [*case.candidates(), *([case.fallback] if case.fallback else [])]}:
+        return None
+    seconds = ((t, t["seconds"]) for t in entry["trials"])
+    trials = [Trial(Candidate(**t["candidate"]), s and tuple(s), t["reason"]) for t, s in seconds]
+    return _result(problem.key, case, chosen, source, False, trials)
 
 
 class _Tuner:
     def __init__(self, device: torch.device, cache, limits: Limits, budget_s: float | None):
         self.device, self.limits = device, limits
         self.deadline = time.monotonic() + (float("inf") if budget_s is None else budget_s)
-        if isinstance(cache, Cache):
-            self.cache = cache
-        else:
-            folder = None if cache is False else caches.folder() if cache is None or cache is True else Path(cache)
-            self.cache = Cache(folder, caches.environment(device))
+        self.cache = _cache(cache, device)
+        self.forecast = Forecast(self.cache.alike())
         self.nursery = Nursery()
         self.local, self.child = Bench(device), Child(self.nursery, device, limits)
 
@@ -175,9 +227,10 @@ class _Tuner:
             if self.device.type == "cuda" and left:
                 torch.cuda.empty_cache()  # the child needs room beside this process
             if mode != "full":
+                failed = self._compile(left, jobs, bar, most=1)
                 for key, (problem, case) in left.items():
                     bar.tell(key)
-                    results[key] = self._first(problem, case)
+                    results[key] = self._first(problem, case, failed)
                     bar.advance(units[key])
                 return results
             failed = self._compile(left, jobs, bar)
@@ -223,13 +276,13 @@ class _Tuner:
 
     def _recall(self, problem: Problem, case: Case, mode: str) -> Result | None:
         """What the cache or a table knows, if it is still right."""
-        entry, source, known = self.cache.find(problem.id)
-        candidates = distinct(case)
-        if entry is None or (mode == "full" and not (known and entry["candidates"] == candidates_digest(candidates))):
+        entry, _, known = self.cache.find(problem.id)
+        result = _known(self.cache, problem, case)
+        if result is None:
             return None
-        chosen = Candidate(**entry["chosen"])
-        if chosen.id not in {c.id for c in [*candidates, *([case.fallback] if case.fallback else [])]}:
+        if mode == "full" and not (known and entry["candidates"] == candidates_digest(distinct(case))):
             return None
+        chosen = result.chosen
         bench = self.local if known or case.trusted else self.child
         try:
             self._open(bench, problem, case, BEFORE)
@@ -239,12 +292,20 @@ class _Tuner:
             return None
         finally:
             self.local.close()
-        seconds = ((t, t["seconds"]) for t in entry["trials"])
-        trials = [Trial(Candidate(**t["candidate"]), s and tuple(s), t["reason"]) for t, s in seconds]
-        return _result(problem.key, case, chosen, source, True, trials)
+        result.verified = True
+        return result
 
-    def _compile(self, work: dict[str, tuple[Problem, Case]], jobs: int, bar: Bar) -> dict[tuple[str, str], str]:
-        todo = [(p, c) for p, case in work.values() if not case.trusted for c in distinct(case) if case.compiles(c)]
+    def _ordered(self, case: Case) -> list[Candidate]:
+        """The candidates, those first that are expected to be fastest."""
+        candidates = distinct(case)
+        return self.forecast.order(case.work, candidates) or candidates
+
+    def _compile(
+        self, work: dict[str, tuple[Problem, Case]], jobs: int, bar: Bar, most: int | None = None
+    ) -> dict[tuple[str, str], str]:
+        """Of each problem's candidates, those first that are expected to be fastest; most: how many."""
+        cases = [(p, case) for p, case in work.values() if not case.trusted]
+        todo = [(p, c) for p, case in cases for c in self._ordered(case)[:most] if case.compiles(c)]
         if jobs < 2 or len(todo) < 2:
             return {}
         bar.extend(len(todo))
@@ -257,16 +318,19 @@ class _Tuner:
 
         return compile_all(todo, self.nursery, jobs, self.device, self.limits, done, half)
 
-    def _first(self, problem: Problem, case: Case) -> Result:
+    def _first(self, problem: Problem, case: Case, failed: dict) -> Result:
         """The first candidate that is right."""
         bench, trials = self._bench(case), []
+        order = self.forecast.order(case.work, distinct(case))
         try:
             self._open(bench, problem, case, BEFORE)
-            for candidate in distinct(case):
-                trial = Trial(candidate)
+            for candidate in order or distinct(case):
+                trial = Trial(candidate, None, failed.get((problem.id, candidate.id)))
                 trials.append(trial)
-                if self._try(bench.verify, trial):
-                    return _result(problem.key, case, candidate, "default", True, trials)
+                if trial.reason is None and self._try(bench.verify, trial):
+                    result = _result(problem.key, case, candidate, "forecast" if order else "default", True, trials)
+                    result.expected = self.forecast.seconds(case.work, candidate)
+                    return result
         except Unusable as failure:
             trials = [Trial(c, None, str(failure)) for c in distinct(case)]
         finally:
@@ -276,7 +340,7 @@ class _Tuner:
     def _measure(self, problem: Problem, case: Case, failed: dict, until: float, bar: Bar) -> tuple[Result, bool]:
         """The result, and whether there was time for it."""
         bench = self._bench(case)
-        trials = {c.id: Trial(c, None, failed.get((problem.id, c.id))) for c in distinct(case)}
+        trials = {c.id: Trial(c, None, failed.get((problem.id, c.id))) for c in self._ordered(case)}
         complete = True
         try:
             self._open(bench, problem, case, BEFORE)
@@ -364,4 +428,5 @@ def _entry(result: Result, case: Case) -> dict:
         {"candidate": facts(t.candidate), "seconds": t.seconds and list(t.seconds), "reason": t.reason}
         for t in result.trials
     ]
-    return {"chosen": facts(result.chosen), "candidates": candidates_digest(distinct(case)), "trials": trials}
+    entry = {"chosen": facts(result.chosen), "candidates": candidates_digest(distinct(case)), "trials": trials}
+    return entry | ({"work": asdict(case.work)} if case.work else {})
