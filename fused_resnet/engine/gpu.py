@@ -6,8 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -243,9 +242,7 @@ _CALLED = {
 }
 
 
-def cheapest(
-    network: Network, pieces: Pieces, results: Results, costs: Mapping[str, float] = types.MappingProxyType({})
-) -> list[Piece]:
+def cheapest(network: Network, pieces: Pieces, results: Results, costs: dict[str, float] | None = None) -> list[Piece]:
     """The pieces of the least time by what was measured or is expected. costs: seconds by key, where there is no result
     yet."""
 
@@ -253,7 +250,7 @@ def cheapest(
         if piece.args is None:
             return 0.0  # the same on every way
         if (result := results.get(piece.key)) is None:
-            seconds = costs.get(piece.key)
+            seconds = (costs or {}).get(piece.key)
         else:
             seconds = result.seconds[0] if result.seconds else result.expected
         # Of what nothing is known, nothing is chosen before the steps one by one.

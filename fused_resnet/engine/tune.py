@@ -127,10 +127,7 @@ def tune(
             raise RuntimeError(f"{key}: there is no candidate")
     if mode == "off" or not work:
         return Results((k, _result(k, case, case.candidates()[0], "default", False)) for k, (_, case) in work.items())
-    places = {default_device(case, device) for _, case in work.values()}
-    if len(places) > 1:
-        raise ValueError(f"device: the problems are on several devices: {', '.join(sorted(map(str, places)))}")
-    tuner = _Tuner(places.pop(), cache, limits or Limits(), budget_s)
+    tuner = _Tuner(_one_device([case for _, case in work.values()], device), cache, limits or Limits(), budget_s)
     try:
         return tuner.tune(work, mode, progress, _cores() if jobs is None else jobs)
     finally:
@@ -170,21 +167,27 @@ def expected(
 
     cache, device: as in `tune`.
     """
-    found: dict[str, float] = {}
-    caches_of: dict[torch.device, tuple[Cache, Forecast]] = {}
-    for problem in problems:
-        case = problem.build()
-        place = default_device(case, device)
-        if place not in caches_of:
-            known = _cache(cache, place)
-            caches_of[place] = known, Forecast(known.alike())
-        known, forecast = caches_of[place]
-        if (result := _known(known, problem, case)) is not None and result.seconds:
-            found[problem.key] = result.seconds[0]
+    work = [(problem, problem.build()) for problem in problems]
+    if not work:
+        return {}
+    known = _cache(cache, _one_device([case for _, case in work], device))
+    forecast, found = Forecast(known.alike()), {}
+    for problem, case in work:
+        result, seconds = _known(known, problem, case), None
+        if result is not None and result.seconds:
+            seconds = result.seconds[0]
         elif order := forecast.order(case.work, distinct(case)):
-            if (seconds := forecast.seconds(case.work, order[0])) is not None:
-                found[problem.key] = seconds
+            seconds = forecast.seconds(case.work, order[0])
+        if seconds is not None:
+            found[problem.key] = seconds
     return found
+
+
+def _one_device(found: Iterable[Case], device: torch.device | str | None) -> torch.device:
+    places = {default_device(case, device) for case in found}
+    if len(places) > 1:
+        raise ValueError(f"device: the problems are on several devices: {', '.join(sorted(map(str, places)))}")
+    return places.pop()
 
 
 def _known(cache: Cache, problem: Problem, case: Case) -> Result | None:
