@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from label_folder import DTYPES, fetched, named_weights
+from label_folder import DTYPES, TUNE, fetched, named_weights
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     image = photo(options.photo).to(options.device)
     untouched, labels = detector(options)
-    planned, plan = with_planned_backbone(untouched, image, getattr(torch, options.dtype))
+    planned, plan = with_planned_backbone(untouched, image, dtype=getattr(torch, options.dtype), tune=options.tune)
     print(plan)
 
     with torch.inference_mode():
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--weights", default="DEFAULT", help="torchvision's name of them, or none for random ones")
     p.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32", choices=DTYPES)
+    p.add_argument("--tune", default="full", choices=("full", "cached", "off"), help=TUNE)
     p.add_argument("--score", type=float, default=0.5, help="what is drawn and compared")
     p.add_argument("--runs", type=positive, default=7)
     return p
@@ -86,11 +87,12 @@ def detector(options: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     return model.to(options.device).eval(), labels
 
 
-def with_planned_backbone(model: nn.Module, image: Tensor, dtype: torch.dtype) -> tuple[nn.Module, str]:
-    """(a copy of the detector whose backbone is planned for this image's size, the plan's first line)."""
+def with_planned_backbone(model: nn.Module, image: Tensor, **options) -> tuple[nn.Module, str]:
+    """(a copy of the detector whose backbone is planned for this image's size, the plan's first line). options: of
+    optimize_for_inference."""
     planned = copy.deepcopy(model)
     batch, _ = planned.transform([image])
-    fast = fused_resnet.optimize_for_inference(planned.backbone, batch.tensors, dtype=dtype)
+    fast = fused_resnet.optimize_for_inference(planned.backbone, batch.tensors, **options)
     planned.backbone.forward = lambda x: tree_map(lambda t: t.to(x.dtype), fast(x))
     return planned, str(fast.plan).splitlines()[0]
 

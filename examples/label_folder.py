@@ -28,6 +28,7 @@ import fused_resnet
 from fused_resnet.cli import positive, upright
 
 DTYPES = ("float16", "bfloat16", "float32")
+TUNE = "full: each step is measured, minutes on a GPU that is new to it; cached: what is known of steps like it; off"
 KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
     model, transform, labels = classifier(options)
     example = transform(Image.new("RGB", (320, 240))).expand(options.batch, -1, -1, -1).contiguous()
-    fast = fused_resnet.optimize_for_inference(model, example.to(options.device), dtype=getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    fast = fused_resnet.optimize_for_inference(model, example.to(options.device), dtype=dtype, tune=options.tune)
     print(str(fast.plan).splitlines()[0])
 
     columns = (TextColumn("{task.fields[speed]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -68,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=positive, default=64 if torch.cuda.is_available() else 8)
     p.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32", choices=DTYPES)
+    p.add_argument("--tune", default="full", choices=("full", "cached", "off"), help=TUNE)
     p.add_argument("--threads", type=positive, default=8, help="that read and resize pictures")
     p.add_argument("--top", type=positive, default=5, help="labels of each picture")
     return p

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
-from label_folder import DTYPES, classifier, picture
+from label_folder import DTYPES, TUNE, classifier, picture
 from PIL import Image
 from torch import Tensor, nn
 
@@ -36,15 +36,16 @@ PATIENCE = 60  # seconds that a request waits for its answer, or for its own byt
 class Batcher(threading.Thread):
     """Runs what is submitted in batches, in the order of arrival."""
 
-    def __init__(self, model: nn.Module, example: Tensor, largest: int, wait: float, dtype: torch.dtype | None = None):
-        """example: one picture, [C, H, W], on the model's device. wait: seconds that the first of a batch waits."""
+    def __init__(self, model: nn.Module, example: Tensor, largest: int, wait: float, **options):
+        """example: one picture, [C, H, W], on the model's device. wait: seconds that the first of a batch waits.
+        options: of optimize_for_inference."""
         super().__init__(daemon=True)
         self.waiting: queue.Queue[tuple[Tensor, Future] | None] = queue.Queue()
         self.largest, self.wait, self.device = largest, wait, example.device
         self.batches: Counter[int] = Counter()
         self.sizes = [1 << i for i in range((largest - 1).bit_length() + 1)]
         whole = example.expand(self.sizes[-1], -1, -1, -1).contiguous()
-        self.fast = fused_resnet.optimize_for_inference(model, whole, dtype=dtype)
+        self.fast = fused_resnet.optimize_for_inference(model, whole, **options)
         for size in self.sizes[:-1]:
             self.fast(whole[:size].contiguous())
 
@@ -165,7 +166,8 @@ def serving(options: argparse.Namespace) -> Server:
     """A server that is ready, its batcher running."""
     model, transform, labels = classifier(options)
     example = transform(Image.new("RGB", (320, 240))).to(options.device)
-    batcher = Batcher(model, example, options.batch, options.wait / 1e3, getattr(torch, options.dtype))
+    how = dict(dtype=getattr(torch, options.dtype), tune=options.tune)
+    batcher = Batcher(model, example, options.batch, options.wait / 1e3, **how)
     server = Server((options.host, options.port), batcher, transform, labels)
     batcher.start()
     return server
@@ -179,6 +181,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--wait", type=float, default=2.0, help="milliseconds that a request waits for others")
     p.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32", choices=DTYPES)
+    p.add_argument("--tune", default="full", choices=("full", "cached", "off"), help=TUNE)
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=8000)
     return p

@@ -191,7 +191,7 @@ def report() -> dict:
 
 def programs(devices: list[str]) -> dict[str, str]:
     """By device and dtype: what computes the networks of optimize_for_inference."""
-    from .engine import cases, cpu, cpu_program  # they ask this module for the machine
+    from .engine import cache, cases, cpu, cpu_program  # they ask this module for the machine
 
     why = cpu.supported(torch.float32)
     isa = None if why else cpu_program.isa()
@@ -201,6 +201,8 @@ def programs(devices: list[str]) -> dict[str, str]:
         lacks = cases.triton_unavailable()
         ours = ["Triton's kernels"] * (not lacks) + ["compiled ones"] * bool(cuda_conv.instances())
         found["cuda"] = f"{', '.join(ours)} or PyTorch's, by measurement" if ours else f"PyTorch's kernels: {lacks}"
+    for device in devices:
+        found[f"{device}, tuned"] = str(cache.Cache(cache.folder(), cache.environment(torch.device(device))))
     return found
 
 

@@ -363,6 +363,7 @@ def test_doctor_json_has_every_op_of_every_device(capsys):
     assert set(found) == {"environment", "backends", "forced", "choices", "optimize_for_inference", "build"}
     assert set(found["backends"]) == set(backends.BACKENDS)
     built = found["build"].get("ops_library")
+    assert "in the package's tables" in found["optimize_for_inference"]["cpu, tuned"]
     assert found["optimize_for_inference"]["cpu float32"].startswith("compiled kernels" if built else "PyTorch's")
     for ops in found["choices"].values():
         assert set(ops) == set(doctor.OPS)

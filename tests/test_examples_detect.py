@@ -57,8 +57,8 @@ def test_finds_the_same(model, photo, small, tmp_path, capsys):
 def test_a_backbone_that_is_off_is_told(photo, small, tmp_path, capsys, monkeypatch):
     planned = detect.with_planned_backbone
 
-    def off(model, image, dtype):
-        other, plan = planned(model, image, dtype)
+    def off(model, image, **options):
+        other, plan = planned(model, image, **options)
         other.backbone.forward = lambda x, right=other.backbone.forward: {k: v.flip(-1) for k, v in right(x).items()}
         return other, plan
 
@@ -119,6 +119,6 @@ def test_weights_that_cannot_be_fetched(photo, tmp_path, monkeypatch):
 def test_the_copy_alone_has_another_forward(photo, small):
     options = detect.parser().parse_args([str(photo), "out.png", "--weights", "none"])
     model, _ = detect.detector(options)
-    planned, _ = detect.with_planned_backbone(model, detect.photo(photo), torch.float32)
+    planned, _ = detect.with_planned_backbone(model, detect.photo(photo), dtype=torch.float32)
     assert isinstance(planned, nn.Module) and "forward" in vars(planned.backbone)
     assert "forward" not in vars(model.backbone)

@@ -101,6 +101,8 @@ def test_every_picture_has_its_line(pictures, tmp_path, model, monkeypatch):
         else:
             same(line, expected(model, Image.open(pictures / line["file"]), top=3))
     assert len(plans) == 1 and len(plans[0].plans) == 1  # the last batch was filled up
+    run(pictures, tmp_path / "again.jsonl", "--tune", "off")
+    assert plans[0]._tune == "full" and plans[1]._tune == "off"
 
 
 def test_it_goes_on_where_it_stopped(pictures, tmp_path, capsys):
@@ -215,7 +217,7 @@ def test_bad_requests_harm_nobody_else(server, model, monkeypatch):
 
 
 def test_what_was_submitted_is_answered_before_the_end(model):
-    batcher = serve.Batcher(model, TRANSFORM(photo(0)), largest=3, wait=10.0)
+    batcher = serve.Batcher(model, TRANSFORM(photo(0)), largest=3, wait=10.0, tune="cached")
     assert batcher.sizes == [1, 2, 4]
     futures = [batcher.submit(TRANSFORM(photo(i))) for i in range(5)]
     batcher.start()

@@ -654,6 +654,7 @@ def test_kin_forecast_and_no_more(no_child, monkeypatch):
 
     assert kin(capability="8.0").source == "default"
     result = kin()
+    assert str(Cache(None, here)) == "0 problems in nowhere, 0 in the package's tables, 1 of another GPU like it"
     assert (result.source, result.chosen, result.seconds) == ("forecast", candidate("plain"), None)
 
 

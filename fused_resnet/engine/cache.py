@@ -86,7 +86,10 @@ class Cache:
 
     def __str__(self):
         where = self.path if self.path else "nowhere"
-        return f"{len(self.entries)} problems in {where}, {len({**self.exact, **self.near})} in the package's tables"
+        kin = f", {len(self.akin)} of another GPU like it" if self.akin else ""
+        return (
+            f"{len(self.entries)} problems in {where}, {len({**self.exact, **self.near})} in the package's tables{kin}"
+        )
 
     def find(self, problem_id: str) -> tuple[dict | None, str, bool]:
         """(entry or None, 'cache' or 'table', whether it was measured in this very environment)."""
