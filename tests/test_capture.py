@@ -22,14 +22,14 @@ class Rerun(CapturedTraining):
     """Graphs on a CPU: functions that run again. What was computed before is overwritten, as in a graph's memory."""
 
     def _recorder(self):
-        def record(function):
+        def record(graphs, function):
             def replay():
-                attribute = "_results" if function == self._forward else "_flat"
-                with torch.enable_grad():
-                    before, now = getattr(self, attribute), function()
+                attribute = "results" if function == graphs.forward else "flat"
+                before = getattr(graphs, attribute)
                 for old in before if isinstance(before, list) else [before]:
                     old.detach().fill_(0)
-                setattr(self, attribute, now)
+                with torch.enable_grad():
+                    setattr(graphs, attribute, function())
 
             return replay, function()
 
@@ -53,8 +53,8 @@ def device(request):
     return torch.device("cuda" if "gpu" in request.keywords else "cpu")
 
 
-def captured(model, x):
-    return fused_resnet.capture_training(model, x) if x.is_cuda else Rerun(model, x)
+def captured(model, x, *more):
+    return (fused_resnet.capture_training if x.is_cuda else Rerun)(model, x, *more)
 
 
 def network(device):
@@ -134,6 +134,56 @@ def test_pytrees_inputs_gradient_and_unused_parameters(device, where):
     (result["y"] ** 2).sum().backward()
     torch.testing.assert_close(x.grad, of_x, rtol=1e-4, atol=1e-4)
     assert model.unused.grad is None
+
+
+SHAPES = [(4, 3, 40, 40), (2, 3, 40, 40), (4, 3, 33, 48)]
+
+
+@ON_BOTH
+def test_batches_of_several_shapes(device, where):
+    """Each is a graph's, in any order; what a call returned and the gradients it gave do not change with the next."""
+    model, untouched = network(device), network(device)
+    step = captured(model, *(torch.zeros(shape, device=device) for shape in [*SHAPES, SHAPES[0]]))
+    assert len(step._graphs) == 3 and repr(step).count("torch.float32") == 3
+    kept = []
+    for i, shape in enumerate([*SHAPES, *reversed(SHAPES), SHAPES[1]]):
+        torch.manual_seed(i)
+        x = torch.randn(shape).to(device)
+        for call, net in ((untouched, untouched), (step, model)):
+            net.zero_grad(set_to_none=True)
+            y = call(x)
+            (y**2).sum().backward()
+            kept.append((y, [p.grad for p in net.parameters()], y.clone(), [p.grad.clone() for p in net.parameters()]))
+        assert step._calls == 2 * (i + 1), "a call went to the model itself"
+    for y, grads, before, grads_before in kept:
+        assert torch.equal(y, before) and all(map(torch.equal, grads, grads_before))
+    for (wanted, of, *_), (y, grads, *_) in zip(kept[::2], kept[1::2], strict=True):
+        torch.testing.assert_close(y, wanted, rtol=1e-3, atol=1e-3)
+        for g, expected in zip(grads, of, strict=True):
+            assert (g - expected).norm() <= 1e-3 * expected.norm() + 1e-3
+    for name, buffer in untouched.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], buffer, rtol=1e-3, atol=1e-4)
+
+
+@ON_BOTH
+def test_a_result_is_differentiated_before_a_call_of_another_shape(device, where):
+    """They share memory: what the first one's backward needs is gone."""
+    xs = [torch.zeros(shape, device=device) for shape in SHAPES[:2]]
+    step = captured(network(device), *xs)
+    first = step(xs[0]).sum()
+    step(xs[1]).sum().backward()
+    with pytest.raises(RuntimeError, match="called again"):
+        first.backward()
+
+
+def test_gradients_of_all_shapes_lie_in_one_place():
+    step = captured(Two(), *(torch.zeros(2, 3, size, 8) for size in (8, 16, 12)))
+    assert [g.x.shape[2] for g in step._graphs] == [16, 12, 8], "the largest first"
+    assert len({g.flat.data_ptr() for g in step._graphs}) == 1
+    step(torch.zeros(2, 3, 12, 8))
+    assert step._calls == 1
+    step(torch.zeros(2, 3, 13, 8))
+    assert step._calls == 1, "of no shape there is a graph for"
 
 
 def others(model, x):
@@ -264,6 +314,16 @@ class Cumulative(nn.Module):
 def test_what_is_refused(model, x, error, message):
     with pytest.raises(error, match=message):
         fused_resnet.capture_training(model, x)
+
+
+def test_what_is_refused_of_more(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with pytest.raises(ValueError, match=r"more\[1\]: expected a CUDA tensor, got int"):
+        fused_resnet.capture_training(nn.ReLU(), torch.zeros(1), torch.zeros(2), 3)
+    with pytest.raises(ValueError, match=r"more\[0\]: expected a torch.Tensor itself, got Parameter"):
+        fused_resnet.capture_training(nn.ReLU(), torch.zeros(1), nn.Parameter(torch.zeros(2)))
+    with pytest.raises(ValueError, match=r"more\[0\]: expected a tensor on cpu, as x is, got meta"):
+        fused_resnet.capture_training(nn.ReLU(), torch.zeros(1), torch.zeros(2, device="meta"))
 
 
 @pytest.mark.parametrize(
