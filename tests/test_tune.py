@@ -654,8 +654,23 @@ def test_kin_forecast_and_no_more(no_child, monkeypatch):
 
     assert kin(capability="8.0").source == "default"
     result = kin()
-    assert str(Cache(None, here)) == "0 problems in nowhere, 0 in the package's tables, 1 of another GPU like it"
+    assert (
+        str(Cache(None, here)) == "0 problems in nowhere, 0 in the package's tables, 1 of its kin or of other versions"
+    )
     assert (result.source, result.chosen, result.seconds) == ("forecast", candidate("plain"), None)
+
+
+def test_after_an_upgrade_what_was_measured_before_forecasts(no_child, monkeypatch, caplog):
+    here, wanted = {**caches.environment(CPU), "capability": "9.0"}, alike("slow", "plain")
+    monkeypatch.setattr(caches, "environment", lambda device: here)
+    assert tune([wanted])["product 1"].source == "measured"
+    (caches.folder() / "damaged.json").write_text("{")
+    here["torch"] = "another"
+    result = tune([wanted], "cached")["product 1"]
+    assert (result.source, result.chosen, result.seconds) == ("forecast", candidate("plain"), None)
+    here["capability"] = "8.0"
+    assert tune([wanted], "cached")["product 1"].source == "default"
+    assert not caplog.records
 
 
 WORK = dict(kind="a product", sizes={"positions": 1}, traits={}, flops=8, bytes=8)

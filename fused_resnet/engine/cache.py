@@ -74,19 +74,27 @@ class Cache:
         self.entries = self._own()
         self.exact: dict[str, dict] = {}  # of tables measured in this very environment
         self.near: dict[str, dict] = {}  # on this device, under other versions
-        self.akin: dict[str, dict] = {}  # on another device of this generation: nothing but forecasts comes from it
+        # On other devices of this generation, or by the user under other versions: nothing but forecasts comes from it.
+        self.akin: dict[str, dict] = {}
         for table in sorted(TABLES.glob("*.json")):
             measured_in, entries = read(table, self._tell)
             if measured_in == environment:
                 self.exact |= entries
             elif all(measured_in.get(fact) == environment.get(fact) for fact in DEVICE_FACTS):
                 self.near |= entries
-            elif measured_in.get("capability", "") == environment.get("capability"):
+            elif self._of_kin(measured_in):
                 self.akin |= entries
+        for path in sorted(self.path.parent.glob("*.json")) if self.path and self._of_kin(environment) else []:
+            if path != self.path:
+                measured_in, entries = read(path, lambda message: None)
+                self.akin |= entries if self._of_kin(measured_in) else {}
+
+    def _of_kin(self, measured_in: dict) -> bool:
+        return measured_in.get("capability", "") == self.environment.get("capability")
 
     def __str__(self):
         where = self.path if self.path else "nowhere"
-        kin = f", {len(self.akin)} of another GPU like it" if self.akin else ""
+        kin = f", {len(self.akin)} of its kin or of other versions" if self.akin else ""
         return (
             f"{len(self.entries)} problems in {where}, {len({**self.exact, **self.near})} in the package's tables{kin}"
         )
