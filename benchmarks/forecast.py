@@ -18,13 +18,14 @@ from unittest import mock
 import torch
 import torchvision
 
-from fused_resnet.engine import chain_cases, path
+from fused_resnet.engine import chain_cases, gpu
 from fused_resnet.engine.cache import TABLES, read
 from fused_resnet.engine.forecast import Forecast
 from fused_resnet.engine.graph import capture, propagate
-from fused_resnet.engine.pieces import Piece, Pieces
+from fused_resnet.engine.pieces import Pieces
 from fused_resnet.engine.problem import Candidate, Work
 from fused_resnet.engine.steps import match
+from fused_resnet.engine.tune import Result, Results
 
 COMMAND = "python benchmarks/forecast.py --json benchmarks/results/forecast-h100.json"
 
@@ -67,26 +68,28 @@ def tables(folder: Path = TABLES) -> tuple[dict, list[Problem]]:
     ]
 
 
+Chosen = tuple[float | None, float]  # expected and measured seconds of what is chosen
+
+
 def judge(problems: list[Problem], others: Callable[[Problem], Iterable[Problem]]) -> dict:
-    """The forecast's choices for these problems, each by its others; ratios are of seconds as measured."""
+    """The forecast's choices for these problems, each by its others; quotients are of seconds as measured."""
     told = [(p, found) for p in problems if (found := p.forecast(others(p))) is not None]
     over = [measured / p.best for p, (_, measured) in told]
     pytorch = [p.pytorch / p.best for p, _ in told if p.pytorch]
     off = [expected / measured for _, (expected, measured) in told if expected]
-    found = {"problems": len(problems), "forecast": len(told)}
-    if not told:
-        return found
-    return found | {
-        "over_the_fastest": round(statistics.geometric_mean(over), 3),
-        "most_over_the_fastest": round(max(over), 2),
+    return {
+        "problems": len(problems),
+        "forecast": len(told),
+        "over_the_fastest": round(statistics.geometric_mean(over), 3) if over else None,
+        "most_over_the_fastest": round(max(over), 2) if over else None,
         "pytorch_over_the_fastest": round(statistics.geometric_mean(pytorch), 2) if pytorch else None,
         "expected_over_measured": [round(q, 2) for q in statistics.quantiles(off, n=10)[::4]] if len(off) > 1 else None,
     }
 
 
-def network(problems: list[Problem], batch: int, others: Callable[[Problem], Iterable[Problem]]) -> dict:
-    """ResNet-50, float16, NHWC: microseconds, each step's as it was measured, of the way that forecasts choose, of
-    the fastest, and of PyTorch's kernels."""
+def network(problems: list[Problem], batch: int, choose: Callable[[Problem], Chosen | None]) -> dict:
+    """ResNet-50, float16, NHWC: microseconds, each step's as it was measured, by the way that "cached" goes where
+    choose tells what is known, by the fastest, and by PyTorch's kernels."""
     known = {p.key: p for p in problems}
     graph = capture(torchvision.models.resnet50().eval())
     x = torch.empty(batch, 3, 224, 224, dtype=torch.float16, device="meta").to(memory_format=torch.channels_last)
@@ -95,50 +98,56 @@ def network(problems: list[Problem], batch: int, others: Callable[[Problem], Ite
     with mock.patch.object(chain_cases.ChainArgs, "configs", lambda self: [{}]):  # which there are, the tables know
         pieces = Pieces(steps, torch.float16, torch.device("cuda"), False, {steps.placeholders[0].name: x})
     pieces.keep(known)
-    keys = {piece.key for piece in pieces.all() if piece.key}
-    told = {key: found for key in keys if (found := known[key].forecast(others(known[key]))) is not None}
+    keys = {piece.key: piece.args.problem() for piece in pieces.all() if piece.args is not None}
+    chosen = {key: found for key in keys if (found := choose(known[key])) is not None}
 
-    def way(cost: Callable[[Piece], float]) -> list[str]:
-        _, chosen = path.cheapest(len(steps.steps), pieces.moves(lambda piece: cost(piece) if piece.key else 0.0))
-        return [piece.key for piece in chosen if piece.key]
+    def result(key: str, expected: float | None) -> Result:
+        return Result(key, known[key].candidates[0], "forecast", True, expected=expected)
 
-    def expected(piece: Piece) -> float:  # as in engine/gpu.py
-        return (piece.key in told and told[piece.key][0]) or float(len(piece.steps) > 1)
+    def tuned(some: Iterable[str]) -> Results:  # where nothing is known, a step is PyTorch's, and a chain is not there
+        there = [key for key in some if key in chosen or known[key].pytorch]
+        return Results((key, result(key, chosen[key][0] if key in chosen else None)) for key in there)
 
-    def pytorch(piece: Piece) -> float:
-        return known[piece.key].pytorch or 1.0  # a chain has none
+    def best(seconds: Callable[[Problem], float | None]) -> list[str]:
+        costs = {key: cost for key in keys if (cost := seconds(known[key]))}
+        results = Results((key, result(key, cost)) for key, cost in costs.items())
+        return [piece.key for piece in gpu.cheapest(steps, pieces, results) if piece.key]
 
-    ways = {
-        "forecast": [told[key][1] if key in told else known[key].pytorch for key in way(expected)],
-        "fastest": [known[key].best for key in way(lambda piece: known[piece.key].best)],
-        "pytorch": [known[key].pytorch for key in way(pytorch)],
+    fastest, library = best(lambda p: p.best), best(lambda p: p.pytorch)
+    costs = {key: expected for key, (expected, _) in chosen.items() if expected}
+    results = gpu.on_the_way(steps, pieces, keys, costs, tuned)
+    way = [piece.key for piece in gpu.cheapest(steps, pieces, results) if piece.key]
+    seconds = {
+        "forecast": [chosen[key][1] if key in chosen else known[key].pytorch for key in way],
+        "fastest": [known[key].best for key in fastest],
+        "pytorch": [known[key].pytorch for key in library],
     }
-    return {name: round(1e6 * sum(seconds), 1) for name, seconds in ways.items()}
+    return {name: round(1e6 * sum(times), 1) for name, times in seconds.items()}
 
 
 def report(environment: dict, problems: list[Problem]) -> dict:
-    def one(p: Problem) -> Iterable[Problem]:
-        return (q for q in problems if q is not p)
+    def other_sizes(p: Problem) -> Iterable[Problem]:  # so that no near-twin with another shortcut knows it
+        return (q for q in problems if q.work.sizes != p.work.sizes)
 
-    def batches(p: Problem) -> Iterable[Problem]:
+    def other_batches(p: Problem) -> Iterable[Problem]:
         return (q for q in problems if q.batch != p.batch)
 
     found: dict = {
-        "command": {"line": COMMAND, "times": "those of the package's tables, in microseconds where not quotients"},
+        "command": {"line": COMMAND, "times": "those of the package's tables; microseconds where not quotients"},
         "measured in": environment,
-        "one left out": {},
+        "its sizes left out": {},
         "its batch left out": {},
         "resnet50, its batch left out": {},
     }
-    for what in ("conv", "chain", "stem"):
+    for what in ("conv", "chain", "stem", "avg_pool"):
         these = [p for p in problems if p.work.kind.startswith(what)]
-        found["one left out"][what] = judge(these, one)
+        found["its sizes left out"][what] = judge(these, other_sizes)
         for batch in sorted({p.batch for p in these}):
-            found["its batch left out"][f"{what}, batch {batch}"] = judge(
-                [p for p in these if p.batch == batch], batches
-            )
+            alike = [p for p in these if p.batch == batch]
+            found["its batch left out"][f"{what}, batch {batch}"] = judge(alike, other_batches)
     for batch in (1, 128):
-        found["resnet50, its batch left out"][f"batch {batch}"] = network(problems, batch, batches)
+        way = network(problems, batch, lambda p: p.forecast(other_batches(p)))
+        found["resnet50, its batch left out"][f"batch {batch}"] = way
     return found
 
 

@@ -530,13 +530,20 @@ def costs(key: str) -> float:
 
 
 @torch.no_grad()
-def test_cached_verifies_what_is_on_the_way_and_nothing_else(bottlenecks):
+@pytest.mark.parametrize("which", ["quarter", "chain", "nothing"])
+def test_cached_verifies_what_is_on_the_way_and_nothing_else(which, bottlenecks, monkeypatch):
+    """Whatever of it covers several steps: those one by one were not asked for, and are no way around."""
     served, network, inputs, asked = bottlenecks
+    monkeypatch.setitem(
+        globals(), "costs", lambda key: 1e-6 if which in key else 1e-2 if key.startswith("chain") else 1e-3
+    )
     pieces, results = served.pieces(network, inputs, "cached", notes := [])
     way = gpu.cheapest(network, pieces, results)
-    assert asked == [{p.key for p in way}] == [results.keys()] and not notes
-    chains = [key for key in asked[0] if key.startswith("chain")]
-    assert len(chains) == 3 and all("quarter" in key for key in chains)
+    assert all(p.args is not None or p.steps[0].op == "traced" for p in way)
+    keys = {p.key for p in way if p.args is not None}
+    assert asked == [keys] == [results.keys()] and not notes
+    chains = [p for p in way if p.key and p.key.startswith("chain")]
+    assert len(chains) == {"quarter": 3, "chain": 16, "nothing": 0}[which]
 
 
 @torch.no_grad()
@@ -559,7 +566,7 @@ def test_a_piece_that_turns_out_otherwise_is_left_for_another_way(how, bottlenec
     with caplog.at_level(logging.ERROR):
         pieces, results = served.pieces(network, inputs, "cached", notes := [])
     way = gpu.cheapest(network, pieces, results)
-    assert not any(p.key.startswith("chain") for p in way)
+    assert not any(p.key.startswith("chain") for p in way) and all(p.args is not None for p in way)
     assert {p.key for p in way} <= results.keys() == set.union(*asked)  # what came in the chains' place was verified
     assert ("no candidate is right" in " ".join(notes)) == (how == "has no answer")
 

@@ -83,9 +83,20 @@ def test_what_was_not_among_the_candidates_is_as_its_backend_is():
     assert names(fast.order(CONV, [new, *ALL])) == ["triton a", "triton b", "cudnn", "cuda"]
 
 
-def test_what_failed_in_one_like_it_is_not_tried_first():
-    found = Forecast([entry(CONV, cudnn=2e-5, triton_a=None, triton_b=1e-5)])
-    assert names(found.order(CONV, ALL))[0] == "triton b"
+def test_what_failed_in_one_like_it_is_tried_last():
+    found = Forecast([entry(CONV, cudnn=9e-5, triton_a=None, triton_b=1e-5)])
+    assert names(found.order(CONV, ALL)) == ["triton b", "cudnn", "triton a"]
+    there = Forecast([entry(CONV, cudnn=9e-5, triton_b=1e-5)])  # where nobody tried it, it is as its backend is
+    assert names(there.order(CONV, ALL))[-1] == "cudnn"
+
+
+def test_evidence_from_far_away_is_better_than_none():
+    far = entry(like(positions=2**40), cudnn=3e-5, triton_a=1e-5, triton_b=2e-5)
+    found = Forecast([far, entry(CONV, cudnn=1e-5)])
+    assert names(found.order(CONV, ALL))[0] in ("cudnn", "triton a")
+    assert names(found.order(CONV, ALL[1:])) == ["triton a", "triton b"]
+    forever = Forecast([entry(like(positions=2**62), triton_a=1e-5), entry(like(positions=1), cudnn=1e-5)])
+    assert len(forever.order(like(positions=1), ALL)) == 3
 
 
 def test_times_are_in_proportion_to_the_work():
@@ -158,20 +169,28 @@ def measured():
     return forecasts.tables()[1]
 
 
-@pytest.mark.parametrize(("kind", "over"), [("conv", 1.06), ("chain", 1.03), ("stem", 1.08)])
+@pytest.mark.parametrize(("kind", "over"), [("conv", 1.12), ("chain", 1.04), ("stem", 1.08), ("avg_pool", 1.05)])
 def test_choices_for_problems_left_out_are_nearly_the_fastest(measured, kind, over):
+    """With all of their sizes: a twin with another shortcut knows nearly all."""
     these = [p for p in measured if p.work.kind.startswith(kind)]
-    found = forecasts.judge(these, lambda p: [q for q in measured if q is not p])
-    assert found["forecast"] == len(these) > 5
+    found = forecasts.judge(these, lambda p: [q for q in measured if q.work.sizes != p.work.sizes])
+    assert found["forecast"] == len(these) > 3
     assert found["over_the_fastest"] < over
-    if kind != "chain":
+    if kind in ("conv", "stem"):
         assert found["pytorch_over_the_fastest"] > 2  # what would serve without
 
 
 @pytest.mark.parametrize("batch", [1, 128])
 def test_a_network_whose_batch_was_never_measured(measured, batch):
-    found = forecasts.network(measured, batch, lambda p: [q for q in measured if q.batch != batch])
+    others = [q for q in measured if q.batch != batch]
+    found = forecasts.network(measured, batch, lambda p: p.forecast(others))
     assert found["fastest"] <= found["forecast"] < 0.6 * found["pytorch"]
+
+
+@pytest.mark.parametrize("batch", [1, 128])
+def test_where_all_is_known_the_fastest_way_is_taken(measured, batch):
+    found = forecasts.network(measured, batch, lambda p: (p.best, p.best))
+    assert found["forecast"] == found["fastest"] < 0.5 * found["pytorch"]
 
 
 def test_expected_times_are_of_the_right_size(measured):
@@ -182,6 +201,6 @@ def test_expected_times_are_of_the_right_size(measured):
     assert 0.7 < low < high < 1.5
 
 
-def test_the_figures_that_are_shipped_are_those_of_the_tables(measured):
+def test_the_figures_that_are_shipped_are_those_of_the_tables():
     shipped = json.loads((RESULTS / "forecast-h100.json").read_text())
     assert forecasts.report(*forecasts.tables()) == shipped

@@ -475,6 +475,7 @@ DAMAGED = {
     "times strings": broken(trials=entry(seconds=("1", "2", "3"))["trials"]),
     "times booleans": broken(trials=entry(seconds=(True, True, True))["trials"]),
     "times infinite": broken().replace("1.0,", "1e999,"),
+    "times of nothing": broken(trials=entry(seconds=(5e-324, 2.0, 3.0))["trials"]),
     "times huge": broken().replace("3.0", "9" * 400),
     "times not numbers": broken().replace("1.0", "NaN"),
     "config infinite": broken().replace('"name": "plain"', '"name": -1e999'),
@@ -673,6 +674,63 @@ def test_after_an_upgrade_what_was_measured_before_forecasts(no_child, monkeypat
     assert not caplog.records
 
 
+def test_what_was_measured_before_it_told_of_its_work(no_child):
+    """It hides nothing that a table tells, and is told of at the next tuning."""
+    here, wanted = {**caches.environment(CPU), "capability": "9.0"}, alike("slow", "plain")
+    cache = Cache(caches.folder(), here)
+    tune([wanted], cache=cache)
+    (known,) = cache.alike()
+    cache.store({wanted.id: {k: v for k, v in known.items() if k != "work"}})
+    assert not [*cache.alike()]
+    cache.akin = {wanted.id: known}
+    assert [*cache.alike()] == [known]
+    cache.akin = {}
+    assert tune([wanted], "cached", cache=cache)["product 1"].source == "cache" and not [*cache.alike()]
+    assert tune([wanted], cache=cache)["product 1"].source == "cache"
+    assert [*cache.alike()] == [known] == [*Cache(caches.folder(), here).alike()]
+
+
+def test_after_some_forecasts_that_fail_the_default_is_tried(no_child, monkeypatch):
+    names = ["plain", "packed", "transposed", "slow", "raising"]
+    bad = {name: tuning_cases.raising for name in names[1:]}
+    facts = [{"backend": "test", "label": n, "config": {"name": n}} for n in names]
+    trials = [{"candidate": f, "seconds": [1e-3 / i] * 3, "reason": None} for i, f in enumerate(facts, 1)]
+    known = {"chosen": facts[-1], "candidates": "0", "trials": trials, "work": WORK}
+    cache = Cache(None, caches.environment(CPU))
+    cache.entries["another"] = known
+    for name, function in bad.items():
+        monkeypatch.setattr(tuning_cases, name, function)
+    result = tune([alike(*names)], "cached", cache=cache)["product 1"]
+    assert [*reasons(result)] == ["raising", "slow", "transposed", "plain"] and result.chosen == candidate("plain")
+
+
+def test_what_was_chosen_earlier_and_fails_is_tried_once(no_child, monkeypatch):
+    assert tune([alike("plain", "slow")])["product 1"].chosen == candidate("plain")
+    count = []
+    monkeypatch.setattr(tuning_cases, "plain", lambda *args: count.append(1) or tuning_cases.raising(*args))
+    result = tune([alike("plain", "slow")], "cached")["product 1"]
+    assert result.chosen == candidate("slow") and len(count) == 1
+    assert reasons(result)["plain"].startswith("chosen earlier, raised")
+
+
+def test_with_little_time_the_default_is_tried_second(no_child, monkeypatch):
+    tune([alike("slow", "packed", "plain")])
+    order = []
+    verify = tuning.Bench.verify
+    monkeypatch.setattr(tuning.Bench, "verify", lambda self, c: order.append(c.config["name"]) or verify(self, c))
+    tune([alike("slow", "packed", "plain", size=2)])
+    assert order[1] == "slow" and set(order[:3]) == {"slow", "packed", "plain"}
+
+
+def test_what_is_tried_first_compiles_first(one_nursery, tmp_path):
+    """In processes beside one another, before the first is verified; what fails there is not tried."""
+    wanted = [problem("does_not_compile", "plain", key=f"product {i}", folder=str(tmp_path)) for i in range(2)]
+    for result in tune(wanted, "cached", jobs=2).values():
+        assert reasons(result) == {"does_not_compile": BAD["does_not_compile"], "plain": None}
+    noted = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
+    assert "prepare plain" in noted
+
+
 WORK = dict(kind="a product", sizes={"positions": 1}, traits={}, flops=8, bytes=8)
 BAD_WORK = {
     "none": None,
@@ -683,6 +741,7 @@ BAD_WORK = {
     "a huge size": {**WORK, "sizes": {"positions": 2**70}},
     "a fraction": {**WORK, "flops": 0.5},
     "a boolean": {**WORK, "bytes": True},
+    "no sizes": {**WORK, "sizes": {}},
     "a deep trait": {**WORK, "traits": {"stride": []}},
 }
 

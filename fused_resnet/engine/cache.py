@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import tempfile
@@ -65,12 +64,16 @@ class Cache:
 
     def __init__(self, folder: Path | str | None, environment: dict):
         self.environment = environment
-        self.path = None
+        self.path, self._told = None, False
+        try:
+            folder = None if folder is None else Path(folder).expanduser()
+        except RuntimeError as failure:
+            self._tell(f"{folder}: what is measured is not kept ({failure})")
+            folder = None
         if folder is not None:
             device = re.sub(r"[^a-z0-9]+", "-", str(environment.get("cpu") or environment.get("device")).lower())
             digest = hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:12]
-            self.path = Path(folder).expanduser() / f"{device.strip('-')[:40]}-{digest}.json"
-        self._told = False
+            self.path = folder / f"{device.strip('-')[:40]}-{digest}.json"
         self.entries = self._own()
         self.exact: dict[str, dict] = {}  # of tables measured in this very environment
         self.near: dict[str, dict] = {}  # on this device, under other versions
@@ -107,8 +110,11 @@ class Cache:
         return self.near.get(problem_id), "table", False
 
     def alike(self) -> Iterable[dict]:
-        """What was measured on this device and on its kin, each problem once."""
-        return {**self.akin, **self.near, **self.exact, **self.entries}.values()
+        """What was measured on this device and on its kin, each problem once, of what tells what work it is of."""
+        found: dict[str, dict] = {}
+        for entries in (self.akin, self.near, self.exact, self.entries):
+            found |= {key: entry for key, entry in entries.items() if "work" in entry}
+        return found.values()
 
     def store(self, results: dict[str, dict]) -> None:
         """Add entries; those that other processes have written meanwhile stay. A folder that cannot be written to costs
@@ -177,7 +183,7 @@ def _is_seconds(value) -> bool:
     if value is None:
         return True
     numbers = isinstance(value, list) and len(value) == 3 and all(type(v) in (int, float) for v in value)
-    return numbers and all(0 < v < 1e6 and math.isfinite(v) for v in value) and value == sorted(value)
+    return numbers and all(1e-9 < v < 1e6 for v in value) and value == sorted(value)
 
 
 def _is_entry(entry) -> bool:
@@ -203,7 +209,7 @@ def _is_work(value) -> bool:
         return False
     numbers = [*value["sizes"].values(), value["flops"], value["bytes"]]
     simple = all(isinstance(trait, (bool, int, str)) for trait in value["traits"].values())
-    return simple and all(type(n) is int and 0 < n < 2**63 for n in numbers)
+    return simple and bool(value["sizes"]) and all(type(n) is int and 0 < n < 2**63 for n in numbers)
 
 
 def _is_trial(value) -> bool:

@@ -21,15 +21,17 @@ OTHER_SIZES, TRAITS = 0.5, {"stride": 0.5, "segment": 0.5, "residual": 1.0}
 ANY_TRAIT = 0.5
 FAR = 16.0  # four doublings of the positions: beyond that one says which is the fastest, but not how fast it is
 REACH = 2.0  # a distance at which evidence counts 1/e of what it does at none
-UNKNOWN, DOUBT = 4.0, 1e-3  # how much slower a backend is without evidence, and the weight of a guess
+UNKNOWN, FAILED = 4.0, 16.0  # how much slower is a backend that nobody tried, and what was wrong or did not run
+UNTRIED = 1.1  # and what was not tried beside its backend's others
 
 
 class _Measured:
     """One problem: how fast the best candidate was, and how much slower the others, in logarithms."""
 
-    def __init__(self, work: Work, seconds: dict[Candidate, float]):
+    def __init__(self, work: Work, seconds: dict[Candidate, float], failed: list[Candidate]):
         self.work, self.best = work, min(seconds.values())
-        self.slower = {c.id: math.log(s / self.best) for c, s in seconds.items()}
+        self.slower = {c.id: math.log(FAILED) for c in failed}
+        self.slower |= {c.id: math.log(s / self.best) for c, s in seconds.items()}
         of_backends: dict[str, list[float]] = {}
         for c in seconds:
             of_backends.setdefault(c.backend, []).append(self.slower[c.id])
@@ -44,10 +46,11 @@ class Forecast:
         for entry in entries:
             if not (facts := entry.get("work")):
                 continue
-            timed = [t for t in entry["trials"] if t["seconds"] and not t["reason"]]
-            if timed:
-                seconds = {Candidate(**t["candidate"]): t["seconds"][0] for t in timed}
-                self.by_kind.setdefault(facts["kind"], []).append(_Measured(Work(**facts), seconds))
+            trials = [(Candidate(**t["candidate"]), t) for t in entry["trials"]]
+            seconds = {c: t["seconds"][0] for c, t in trials if t["seconds"] and not t["reason"]}
+            if seconds:
+                known = _Measured(Work(**facts), seconds, [c for c, t in trials if t["reason"]])
+                self.by_kind.setdefault(known.work.kind, []).append(known)
 
     def order(self, work: Work | None, candidates: Iterable[Candidate]) -> list[Candidate] | None:
         """The candidates, those first that are expected to be fastest; None where no work of this kind was measured."""
@@ -73,15 +76,15 @@ class Forecast:
 def _slowdown(candidate: Candidate, near: list[tuple[_Measured, float]]) -> float:
     """How much slower than the best it is expected to be: the mean over those near it, in logarithms. Where it was not
     among the candidates, its backend's others stand for it."""
-    guess = _mean([(m.backends.get(candidate.backend), weight) for m, weight in near], math.log(UNKNOWN))
-    return math.exp(_mean([(m.slower.get(candidate.id), weight) for m, weight in near], guess))
+    others = _mean([(m.backends.get(candidate.backend), weight) for m, weight in near], math.log(UNKNOWN / UNTRIED))
+    return math.exp(_mean([(m.slower.get(candidate.id), weight) for m, weight in near], others + math.log(UNTRIED)))
 
 
 def _mean(evidence: list[tuple[float | None, float]], guess: float) -> float:
-    """Of what there is, weighted, with a guess that counts little."""
+    """Of the values that are there, by their weights; the guess, where none is."""
     there = [(value, weight) for value, weight in evidence if value is not None]
-    total = DOUBT + sum(weight for _, weight in there)
-    return (DOUBT * guess + sum(weight * value for value, weight in there)) / total
+    total = sum(weight for _, weight in there)
+    return sum(weight * value for value, weight in there) / total if total else guess
 
 
 def floor(work: Work) -> float:

@@ -181,21 +181,16 @@ class Gpu:
         for piece in all_pieces.all():
             if piece.args is not None:
                 problems.setdefault(piece.key, piece.args.problem())
+
+        def tuned(some: dict[str, Problem]) -> Results:
+            return _tuned(some, mode, self.device, notes)
+
         if mode == "cached":
-            results = self._on_the_way(network, all_pieces, problems, notes)
-        else:
-            results = _tuned(problems, mode, self.device, notes)
+            costs = expected(problems.values(), device=self.device)
+            return all_pieces, on_the_way(network, all_pieces, problems, costs, tuned)
+        results = tuned(problems)
         all_pieces.keep(results)
         return all_pieces, results
-
-    def _on_the_way(self, network: Network, pieces: Pieces, problems: dict[str, Problem], notes: list[str]) -> Results:
-        """Results of what is expected to be the cheapest way through; anew where one of them turns out otherwise."""
-        results, left, costs = Results(), dict(problems), expected(problems.values(), device=self.device)
-        while wanted := {p.key for p in cheapest(network, pieces, results, costs)} & left.keys():
-            found = _tuned({key: left.pop(key) for key in sorted(wanted)}, "cached", self.device, notes)
-            results |= found
-            pieces.keep(results.keys() | left.keys())
-        return results
 
     def ordered(self, run: Callable) -> Ordered:
         """A function on the device, in turn with all the others: for what is not planned."""
@@ -242,17 +237,35 @@ _CALLED = {
 }
 
 
+def on_the_way(
+    network: Network,
+    pieces: Pieces,
+    problems: dict[str, Problem],
+    costs: dict[str, float],
+    tuned: Callable[[dict[str, Problem]], Results],
+) -> Results:
+    """Results of what is expected to be the cheapest way through, by tuned; anew where one of them turns out otherwise.
+    Pieces that nothing solves are gone then; those that were not asked for stay, without a result."""
+    results, left = Results(), dict(problems)
+    while wanted := {p.key for p in cheapest(network, pieces, results, costs)} & left.keys():
+        results |= tuned({key: left.pop(key) for key in sorted(wanted)})
+        pieces.keep(results.keys() | left.keys())
+    return results
+
+
 def cheapest(network: Network, pieces: Pieces, results: Results, costs: dict[str, float] | None = None) -> list[Piece]:
-    """The pieces of the least time by what was measured or is expected. costs: seconds by key, where there is no result
-    yet."""
+    """The pieces of the least time by what was measured or is expected. costs: what is expected, in seconds by key, of
+    those without a result; without costs there is no way by them."""
 
     def cost(piece: Piece) -> float:
         if piece.args is None:
             return 0.0  # the same on every way
-        if (result := results.get(piece.key)) is None:
-            seconds = (costs or {}).get(piece.key)
-        else:
+        if (result := results.get(piece.key)) is not None:
             seconds = result.seconds[0] if result.seconds else result.expected
+        elif costs is not None:
+            seconds = costs.get(piece.key)
+        else:
+            return math.inf
         # Of what nothing is known, nothing is chosen before the steps one by one.
         return float(len(piece.steps) > 1) if seconds is None else seconds
 
@@ -285,7 +298,7 @@ def _tuned(problems: dict[str, Problem], mode: str, device: torch.device, notes:
     results = Results()
     for problem in problems.values():
         try:
-            results |= tune([problem], mode, device=device)  # what was measured before it failed is in the cache
+            results |= tune([problem], mode, device=device)  # what it measured before it failed is in the cache
         except RuntimeError as error:
             notes.append(str(error).splitlines()[0])
     return results

@@ -34,6 +34,7 @@ logger = logging.getLogger("fused_resnet")
 MODES = ("full", "cached", "off")
 BEFORE, AFTER = 0, 1  # the seeds of the inputs on which a candidate is verified
 ENOUGH_ROUNDS = 3  # of a result that is worth keeping
+FORECASTS = 3  # so many that fail, and the default is tried
 NOT_TRIED = "not tried: the time for tuning ran out"
 
 
@@ -174,8 +175,8 @@ def expected(
     forecast, found = Forecast(known.alike()), {}
     for problem, case in work:
         result, seconds = _known(known, problem, case), None
-        if result is not None and result.seconds:
-            seconds = result.seconds[0]
+        if result is not None:
+            seconds = result.seconds and result.seconds[0]  # of one that nothing was right for, none
         elif order := forecast.order(case.work, distinct(case)):
             seconds = forecast.seconds(case.work, order[0])
         if seconds is not None:
@@ -209,6 +210,8 @@ class _Tuner:
         self.deadline = time.monotonic() + (float("inf") if budget_s is None else budget_s)
         self.cache = _cache(cache, device)
         self.forecast = Forecast(self.cache.alike())
+        self.failed: dict[tuple[str, str], str] = {}  # by problem and candidate: why what was chosen earlier is not now
+        self.untold: dict[str, dict] = {}  # entries of the cache's from before they told what work they are of
         self.nursery = Nursery()
         self.local, self.child = Bench(device), Child(self.nursery, device, limits)
 
@@ -226,11 +229,12 @@ class _Tuner:
                 results[key] = self._recall(problem, case, mode)
                 if results[key] is not None:
                     bar.advance(units[key])
+            self.cache.store(self.untold)
             left = {key: work[key] for key, result in results.items() if result is None}
             if self.device.type == "cuda" and left:
                 torch.cuda.empty_cache()  # the child needs room beside this process
             if mode != "full":
-                failed = self._compile(left, jobs, bar, most=1)
+                failed = self._compile(left, jobs, bar, most=1) | self.failed
                 for key, (problem, case) in left.items():
                     bar.tell(key)
                     results[key] = self._first(problem, case, failed)
@@ -292,16 +296,20 @@ class _Tuner:
             bench.verify(chosen)
         except (Dropped, Unusable) as failure:
             logger.warning("%s: %s, chosen earlier, %s; the choice is made again", problem.key, chosen, failure)
+            self.failed[problem.id, chosen.id] = f"chosen earlier, {failure}"
             return None
         finally:
             self.local.close()
+        if mode == "full" and case.work and "work" not in entry:
+            self.untold[problem.id] = entry | {"work": asdict(case.work)}
         result.verified = True
         return result
 
-    def _ordered(self, case: Case) -> list[Candidate]:
-        """The candidates, those first that are expected to be fastest."""
+    def _ordered(self, case: Case, first: int = 1) -> list[Candidate]:
+        """The candidates: so many of those that are expected to be fastest, then the default, then the others."""
         candidates = distinct(case)
-        return self.forecast.order(case.work, candidates) or candidates
+        order = self.forecast.order(case.work, candidates) or candidates
+        return list({c.id: c for c in [*order[:first], candidates[0], *order]}.values())
 
     def _compile(
         self, work: dict[str, tuple[Problem, Case]], jobs: int, bar: Bar, most: int | None = None
@@ -324,14 +332,14 @@ class _Tuner:
     def _first(self, problem: Problem, case: Case, failed: dict) -> Result:
         """The first candidate that is right."""
         bench, trials = self._bench(case), []
-        order = self.forecast.order(case.work, distinct(case))
+        source = "default" if self.forecast.order(case.work, distinct(case)) is None else "forecast"
         try:
             self._open(bench, problem, case, BEFORE)
-            for candidate in order or distinct(case):
+            for candidate in self._ordered(case, first=FORECASTS):
                 trial = Trial(candidate, None, failed.get((problem.id, candidate.id)))
                 trials.append(trial)
                 if trial.reason is None and self._try(bench.verify, trial):
-                    result = _result(problem.key, case, candidate, "forecast" if order else "default", True, trials)
+                    result = _result(problem.key, case, candidate, source, True, trials)
                     result.expected = self.forecast.seconds(case.work, candidate)
                     return result
         except Unusable as failure:
