@@ -173,7 +173,7 @@ def _trained(
         if anatomy.residual:
             # What PyTorch's add hands back is the gradient of its other operand, too.
             added = not tail and not anatomy.apart
-            own = not pools if projected else downsample is None and added and first[0].in_channels > 1
+            own = len(pools) == 0 if projected else downsample is None and added and first[0].in_channels > 1
             out, norm, x = training.convolve_shared(x, *first[:2], statistics, own)
         else:
             out, norm = training.convolve(x, training.NOTHING, *first[:2], statistics)

@@ -29,7 +29,7 @@ def is_frozen(m: nn.Module) -> bool:
         return True
     if not kind.__name__.endswith(_NAME) or not isinstance(m, nn.Module) or not _is_made_like_one(m):
         return False
-    key = kind, "eps" in vars(m)
+    key = kind, hasattr(m, "eps")
     if key not in _CLASSES:
         if torch.compiler.is_compiling():  # which could not follow: until somebody has asked, it runs as it is
             return False
@@ -53,10 +53,16 @@ def _said(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset({"forward", *words})
 
 
+def _has_nothing_more(m: nn.Module) -> bool:
+    """Whether m has no attributes beside a frozen batch norm's, or none that its code reads. A compiler does not ask:
+    that of PyTorch 2.11 cannot follow, and what is compiled was found to be one before."""
+    return vars(m).keys() <= _ATTRIBUTES or _said(type(m)).isdisjoint(vars(m).keys() - _ATTRIBUTES)
+
+
 def _is_made_like_one(m: nn.Module) -> bool:
     buffers = m._buffers
     return (
-        (vars(m).keys() <= _ATTRIBUTES or _said(type(m)).isdisjoint(vars(m).keys() - _ATTRIBUTES))
+        (torch.compiler.is_compiling() or _has_nothing_more(m))
         and not hasattr(type(m), "eps")
         and all(isinstance(buffers.get(name), Tensor) for name in _BUFFERS)
         and len(buffers) - ("num_batches_tracked" in buffers) == len(_BUFFERS)

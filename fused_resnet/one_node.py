@@ -133,9 +133,16 @@ def _kind(x: Tensor, modules: list[nn.Module]) -> tuple[tuple, list[Tensor], lis
     return tuple(key), parameters, buffers
 
 
+# Asked once: torch.compile of PyTorch 2.11 cannot follow the question.
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+_HAVE_AUTOCAST = frozenset(device for device in _DEVICES if torch.amp.is_autocast_available(device))
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast lowers to on x's device, where it is on."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    on = device in _HAVE_AUTOCAST and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _modes() -> tuple:

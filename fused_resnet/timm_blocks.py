@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from .blocks import ACTIVATED, POOLS, Named, Side, convolution_unfusable, part, projection_unfusable, tampered
 from .frozen import is_frozen
+from .one_node import autocast_dtype
 from .preact import NamedPreAct, Shortcut, numbered
 from .stem import pooled_stem
 
@@ -78,8 +79,8 @@ class FusedTimmRegNetBottleneck(Named, regnet.Bottleneck):
     in_place = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, fx.Proxy) and torch.amp.is_autocast_available(device := x.device.type):
-            if torch.is_autocast_enabled(device) and self._widens(x, torch.get_autocast_dtype(device)):
+        if not isinstance(x, fx.Proxy) and (lowered := autocast_dtype(x)) is not None:
+            if self._widens(x, lowered):
                 return self._unfused(x)
         return super().forward(x)
 

@@ -33,6 +33,7 @@ from torch import Tensor, fx, nn
 
 from .blocks import Fused, Side, convolution_unfusable, part, tampered
 from .frozen import is_frozen
+from .one_node import autocast_dtype
 from .preact import PreAct, Shortcut
 from .strict_trace import Trace, has_plain_defaults, holds_modules, is_norm, is_plain, is_torchs, trace
 
@@ -260,10 +261,8 @@ class TracedBlock:
         """Whether x is a batch of maps, and the result has the dtype that the fused ops give it."""
         if not isinstance(x, Tensor) or x.dim() != 4:
             return False
-        device = x.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return True
-        return self._anatomy.lowers(self, x, torch.get_autocast_dtype(device))
+        lowered = autocast_dtype(x)
+        return lowered is None or self._anatomy.lowers(self, x, lowered)
 
     def __reduce_ex__(self, protocol):
         build, args, *rest = super().__reduce_ex__(protocol)
