@@ -9,11 +9,12 @@ PYTEST := $(PY) -m pytest
 # A test keeps one core busy; neighbours stay in one process as long as all have enough to do.
 PARALLEL := -n $(MAX_JOBS) --dist worksteal
 TRITON36 := .cache/triton-3.6
+OLDEST := .cache/torch-2.11
 SOURCES := $(shell find csrc -type f)
 STAGES := lint test-interpreter test-aot test-cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train degradation gradients test test-cpu test-slow test-aot test-aot-slow test-interpreter lint format bench results peers wheel sdist gpu-check clean distclean
+.PHONY: help setup demo train degradation gradients test test-cpu test-slow test-oldest test-aot test-aot-slow test-interpreter lint format bench results peers wheel sdist gpu-check clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -56,6 +57,17 @@ test-cpu: setup
 test-slow: setup  ## the slow tests, those in Triton's interpreter as well
 	$(PYTEST) tests -q $(PARALLEL) -m 'slow and not aot' --timeout=1800 --durations=10
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter -q $(PARALLEL) -m slow --timeout=1800 --durations=10
+
+test-oldest: setup $(OLDEST)/.installed  ## the suite on the CPU under the oldest PyTorch that is supported
+	FUSED_RESNET_TEST_DEVICE=cpu $(OLDEST)/bin/python -m pytest tests -q $(PARALLEL) -m 'not slow and not aot' --timeout=1800 $(ARGS)
+
+# What was compiled serves it as well, by the stable ABI; what else is installed is the same.
+$(OLDEST)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(OLDEST)
+	$(PIP) freeze --exclude-editable | grep -Ev '^(torch|torchvision|triton|nvidia-|cuda-|setuptools)' > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q torch==2.11.0 torchvision==0.26.0 setuptools \
+		-r $(OLDEST)/requirements.txt
+	@touch $@
 
 test-aot: setup $(TRITON36)/.installed  ## compile every Triton kernel ahead of time, under the installed Triton and under 3.6
 	FUSED_RESNET_TRITON36=$(abspath $(TRITON36)) $(PYTEST) tests -q -m 'aot and not slow' --timeout=1800 --durations=5
