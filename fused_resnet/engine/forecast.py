@@ -19,8 +19,8 @@ FLOP_RATE, BYTE_RATE, LAUNCH = 8e14, 3e12, 1.5e-6  # per second, per second, sec
 # sizes half, and traits that differ as much as here.
 OTHER_SIZES, TRAITS = 0.5, {"stride": 0.5, "segment": 0.5, "residual": 1.0}
 ANY_TRAIT = 0.5
-FAR = 16.0  # four doublings of the positions: beyond that one says which is the fastest, but not how fast it is
-REACH = 2.0  # a distance at which evidence counts 1/e of what it does at none
+FAR = 16.0  # four doublings of the positions; farther away others tell which is fastest, but not how fast it is
+REACH = 2.0  # so much farther away evidence counts 1/e
 UNKNOWN, FAILED = 4.0, 16.0  # how much slower is a backend that nobody tried, and what was wrong or did not run
 UNTRIED = 1.1  # and what was not tried beside its backend's others
 
