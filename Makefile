@@ -64,7 +64,8 @@ test-oldest: setup $(OLDEST)/.installed  ## the suite on the CPU under the oldes
 # What was compiled serves it as well, by the stable ABI; what else is installed is the same.
 $(OLDEST)/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(OLDEST)
-	$(PIP) freeze --exclude-editable | grep -Ev '^(torch|torchvision|triton|nvidia-|cuda-|setuptools)' > $(OLDEST)/requirements.txt
+	$(PIP) freeze --exclude-editable > $(OLDEST)/installed.txt
+	grep -Ev '^(torch=|torchvision=|triton=|nvidia-|cuda-|setuptools=)' $(OLDEST)/installed.txt > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q torch==2.11.0 torchvision==0.26.0 setuptools \
 		-r $(OLDEST)/requirements.txt
 	@touch $@

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .engine.captured import graph_of
 from .kernels.tiles import ceil_div
 
 WARM_UP = 3  # steps before the capture: kernels are verified, timed and compiled in the first
@@ -38,8 +39,9 @@ def capture_training(model: nn.Module, x: Tensor, *more: Tensor) -> CapturedTrai
     The function takes one tensor and returns what model(tensor) returns; gradients reach the parameters (and the input,
     if x requires one) as usual, and accumulate as usual. Any other call goes to the model itself: another shape, dtype
     or layout, other modes, requires_grad or numbers (momentum and eps of a norm, p of a dropout), another autocast, no
-    gradients wanted, torch.compile. Hooks on modules inside are not called by a graph, and each result can be
-    differentiated once, before the next call, of whatever shape, and before parameters change.
+    gradients wanted, torch.compile. Hooks on modules inside are not called by a graph, what modules keep of a forward
+    is the last capture's, and each result can be differentiated once, before the next call, of whatever shape, and
+    before parameters change. Calls come from one thread, on one stream at a time.
 
     It is a module around the model, so that a process of several wraps it as it would the model:
 
@@ -76,7 +78,7 @@ class CapturedTraining(nn.Module):
         _check(model)
         super().__init__()
         self.model = model
-        names = ("momentum", "eps", "p", "memory")
+        names = ("momentum", "eps", "p", "memory", "drop_prob", "block_size", "gamma_scale")
         self._numbers = [(m, name) for m in model.modules() for name in names if hasattr(m, name)]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._places = [t.data_ptr() for t in self._tensors]
@@ -123,7 +125,7 @@ class CapturedTraining(nn.Module):
             return None
         modes = tuple(m.training for m in self.model.modules())
         wanted = tuple(p.requires_grad for p in self.model.parameters())
-        numbers = tuple(getattr(m, name, None) for m, name in self._numbers)
+        numbers = tuple(_number(getattr(m, name, None)) for m, name in self._numbers)
         return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, *_autocast(), modes, wanted, numbers
 
     def _graphs_like(self, signature: tuple | None) -> _Graphs | None:
@@ -154,9 +156,9 @@ class CapturedTraining(nn.Module):
             torch.cuda.current_stream(device).wait_stream(stream)
 
         def capture(graphs, function):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream):
-                returned = function()
+            # The outer context gives the caller's stream back even where the capture's own does not.
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                graph, returned = graph_of(function, stream, pool, device.index, "global")
             return graph.replay, returned
 
         return capture
@@ -176,6 +178,7 @@ class _Graphs:
             self.grads = [torch.zeros_like(y) for y in self.results if y.requires_grad]
             self.backward()
         self.results = self.grads = None
+        self.flats.clear()  # the first capture takes it of the pool, where activations lay until then
 
     def record(self, capture: Callable) -> None:
         self.replay, self.results = capture(self.forward)
@@ -261,6 +264,11 @@ def _parts(flat: Tensor, wanted: list) -> list[Tensor | None]:
         found.append(piece)
         at += _bytes(piece)
     return found
+
+
+def _number(value):
+    """As it can be compared: a list may be changed in place, and a tensor's values are on the GPU."""
+    return id(value) if isinstance(value, Tensor) else tuple(value) if isinstance(value, list) else value
 
 
 def _autocast() -> tuple[bool, torch.dtype]:

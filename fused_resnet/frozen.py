@@ -19,6 +19,7 @@ _NAME = "FrozenBatchNorm2d"
 _BUFFERS = ("bias", "running_mean", "running_var", "weight")
 _EPS = 1e-5  # of those that do not say
 _ATTRIBUTES = {*vars(nn.Module()), "eps", "num_features"}
+_READ: dict[type[nn.Module], tuple[str, ...]] = {}  # attributes that the code of a class reads, beside those
 _CLASSES: dict[tuple[type[nn.Module], bool], bool] = {}  # the class, and whether instances say an eps
 
 
@@ -27,12 +28,14 @@ def is_frozen(m: nn.Module) -> bool:
     kind = type(m)
     if kind is FrozenBatchNorm2d:
         return True
-    if not kind.__name__.endswith(_NAME) or not isinstance(m, nn.Module) or not _is_made_like_one(m):
+    if not kind.__name__.endswith(_NAME) or not isinstance(m, nn.Module):
         return False
     key = kind, hasattr(m, "eps")
+    if key not in _CLASSES and torch.compiler.is_compiling():
+        return False  # which could not follow: until somebody has asked, it runs as it is
+    if not _is_made_like_one(m):
+        return False
     if key not in _CLASSES:
-        if torch.compiler.is_compiling():  # which could not follow: until somebody has asked, it runs as it is
-            return False
         _CLASSES[key] = _computes_it(m)
     return _CLASSES[key]
 
@@ -54,15 +57,17 @@ def _said(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def _has_nothing_more(m: nn.Module) -> bool:
-    """Whether m has no attributes beside a frozen batch norm's, or none that its code reads. A compiler does not ask:
-    that of PyTorch 2.11 cannot follow, and what is compiled was found to be one before."""
-    return vars(m).keys() <= _ATTRIBUTES or _said(type(m)).isdisjoint(vars(m).keys() - _ATTRIBUTES)
+    """Whether m has no attributes beside a frozen batch norm's, or none that its code reads."""
+    kind = type(m)
+    if kind not in _READ:
+        _READ[kind] = tuple(_said(kind) - _ATTRIBUTES)
+    return not any(name in m.__dict__ for name in _READ[kind])  # what a compiler can follow, that of PyTorch 2.11 too
 
 
 def _is_made_like_one(m: nn.Module) -> bool:
     buffers = m._buffers
     return (
-        (torch.compiler.is_compiling() or _has_nothing_more(m))
+        _has_nothing_more(m)
         and not hasattr(type(m), "eps")
         and all(isinstance(buffers.get(name), Tensor) for name in _BUFFERS)
         and len(buffers) - ("num_batches_tracked" in buffers) == len(_BUFFERS)

@@ -176,6 +176,24 @@ def test_a_result_is_differentiated_before_a_call_of_another_shape(device, where
         first.backward()
 
 
+def test_gradients_of_several_shapes_accumulate():
+    model, untouched = Two(), Two()
+    untouched.load_state_dict(model.state_dict())
+    xs = [torch.randn(4, 3, 8, 8), torch.randn(2, 3, 9, 8), torch.randn(3, 3, 8, 8, requires_grad=True)]
+    step, of_x = captured(model, *xs), []
+    for call in (step, untouched):
+        for x in (*xs, *reversed(xs)):
+            (call(x)["y"] ** 2).sum().backward()
+        of_x.append(xs[2].grad)
+        xs[2].grad = None
+    assert step._calls == 2 * 2 * len(xs)
+    torch.testing.assert_close(*of_x, rtol=1e-4, atol=1e-4)
+    for p, wanted in zip(model.parameters(), untouched.parameters(), strict=True):
+        assert (p.grad is None) == (wanted.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, wanted.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_of_all_shapes_lie_in_one_place():
     step = captured(Two(), *(torch.zeros(2, 3, size, 8) for size in (8, 16, 12)))
     assert [g.x.shape[2] for g in step._graphs] == [16, 12, 8], "the largest first"
@@ -232,6 +250,26 @@ def test_a_number_that_changed_is_the_models():
     step(x)
     assert step._calls == 0
     model.bn.momentum = 0.1
+    step(x)
+    assert step._calls == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "change"),
+    [
+        ("drop_prob", 0.1, lambda m: setattr(m, "drop_prob", 0.2)),
+        ("p", [1, 2], lambda m: m.p.append(3)),
+        ("p", torch.ones(2), lambda m: setattr(m, "p", torch.ones(2))),
+    ],
+    ids=["drop_path", "list", "tensor"],
+)
+def test_other_numbers_are_seen_too(name, value, change):
+    model = Two()
+    setattr(model, name, value)
+    step = captured(model, x := torch.randn(4, 3, 8, 8))
+    step(x)
+    assert step._calls == 1
+    change(model)
     step(x)
     assert step._calls == 1
 

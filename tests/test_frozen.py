@@ -200,10 +200,30 @@ def test_first_asked_by_a_compiler(noted):
     ours = swap_blocks(copy.deepcopy(block))
     frozen._CLASSES.clear()
     frozen._said.cache_clear()
+    frozen._READ.clear()
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
     assert swap_report(ours).blocks[0].reason == ""
     torch.testing.assert_close(ours(x), block(x), rtol=1e-4, atol=1e-4)
+
+
+class GainFrozenBatchNorm2d(Buffers):
+    """One whose code reads an attribute that instances may have."""
+
+    def forward(self, x):
+        y, gain = affine(self, x), getattr(self, "gain", None)
+        return y if gain is None else gain * y
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_attribute_that_its_code_reads_and_that_came_later(compiled):
+    block, x = BasicBlock(8, 8, norm_layer=GainFrozenBatchNorm2d).eval(), torch.randn(2, 8, 9, 9)
+    ours = swap_blocks(copy.deepcopy(block))
+    assert is_frozen(ours.bn1) and swap_report(ours).blocks[0].reason == ""
+    ours(x)
+    ours.bn1.gain = block.bn1.gain = 3.0
+    call = torch.compile(ours, backend="eager", fullgraph=True) if compiled else ours
+    torch.testing.assert_close(call(x), block(x), rtol=1e-4, atol=1e-4)
 
 
 def test_only_what_has_the_name_and_the_buffers_is_tried():

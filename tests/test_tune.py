@@ -713,6 +713,20 @@ def test_what_was_chosen_earlier_and_fails_is_tried_once(no_child, monkeypatch):
     assert reasons(result)["plain"].startswith("chosen earlier, raised")
 
 
+def test_a_want_of_memory_is_not_the_candidates_fault(no_child, monkeypatch):
+    assert tune([alike("plain", "slow")])["product 1"].chosen == candidate("plain")
+    plain, count = tuning_cases.plain, []
+
+    def once_without_memory(*args):
+        count.append(1)
+        if len(count) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*args)
+
+    monkeypatch.setattr(tuning_cases, "plain", once_without_memory)
+    assert tune([alike("plain", "slow")], "cached")["product 1"].chosen == candidate("plain") and len(count) > 1
+
+
 def test_with_little_time_the_default_is_tried_second(no_child, monkeypatch):
     tune([alike("slow", "packed", "plain")])
     order = []

@@ -135,11 +135,17 @@ class Captured(Ordered):
 
 def _capture(run: Callable, turns: Turns, pool):
     """(graph, what run returned) on the current stream, which is the side stream."""
-    graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    return graph_of(run, turns.side, pool, turns.device.index, "thread_local")
+
+
+def graph_of(run: Callable, stream: torch.cuda.Stream, pool, index: int, mode: str):
+    """(graph, what run returned) on the current stream, which is this one, of the device with this index. mode: whose
+    calls of CUDA end the capture. Whatever run raises is raised, and the device is as it was."""
+    graph = torch.cuda.CUDAGraph()
     failures = []
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=turns.side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             try:
                 result = run()
             except Exception as failure:  # ending a capture that failed raises once more, and says less
@@ -149,7 +155,7 @@ def _capture(run: Callable, turns: Turns, pool):
         _broken.append(graph)
         # Else the allocator takes the capture to go on, and frees nothing that other streams have used.
         with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(turns.device.index, pool)
+            torch._C._cuda_endAllocateToPool(index, pool)
         raise failures[0] if failures else failure from None
     return graph, result
 

@@ -68,7 +68,8 @@ class Forecast:
 
     def _near(self, work: Work | None, far: float = math.inf) -> list[tuple[_Measured, float]]:
         """(what was measured, its weight) of this kind; the nearest has the weight 1."""
-        known = [] if work is None else [(m, distance(work, m.work)) for m in self.by_kind.get(work.kind, [])]
+        kind = [] if work is None else self.by_kind.get(work.kind, [])
+        known = [(m, distance(work, m.work)) for m in kind if m.work.sizes.keys() == work.sizes.keys()]
         nearest = min((d for _, d in known), default=math.inf)
         return [(m, math.exp((nearest - d) / REACH)) for m, d in known] if nearest <= far else []
 
@@ -93,8 +94,8 @@ def floor(work: Work) -> float:
 
 
 def distance(a: Work, b: Work) -> float:
-    """Between two works of one kind."""
-    doublings = {name: math.log2(size / b.sizes[name]) for name, size in a.sizes.items() if name in b.sizes}
+    """Between two works of one kind, which have the same sizes by name."""
+    doublings = {name: math.log2(size / b.sizes[name]) for name, size in a.sizes.items()}
     found = sum((1.0 if name == "positions" else OTHER_SIZES) * d * d for name, d in doublings.items())
     names = a.traits.keys() | b.traits.keys()
     return found + sum(TRAITS.get(n, ANY_TRAIT) for n in names if a.traits.get(n) != b.traits.get(n))

@@ -296,7 +296,8 @@ class _Tuner:
             bench.verify(chosen)
         except (Dropped, Unusable) as failure:
             logger.warning("%s: %s, chosen earlier, %s; the choice is made again", problem.key, chosen, failure)
-            self.failed[problem.id, chosen.id] = f"chosen earlier, {failure}"
+            if isinstance(failure, Dropped) and "OutOfMemoryError" not in str(failure):  # else it may do another time
+                self.failed[problem.id, chosen.id] = f"chosen earlier, {failure}"
             return None
         finally:
             self.local.close()
