@@ -30,6 +30,9 @@ from fused_resnet.engine.tune import Result, Results
 COMMAND = "python benchmarks/forecast.py --json benchmarks/results/forecast-h100.json"
 
 
+Chosen = tuple[float | None, float]  # expected and measured seconds of what is chosen
+
+
 class Problem:
     """One that was measured: what work it is, and the seconds of its candidates."""
 
@@ -48,7 +51,7 @@ class Problem:
         place = 2 if self.key.startswith("conv") else 1
         return int(self.key.split()[place].split("x")[0])
 
-    def forecast(self, others: Iterable[Problem]) -> tuple[float | None, float] | None:
+    def forecast(self, others: Iterable[Problem]) -> Chosen | None:
         """(expected, measured) seconds of what is chosen by what was measured of others; None if those say nothing."""
         known = Forecast(p.entry for p in others)
         if (order := known.order(self.work, self.candidates)) is None:
@@ -66,9 +69,6 @@ def tables(folder: Path = TABLES) -> tuple[dict, list[Problem]]:
     return environment, [
         Problem(id, entry) for id, entry in entries.items() if any(t["seconds"] for t in entry["trials"])
     ]
-
-
-Chosen = tuple[float | None, float]  # expected and measured seconds of what is chosen
 
 
 def judge(problems: list[Problem], others: Callable[[Problem], Iterable[Problem]]) -> dict:

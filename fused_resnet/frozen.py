@@ -7,7 +7,6 @@ on other buffers, has computed that; and of its instances those that have nothin
 
 from __future__ import annotations
 
-import functools
 import itertools
 import types
 
@@ -45,7 +44,6 @@ def eps_of(bn: nn.Module) -> float:
     return getattr(bn, "eps", _EPS)
 
 
-@functools.cache
 def _said(kind: type[nn.Module]) -> frozenset[str]:
     """All names and words in the code of a class: attributes that are not among them are others' notes."""
     own = (c for c in kind.__mro__ if c.__module__.partition(".")[0] != "torch")

@@ -199,7 +199,6 @@ def test_first_asked_by_a_compiler(noted):
     block.bn1._is_initialized = noted
     ours = swap_blocks(copy.deepcopy(block))
     frozen._CLASSES.clear()
-    frozen._said.cache_clear()
     frozen._READ.clear()
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-4)
