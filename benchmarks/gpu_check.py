@@ -48,6 +48,7 @@ SANITIZED = [
         ("bn_act_pool_bwd", "pool"),
         ("stem_conv", "stem"),
         ("stem_conv_weight_grad", "stem"),
+        ("conv_bn_act_pool", "stem"),
         ("pointwise_bn_act", "expand"),
         ("conv_bn_act", "7x7-stem"),
         ("conv_bn_act", "1x1-stride2"),

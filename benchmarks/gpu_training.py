@@ -93,6 +93,9 @@ def arguments(op: str, spec, device, dtype: torch.dtype, format: torch.memory_fo
         weight = weight.contiguous(memory_format=torch.channels_last)
         if op == "stem_conv":
             return x, weight
+        if op == "conv_bn_act_pool":
+            mean, variance = affine(k)
+            return x, weight, *affine(k), mean - 1, variance + 1, 1e-5
         return maps((n, k, (h + 1) // 2, (w + 1) // 2), 3).contiguous(memory_format=torch.channels_last), x, weight
     weight = weight.contiguous(memory_format=format)
     loaded = (*(reference.bn_stats(x) if normalised else (None, None)), *(affine(c) if normalised else (None, None)))

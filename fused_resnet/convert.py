@@ -20,18 +20,16 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from . import blocks, preact, traced_blocks
+from . import blocks, preact, stem, traced_blocks
 from .blocks import NORMED, Fused, FusedBasicBlock, FusedBottleneck, Named, part, projection_unfusable, stateless
 from .preact import NamedPreAct, PreAct
 from .residual_network import ResidualNetwork
-from .stem import FusedResNet
 from .training import check_memory
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
-NETWORKS = {ResNet: FusedResNet}
-_FORWARDS = {"forward", "_forward_impl", "forward_features"}
+_FORWARDS = {"forward", "_forward_impl", "forward_features", "_collect"}
 _FORMER = "_memory_format_before_swap"
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
@@ -83,8 +81,9 @@ def swap_blocks(
     memory_format: torch.memory_format = torch.channels_last,
     memory: str | None = None,
 ) -> nn.Module:
-    """Turn every residual block inside `model` into its fused twin, in place; and the ResNets of torchvision and timm
-    into ones that train with their stem's batch norm, ReLU and pool in one pass.
+    """Turn every residual block inside `model` into its fused twin, in place; and the ResNets of torchvision and timm,
+    the bodies of torchvision's detectors and segmentation models, timm's feature extractors, detectron2's BasicStem and
+    the embeddings of Hugging Face's ResNets into ones whose stem is fused.
 
     model: any module tree (a ResNet, a detector or segmenter with a ResNet in it, a block). Blocks are torchvision's
     and timm's BasicBlock and Bottleneck, those of timm's RegNets and ResNetV2, detectron2's BasicBlock and
@@ -211,7 +210,7 @@ def _kinds() -> dict[type[nn.Module], type[Named] | type[NamedPreAct]]:
 
 def _networks() -> dict[type[nn.Module], type[nn.Module]]:
     """The class of each library's network whose stem is fused."""
-    return functools.reduce(operator.or_, (module.NETWORKS for module in _libraries()), NETWORKS)
+    return functools.reduce(operator.or_, (getattr(module, "NETWORKS", {}) for module in _libraries()), stem.networks())
 
 
 class _Found(NamedTuple):

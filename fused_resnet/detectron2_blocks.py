@@ -52,5 +52,4 @@ class FusedDetectron2BottleneckBlock(_FusedDetectron2, BottleneckBlock):
 
 
 FUSED = {BasicBlock: FusedDetectron2BasicBlock, BottleneckBlock: FusedDetectron2BottleneckBlock}
-NETWORKS: dict[type[nn.Module], type[nn.Module]] = {}
 NORMED.add(Conv2d)

@@ -152,6 +152,7 @@ def sample_arguments(op: str, device, dtype: torch.dtype) -> tuple:
         "bn_act_pool_bwd": (maps()[:, :, ::2, ::2], maps(), winners, *bn[:3], 1e-5, [True] * 3),
         "stem_conv": (images, filters),
         "stem_conv_weight_grad": (maps(4), images, filters),
+        "conv_bn_act_pool": (images, filters, *bn, 1e-5),
     }[op]
 
 

@@ -7,7 +7,7 @@
     conv_bn_act_bwd, bn_act_bwd
     bn_act_bwd_input        dx of bn_act from sums over a batch that is not all here (sync.py)
     bn_act_conv, pointwise_bn_act   and their backwards, in training_ops.py
-    stem_conv, bn_act_pool  and their backwards, in pool_ops.py
+    stem_conv, bn_act_pool, conv_bn_act_pool  and backwards, in pool_ops.py
 
 To autograd, the statistics of a batch are constants: the op that normalises with them (`bn_act(..., batch_stats=True)`,
 `bn_act_conv`, `pointwise_bn_act`) carries their derivative. The `_bwd` ops are differentiable in turn, through the
@@ -313,7 +313,7 @@ def check_shortcut(residual: Tensor, shape) -> None:
         )
 
 
-def _check_conv(
+def check_conv(
     x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, stride, padding, dilation, groups, relu
 ):
     """Raise for what no backend could compute; return the output's shape [N, K, P, Q]."""
@@ -400,12 +400,12 @@ def _finish_bwd(args, result):
 def conv_bn_act_kernel(*args):
     check_given(x=args[0], weight=args[1])
     y = backends.repeated(*args)
-    return backends.run("conv_bn_act", *args, check=_check_conv) if y is None else y
+    return backends.run("conv_bn_act", *args, check=check_conv) if y is None else y
 
 
 def _conv_bn_act_fake(*args):
     check_given(x=args[0], weight=args[1])
-    shape = _check_conv(*args)
+    shape = check_conv(*args)
     return empty(shape, args[0], output_format(*args[:2]))
 
 
@@ -424,13 +424,13 @@ def _conv_bn_act_bwd_fake(grad, y, x, weight, *args):
 
 def _conv_setup(ctx, inputs, output):
     x, weight, bn_weight, bn_bias, running_mean, running_var, eps, residual, *conv = inputs
-    statistics = _as_they_are(running_mean, running_var)
+    statistics = as_they_are(running_mean, running_var)
     ctx.save_for_backward(x, weight, bn_weight, *statistics, output if conv[-1] else None)
     ctx.options = (eps, *conv)
     ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
 
 
-def _as_they_are(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def as_they_are(mean: Tensor | None, var: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Copies of running statistics for the backward: a training step in between would update them in place."""
     if mean is None:
         return None, None
@@ -515,7 +515,7 @@ def _bn_act_bwd_input_fake(grad, y, x, *args):
 def _bn_setup(ctx, inputs, output):
     x, mean, var, bn_weight, bn_bias, eps, residual, relu, batch_stats = inputs
     if not batch_stats:
-        mean, var = _as_they_are(mean, var)
+        mean, var = as_they_are(mean, var)
     ctx.save_for_backward(x, mean, var, bn_weight, output if relu else None)
     ctx.options = (eps, relu, batch_stats)
     ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype

@@ -1,57 +1,127 @@
-"""Both ends of an ImageNet ResNet in training, on a GPU: of the stem batch norm, ReLU and max-pool in one pass, and in
-16 bits a convolution of three channels by a kernel of its own; of the last average a gradient that costs no pass.
+"""Both ends of an ImageNet ResNet: its stem, whose maps are a network's largest, and its last average.
 
-Between the first convolution and the pool lie a network's largest maps. PyTorch's kernels go over them four times in
-the forward and four in the backward; `bn_act_pool` reads them once and twice. torch.compile fuses the modules itself.
+With given statistics (eval mode, frozen batch norms) convolution, batch norm and ReLU are one op, and on a GPU, where
+no gradient is wanted, the max-pool with them. With those of the batch, on a GPU, batch norm, ReLU and pool are one
+pass: PyTorch's kernels go over the maps between convolution and pool four times in the forward and four in the
+backward, `bn_act_pool` reads them once and twice. In 16 bits a convolution of three channels has a kernel of its own.
+On a CPU batch norm and ReLU are one pass, in float32 and channels_last. torch.compile fuses the modules itself.
 """
 
 from __future__ import annotations
 
+import copyreg
+import functools
+import itertools
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import ResNet
 
 from .backends import cuda, forced, objection, refuses, triton
 from .backends.layout import is_channels_last
 from .backends.stem_conv import KERNEL, PLACES
-from .blocks import convolution_unfusable, on_own_batch, parts_unfusable, tampered
-from .functional import update_running_stats
+from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, tampered
+from .frozen import eps_of
+from .functional import batch_norm_act, on_own_batch, update_running_stats, uses_batch_statistics
 from .ops import lowered
 
 _ops = torch.ops.fused_resnet
+_FEW = 16  # channels
 POOL = dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, return_indices=False)
 
 
-def pooled_stem(network: nn.Module, x: Tensor, relu: str = "relu") -> Tensor | None:
-    """maxpool(relu(bn1(conv1(x)))) of a network with these modules; None where they have to be called one by one.
+class Stem(NamedTuple):
+    """Where in a network the modules of its stem are: paths. relu, pool: '' for functions. before: convolution, norm
+    and ReLU of each that stands in front. joined: whether the convolution calls the norm."""
 
-    relu: the name of that module.
-    """
-    if unpoolable(network, relu) is not None or not _worth_it(x):
+    convolution: str = "conv1"
+    norm: str = "bn1"
+    relu: str = "relu"
+    pool: str = "maxpool"
+    before: tuple[tuple[str, str, str], ...] = ()
+    joined: bool = False
+
+
+TORCHVISIONS = Stem()
+
+
+def pooled_stem(network: nn.Module, x: Tensor, stem: Stem = TORCHVISIONS) -> Tensor | None:
+    """maxpool(relu(norm(convolution(x)))) of a network with these modules; None where they have to be called one by
+    one, or are as fast."""
+    if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or x.dim() != 4 or unpoolable(network, stem):
         return None
-    y, bn = _convolved(network.conv1, x), network.bn1
+    norm = part(network, stem.norm)
+    on_maps = on_own_batch(norm) and _has_pool(x)
+    if not (on_maps or _pays(network, x, stem)):
+        return None
+    for conv, bn in ((part(network, paths[0]), part(network, paths[1])) for paths in stem.before):
+        # A kernel for convolutions has little to do for a picture's channels.
+        x = batch_norm_act(conv(x), bn) if _on_gpu(x) and x.shape[1] < _FEW else conv_bn(x, conv, bn)
+    conv, pool = part(network, stem.convolution), _pool(network, stem)
+    if on_maps:
+        return _of_the_batch(_convolved(conv, x, stem.joined), norm, pool)
+    if uses_batch_statistics(norm):
+        return pool(batch_norm_act(_convolved(conv, x, stem.joined), norm))
+    if not _on_gpu(x):
+        return pool(conv_bn(x, conv, norm))
+    if _is_plain(conv, stem.joined) and not _wants_gradients(x, conv.weight, norm.weight, norm.bias):
+        given = norm.weight, norm.bias, norm.running_mean, norm.running_var, eps_of(norm)
+        return _ops.conv_bn_act_pool.default(x, conv.weight, *given)
+    return pool(batch_norm_act(_convolved(conv, x, stem.joined), norm))
+
+
+def _of_the_batch(y: Tensor, bn: nn.Module, pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """pool(relu(bn(y))), in one pass where a kernel has agreed with the reference."""
     mean, var = _ops.bn_stats.default(y)
     args = (y, mean, var, bn.weight, bn.bias, bn.eps)
     if y.is_cuda and all(refuses(b, "bn_act_pool", args) or objection(b, "bn_act_pool", args)[0] for b in _own()):
-        return network.maxpool(network._modules[relu](bn(y)))
+        return pool(F.relu(bn(y)))
     update_running_stats(bn, y, mean, var)
     return _ops.bn_act_pool.default(*args)[0]
 
 
-def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
-    """conv(x), by the kernel for three channels where it may serve."""
-    if type(x) is Tensor and x.shape[-1] % 2 == 0 and _is_plain(conv):
+def _pays(network: nn.Module, x: Tensor, stem: Stem) -> bool:
+    """Whether fused ops are faster than PyTorch's modules: on a CPU in float32 and channels_last."""
+    if x.device.type != "cpu":
+        return x.is_cuda
+    conv = part(network, stem.convolution)
+    if convolution_unfusable(conv, stem.joined) is not None or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype is conv.weight.dtype is torch.float32 and is_channels_last(conv.weight)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _pool(network: nn.Module, stem: Stem) -> Callable[[Tensor], Tensor]:
+    return part(network, stem.pool) if stem.pool else lambda x: F.max_pool2d(x, 3, 2, 1)
+
+
+def _convolved(conv: nn.Module, x: Tensor, joined: bool = False) -> Tensor:
+    """The convolution of x, by the kernel for three channels where it may serve."""
+    if type(x) is Tensor and x.shape[-1] % 2 == 0 and _is_plain(conv, joined):
         operands = x, conv.weight
         if torch.is_autocast_enabled("cuda") and x.is_cuda:
             operands = tuple(lowered(t, torch.get_autocast_dtype("cuda")) for t in operands)  # as the op would
         if _has_kernel(*operands):
             return _ops.stem_conv.default(*operands)
-    return conv(x)
+    return conv._conv_forward(x, conv.weight, conv.bias) if joined else conv(x)
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    """Whether this is the convolution that the op computes, and its module need not be called."""
-    if convolution_unfusable(conv) is not None or type(conv.weight) not in (Tensor, nn.Parameter):
+def _is_plain(conv: nn.Module, joined: bool = False) -> bool:
+    """Whether this is the convolution that the ops compute, and its module need not be called."""
+    if convolution_unfusable(conv, joined) is not None or type(conv.weight) not in (Tensor, nn.Parameter):
         return False
     if conv.bias is not None:
         return False
@@ -68,28 +138,41 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     return objection(cuda, "stem_conv", args)[0] is None
 
 
-def unpoolable(network: nn.Module, relu: str = "relu") -> str | None:
-    """Why batch norm, ReLU and pool of this network's stem are called as modules now, or None."""
-    modules = network._modules
-    if reason := parts_unfusable(network, (), ("bn1",), (relu,)):
+def unpoolable(network: nn.Module, stem: Stem = TORCHVISIONS) -> str | None:
+    """Why norm, ReLU and pool of this network's stem are called as modules now, or None."""
+    paths = (stem.convolution, stem.norm, stem.relu, stem.pool, *itertools.chain(*stem.before))
+    for outer in dict.fromkeys(itertools.chain(*map(_around, paths))):
+        around = part(network, outer)
+        if around is None or (reason := tampered(around)):
+            return f"{outer}: {'is not there' if around is None else reason}"
+    first, norms, relus = zip(*stem.before, strict=True) if stem.before else ((), (), ())
+    convolutions = (*first, stem.convolution) if stem.joined else first
+    norms, relus = (*norms, stem.norm), (*relus, stem.relu) if stem.relu else relus
+    if reason := parts_unfusable(network, convolutions, norms, relus, stem.joined):
         return reason
-    if not on_own_batch(modules["bn1"]):
-        return "bn1: does not use the batch's own statistics"
-    pool = modules.get("maxpool")
+    if part(network, stem.convolution) is None:
+        return f"{stem.convolution}: is not there"
+    if not stem.pool:
+        return None
+    pool = part(network, stem.pool)
     if type(pool) is not nn.MaxPool2d:
-        return f"maxpool: {type(pool).__name__} is not MaxPool2d"
+        return f"{stem.pool}: {type(pool).__name__} is not MaxPool2d"
     for name, expected in POOL.items():
         if getattr(pool, name) not in (expected, [expected] * 2, (expected, expected)):
-            return f"maxpool: {name} is {getattr(pool, name)}, not {expected}"
+            return f"{stem.pool}: {name} is {getattr(pool, name)}, not {expected}"
     reason = tampered(pool)
-    return reason and f"maxpool: {reason}"
+    return reason and f"{stem.pool}: {reason}"
 
 
-def _worth_it(x: Tensor) -> bool:
-    """Whether the op would run on a kernel of its own for an input like x."""
-    if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or not x.is_cuda or x.dim() != 4:
-        return False
-    return any(refuses(backend, "bn_stats", (x,)) is None for backend in _own())
+def _around(path: str) -> list[str]:
+    """The paths of what a module stands in, in its network."""
+    names = path.split(".")
+    return [".".join(names[:i]) for i in range(1, len(names))]
+
+
+def _has_pool(x: Tensor) -> bool:
+    """Whether `bn_act_pool` would run on a kernel of its own for an input like x."""
+    return x.is_cuda and any(refuses(backend, "bn_stats", (x,)) is None for backend in _own())
 
 
 def _own() -> list:
@@ -98,7 +181,7 @@ def _own() -> list:
 
 
 class FusedResNet(ResNet):
-    """torchvision's ResNet with its stem fused while it trains; `swap_blocks` makes one of it, in place."""
+    """torchvision's ResNet with its stem fused; `swap_blocks` makes one of it, in place."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         stem = pooled_stem(self, x)
@@ -106,6 +189,91 @@ class FusedResNet(ResNet):
             return super()._forward_impl(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
         return self.fc(torch.flatten(averaged(self.avgpool, x), 1))
+
+
+class FusedLayerGetter(IntermediateLayerGetter):
+    """The body of torchvision's detectors and segmentation models, its stem fused; `swap_blocks` makes one of it, in
+    place."""
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        found = collected(self, x, TORCHVISIONS)
+        return super().forward(x) if found is None else found
+
+
+def collected(network: nn.ModuleDict, x: Tensor, stem: Stem) -> OrderedDict[str, Tensor] | None:
+    """What a network hands out that calls its children one after another, its stem fused; None where that cannot be:
+    where it hands out what is inside of the stem, say."""
+    first = [path.partition(".")[0] for path in stem[:4]]
+    names, wanted = list(network), network.return_layers
+    if names[:4] != first or not wanted.keys().isdisjoint(first) or (pooled := pooled_stem(network, x, stem)) is None:
+        return None
+    x, out = pooled, OrderedDict()
+    for name in names[4:]:
+        x = network[name](x)
+        if name in wanted:
+            out[wanted[name]] = x
+    return out
+
+
+class ModuleStem:
+    """A stem that is a module by itself, fused; `_fused_stem` derives one of its class."""
+
+    _original: type[nn.Module]
+    _stem: Stem
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        if len(args) == 1 and not kwargs and self._fits(args[0]):
+            stem = pooled_stem(self, args[0], self._stem)
+            if stem is not None:
+                return stem
+        return self._original.forward(self, *args, **kwargs)
+
+    def _fits(self, x) -> bool:
+        """Whether the forward of the class behind would not say anything against x."""
+        given = isinstance(x, Tensor) and x.dim() == 4
+        return given and x.shape[1] == getattr(self, "num_channels", x.shape[1])
+
+    def __reduce_ex__(self, protocol):
+        build, args, *rest = super().__reduce_ex__(protocol)
+        own = build in (copyreg.__newobj__, copyreg._reconstructor) and "_original" in vars(type(self))
+        return (_blank, (type(self)._original, type(self)._stem), *rest) if own else (build, args, *rest)
+
+
+@functools.cache
+def _fused_stem(original: type[nn.Module], stem: Stem) -> type[ModuleStem]:
+    """The subclass of a stem's class whose forward is fused."""
+    names = {"__module__": original.__module__, "__doc__": original.__doc__, "_original": original, "_stem": stem}
+    return type(original)(f"Fused{original.__name__}", (ModuleStem, original), names)
+
+
+def _blank(original: type[nn.Module], stem: Stem) -> ModuleStem:
+    """A stem before it gets its state, for copies and pickles."""
+    return object.__new__(_fused_stem(original, stem))
+
+
+def _layer(path: str) -> tuple[str, str, str]:
+    """Of Hugging Face's ConvLayers."""
+    return f"{path}.convolution", f"{path}.normalization", f"{path}.activation"
+
+
+# By module and class: what such a stem's forward is, that of the class alone.
+_MODULES = {
+    ("detectron2.modeling.backbone.resnet", "BasicStem"): Stem("conv1", "conv1.norm", "", "", joined=True),
+    ("transformers.models.resnet.modeling_resnet", "ResNetEmbeddings"): Stem(*_layer("embedder"), "pooler"),
+    ("transformers.models.rt_detr.modeling_rt_detr_resnet", "RTDetrResNetEmbeddings"): Stem(
+        *_layer("embedder.2"), "pooler", before=(_layer("embedder.0"), _layer("embedder.1"))
+    ),
+}
+
+
+def networks() -> dict[type[nn.Module], type[nn.Module]]:
+    """By class, as far as imported: the one whose stem is fused."""
+    found = {ResNet: FusedResNet, IntermediateLayerGetter: FusedLayerGetter}
+    for (module, name), stem in _MODULES.items():
+        original = getattr(sys.modules.get(module), name, None)
+        if original is not None:
+            found[original] = _fused_stem(original, stem)
+    return found
 
 
 def averaged(pool: nn.Module, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, DropBlock2d, DropPath
 from timm.models import regnet, resnetv2
+from timm.models._features import FeatureListNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, fx, nn
 
@@ -19,7 +20,7 @@ from .blocks import ACTIVATED, POOLS, Named, Side, convolution_unfusable, part, 
 from .frozen import is_frozen
 from .one_node import autocast_dtype
 from .preact import NamedPreAct, Shortcut, numbered
-from .stem import pooled_stem
+from .stem import Stem, collected, pooled_stem
 
 
 class _FusedTimm(Named):
@@ -164,15 +165,32 @@ class FusedTimmPreActBottleneck(_FusedTimmPreAct, resnetv2.PreActBottleneck):
 
 
 class FusedTimmResNet(ResNet):
-    """timm's ResNet with its stem fused while it trains; `swap_blocks` makes one of it, in place."""
+    """timm's ResNet with its stem fused; `swap_blocks` makes one of it, in place."""
 
     def forward_features(self, x: Tensor) -> Tensor:
-        stem = None if self.grad_checkpointing else pooled_stem(self, x, "act1")
+        stem = None if self.grad_checkpointing else pooled_stem(self, x, _stem(self))
         if stem is None:
             return super().forward_features(x)
         return self.layer4(self.layer3(self.layer2(self.layer1(stem))))
 
 
+class FusedFeatureListNet(FeatureListNet):
+    """What timm makes of a ResNet for `features_only=True`, its stem fused; `swap_blocks` makes one of it, in place."""
+
+    def _collect(self, x: Tensor) -> dict[str, Tensor]:
+        plain = type(self._modules.get("layer1")) is nn.Sequential and not getattr(self, "grad_checkpointing", False)
+        found = collected(self, x, _stem(self)) if plain else None
+        return super()._collect(x) if found is None else found
+
+
+def _stem(network: nn.Module) -> Stem:
+    return _DEEP_STEM if type(network._modules.get("conv1")) is nn.Sequential else _STEM
+
+
+_STEM = Stem(relu="act1")
+_DEEP_STEM = Stem(
+    "conv1.6", "bn1", "act1", before=(("conv1.0", "conv1.1", "conv1.2"), ("conv1.3", "conv1.4", "conv1.5"))
+)
 _RANDOM = (DropBlock2d, DropPath)
 FUSED = {
     BasicBlock: FusedTimmBasicBlock,
@@ -181,7 +199,7 @@ FUSED = {
     _PreActBasic: FusedTimmPreActBasic,
     resnetv2.PreActBottleneck: FusedTimmPreActBottleneck,
 }
-NETWORKS = {ResNet: FusedTimmResNet}
+NETWORKS = {ResNet: FusedTimmResNet, FeatureListNet: FusedFeatureListNet}
 ACTIVATED.add(BatchNormAct2d)
 
 

@@ -111,6 +111,17 @@ class BottleneckBlock(_Block):
         return F.relu_(out)
 
 
+class BasicStem(nn.Module):
+    def __init__(self, in_channels=3, out_channels=64, norm="BN"):
+        super().__init__()
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, 4
+        options = {"stride": 2, "padding": 3, "bias": False, "norm": _norm(norm, out_channels)}
+        self.conv1 = Conv2d(in_channels, out_channels, 7, **options)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu_(self.conv1(x)), kernel_size=3, stride=2, padding=1)
+
+
 def imported() -> types.ModuleType:
     """The module detectron2.modeling.backbone.resnet; one with the classes above where there is no detectron2."""
     name = "detectron2.modeling.backbone.resnet"
@@ -125,5 +136,6 @@ def imported() -> types.ModuleType:
     layers = sys.modules["detectron2.layers"] = types.ModuleType("detectron2.layers")
     layers.Conv2d, layers.FrozenBatchNorm2d = Conv2d, FrozenBatchNorm2d
     resnet = sys.modules[name]
-    resnet.Conv2d, resnet.BasicBlock, resnet.BottleneckBlock = Conv2d, BasicBlock, BottleneckBlock
+    for kind in (Conv2d, BasicStem, BasicBlock, BottleneckBlock):
+        setattr(resnet, kind.__name__, kind)
     return resnet

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,7 +27,21 @@ def emulated_machine(tmp_path_factory, *sources: Path):
         pytest.skip(cuda.load())
     if shutil.which("g++") is None or not (ROOT / "csrc").exists():
         pytest.skip("needs g++ and the sources")
-    folder = tmp_path_factory.mktemp("emulation")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # what one process has compiled serves the others
+        folder = folder.parent
+    library = folder / f"libemulated_{'_'.join(source.stem for source in sources)}.so"
+    with (folder / f"{library.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(sources, library)
+    torch.ops.load_library(library)
+    emulate = ctypes.CDLL(str(library)).emulate
+    emulate.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
+    return lambda multiprocessors, reversed, late_products=False: emulate(multiprocessors, reversed, late_products)
+
+
+def _compile(sources: tuple[Path, ...], library: Path) -> None:
     torch_dir = Path(torch.__file__).parent
     renamed = ("create_device_guard", "get_current_cuda_stream")
     flags = [
@@ -34,13 +50,10 @@ def emulated_machine(tmp_path_factory, *sources: Path):
         *(f"-Daoti_torch_{name}=emulated_{name}" for name in renamed),
         *("-I", HERE / "include", "-I", HERE, "-I", ROOT / "csrc", "-isystem", torch_dir / "include"),
     ]
-    library = folder / "libemulation.so"
-    link = ("-shared", "-L", torch_dir / "lib", "-Wl,--no-as-needed", "-ltorch", "-o", library)
+    whole = library.with_suffix(".part")
+    link = ("-shared", "-L", torch_dir / "lib", "-Wl,--no-as-needed", "-ltorch", "-o", whole)
     subprocess.run(["g++", *flags, "-include", "emulated_ptx.h", "-x", "c++", *sources, *link], check=True)
-    torch.ops.load_library(library)
-    emulate = ctypes.CDLL(str(library)).emulate
-    emulate.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.c_bool]
-    return lambda multiprocessors, reversed, late_products=False: emulate(multiprocessors, reversed, late_products)
+    whole.replace(library)
 
 
 @contextlib.contextmanager

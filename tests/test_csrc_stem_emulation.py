@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_resnet.backends import cuda, stem_conv
+from fused_resnet.backends import cuda, stem_conv, verify
 from fused_resnet.backends import reference as backends_reference
 from fused_resnet.engine import compiled_stem, reference, triton_stem
 from fused_resnet.engine.guard import ELEMENTWISE, errors
@@ -306,6 +306,22 @@ def test_the_backends_function_is_the_reference(monkeypatch, layout, layout_of_w
     weight = call.weight.contiguous(memory_format=LAYOUTS[layout_of_weight])
     y, expected = cuda.stem_conv(call.x, weight), backends_reference.stem_conv(call.x, weight)
     assert y.stride() == expected.stride() and error(y, expected) < 1e-3
+
+
+@pytest.mark.parametrize("layout_of_weight", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", ["norm", "no-affine", "none"])
+def test_the_backends_whole_stem_is_the_reference(monkeypatch, norm, layout, layout_of_weight):
+    """Batch norm folded, filters packed, rows chosen, and the memory layout that every backend gives."""
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 4))
+    dtype = torch.float16 if layout == "nchw" else torch.bfloat16
+    call = Call(3, 35, 38, k=128, dtype=dtype, layout=layout)
+    vectors = [torch.rand(128) + 0.5 for _ in range(4)]
+    vectors[: {"norm": 0, "no-affine": 2, "none": 4}[norm]] = [None] * {"norm": 0, "no-affine": 2, "none": 4}[norm]
+    args = call.x, call.weight.contiguous(memory_format=LAYOUTS[layout_of_weight]), *vectors, 1e-5
+    y, expected = cuda.conv_bn_act_pool(*args), backends_reference.conv_bn_act_pool(*args)
+    assert y.stride() == expected.stride() and error(y, expected) < torch.finfo(dtype).eps
+    assert verify.difference(y, expected) < verify.TOLERANCE[dtype]
 
 
 # --- its weight's gradient --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from fused_resnet import optimize_for_inference, restore_blocks, swap_blocks, swap_report
+from fused_resnet import optimize_for_inference, restore_blocks, stem, swap_blocks, swap_report
 
 resnet = detectron2_standin.imported()
 modes = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -214,3 +214,52 @@ def test_planned_whole(kind, norm, device):
         assert (
             parity.errors({"y": fast.refresh(model)(x)}, {"y": copy.deepcopy(model).double()(x.double())})["y"] < 1e-5
         )
+
+
+class Stemmed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.stem = resnet.BasicStem(norm=norm)
+        self.res2 = resnet.BasicBlock(64, 16, norm=norm)
+
+    def forward(self, x):
+        return self.res2(self.stem(x))
+
+
+@modes
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN"])
+def test_its_stem(monkeypatch, norm, train, device):
+    torch.manual_seed(0)
+    model = parity.randomize_norms(Stemmed(norm), 0).to(device).train(train)
+    ours, found, real = swap_blocks(copy.deepcopy(model)), [], stem.pooled_stem
+    monkeypatch.setattr(stem, "pooled_stem", lambda *args: found.append(real(*args)) or found[-1])
+    if norm == "SyncBN":  # detectron2's own refuses a CPU in training
+        model.stem.conv1.norm = copy.deepcopy(model.stem.conv1.norm)
+        model.stem.conv1.norm.__class__ = model.res2.conv1.norm.__class__ = nn.BatchNorm2d
+        model.res2.conv2.norm.__class__ = model.res2.shortcut.norm.__class__ = nn.BatchNorm2d
+    x = torch.randn(2, 3, 30, 34, device=device)
+    y, want = ours(x), model(x)
+    assert isinstance(ours.stem, resnet.BasicStem) and found[0] is not None
+    torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-4)
+    assert type(restore_blocks(ours).stem) is resnet.BasicStem
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.conv1.norm.register_forward_hook(lambda *args: None),
+        lambda s: s.conv1.register_forward_hook(lambda *args: None),
+        lambda s: setattr(s.conv1, "norm", None),
+        lambda s: setattr(s.conv1, "activation", nn.ReLU()),
+        lambda s: setattr(s.conv1, "norm", nn.GroupNorm(2, 64)),
+    ],
+    ids="norm-hook conv-hook no-norm activation group-norm".split(),
+)
+def test_a_stem_that_is_not_fused_runs_its_own_forward(change):
+    torch.manual_seed(0)
+    model = Stemmed("BN").eval()
+    ours = swap_blocks(copy.deepcopy(model))
+    change(model.stem), change(ours.stem)
+    x = torch.randn(1, 3, 20, 22)
+    assert stem.pooled_stem(ours.stem, x, type(ours.stem)._stem) is None
+    torch.testing.assert_close(ours.stem(x), model.stem(x))

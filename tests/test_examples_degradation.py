@@ -101,6 +101,7 @@ def test_the_numbers_are_those_of_the_saved_network(kind, whole):
     assert run["test_accuracy"][-1] == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
 def test_a_longer_training_fits_better(tmp_path):
     arguments = [*SHORT, "--batch-size", "20", "--epochs", "8", "--out", str(tmp_path)]
     assert degradation.main(arguments) == 0

@@ -341,6 +341,7 @@ def test_zero_init_residual_makes_preactivation_blocks_identities(kind, depth):
     assert torch.equal(block.eval()(x), block.downsample(torch.relu(block.bn1(x))))
 
 
+@pytest.mark.slow
 def test_very_deep():
     """1,001 layers of pre-activation blocks: a step in finite numbers."""
     torch.manual_seed(0)
@@ -518,7 +519,9 @@ def test_other_refusals():
 # --- the zoo ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", models.FAMILY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "cifar_resnet1202" else []) for n in models.FAMILY]
+)
 def test_names_tell_the_depth(name):
     entry = zoo.entry(name)
     digits = "".join(c for c in name.removesuffix("_4stage") if c.isdigit())

@@ -118,11 +118,11 @@ def no_recompile():
 
 
 def with_each_block(names: str, usual, other):
-    """Each block in the usual way, the other way a bottleneck; a basic block that way goes with the slow tests."""
+    """Each block in the usual way; the other way goes with the slow tests."""
     cases = [
         (usual, "basic", []),
         (usual, "bottleneck", []),
-        (other, "bottleneck", []),
+        (other, "bottleneck", pytest.mark.slow),
         (other, "basic", pytest.mark.slow),
     ]
     return pytest.mark.parametrize(names, [pytest.param(v, BLOCKS[b], id=f"{v}-{b}", marks=m) for v, b, m in cases])
@@ -270,7 +270,7 @@ def test_feature_extractor(block, train, device):
         close(extractor(image(device, 3))["avgpool"], reference(image(device, 3))["avgpool"])
 
 
-@modes
+@pytest.mark.parametrize("train", [pytest.param(True, marks=pytest.mark.slow), False], ids=["train", "eval"])
 def test_unusual_shortcut_in_tools(train, device, fresh_dynamo):
     """A downsample that is called as it is (ResNet-D's) goes through FX, dynamo and export as well."""
     ours, theirs = pair(device=device, train=train)

@@ -23,7 +23,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 import fused_resnet
-from fused_resnet import preact, stem, swap_blocks, swap_report, training
+from fused_resnet import preact, stem, swap_blocks, swap_report, timm_blocks, training
 from fused_resnet.timm_blocks import (
     FusedTimmBasicBlock,
     FusedTimmBottleneck,
@@ -614,12 +614,12 @@ def test_a_batch_norm_in_eval_mode_in_a_training_pre_activation_block():
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet26d"])
 def test_the_stem_is_fused_in_training(name, monkeypatch):
-    monkeypatch.setattr(stem, "_worth_it", lambda x: True)
+    monkeypatch.setattr(stem, "_has_pool", lambda x: True)
     calls, real = [], stem.pooled_stem
     monkeypatch.setattr("fused_resnet.timm_blocks.pooled_stem", lambda *a: calls.append(1) or real(*a))
     model, x = untouched(name)
     ours = swap_blocks(copy.deepcopy(model).double())
-    assert stem.unpoolable(ours, "act1") is None
+    assert stem.unpoolable(ours, timm_blocks._stem(ours)) is None
     same(parity.observe(ours, x.double()), parity.observe(model.double(), x.double()))
     assert len(calls) == 1
     ours.set_grad_checkpointing(), model.set_grad_checkpointing()
@@ -630,12 +630,12 @@ def test_the_stem_is_fused_in_training(name, monkeypatch):
     assert len(calls) == 1
     ours.set_grad_checkpointing(False)
     ours.act1.register_forward_hook(lambda m, a, y: y * 2)
-    assert stem.unpoolable(ours, "act1") == "act1: has hooks"
+    assert stem.unpoolable(ours, timm_blocks._stem(ours)) == "act1: has hooks"
 
 
 def test_a_stem_that_pools_otherwise_is_called():
     model = swap_blocks(timm.create_model("resnetrs50", num_classes=2))
-    assert stem.unpoolable(model, "act1") == "maxpool: Sequential is not MaxPool2d"
+    assert stem.unpoolable(model, timm_blocks._stem(model)) == "maxpool: Sequential is not MaxPool2d"
 
 
 # --- around it --------------------------------------------------------------------------------------------------------

@@ -74,8 +74,8 @@ def declines(op: str, x: Tensor, *args) -> str | None:
         return "needs a non-empty batch"
     if reason := _lacks_code_for(x.device.index):
         return reason
-    if op == "stem_conv":
-        return stem.declines(x, *args)
+    if op in ("stem_conv", "conv_bn_act_pool"):
+        return stem.declines(x, args[0], op)
     if op == "stem_conv_weight_grad":
         return stem.declines_weight_grad(x, *args)
     return _declines_conv(x, *args) if op == "conv_bn_act" else None
@@ -110,6 +110,8 @@ def variant(op: str, x: Tensor, *args) -> tuple | None:
         return h % 2, w % 2, pooled.size(h, w)[0] % 8 > 0  # 8 windows: a whole walk of csrc/kernels/bn_act_pool.cuh
     if op == "stem_conv":
         return stem.variant(x, *args)
+    if op == "conv_bn_act_pool":
+        return stem.pool_variant(x, args[0])
     if op == "stem_conv_weight_grad":
         return stem.weight_grad_variant(x, *args)
     places = None
@@ -275,6 +277,10 @@ def bn_act_pool_bwd(grad, x, winner, mean, var, bn_weight, eps, output_mask):
 
 def stem_conv(x, weight):
     return _laid_out(stem.stem_conv(x, weight), output_format(x, weight))
+
+
+def conv_bn_act_pool(x, weight, *bn):
+    return _laid_out(stem.conv_bn_act_pool(x, weight, *bn), output_format(x, weight))
 
 
 def stem_conv_weight_grad(grad, x, weight):

@@ -1,4 +1,5 @@
-"""bn_act_pool from a backend's batch norm and PyTorch's max-pool: what every backend can do.
+"""bn_act_pool from a backend's batch norm and PyTorch's max-pool, and conv_bn_act_pool from its convolution: what every
+backend can do.
 
 What is kept for the backward is each window's winner, in a byte: 3 * row + column of the first largest of its nine
 positions, or LOST where none is above zero and the ReLU lets no gradient through.
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import conv_map_size, output_format
+from .stem_conv import PLACES
 
 OPS = ("bn_act_pool", "bn_act_pool_bwd")
 LOST = 9
@@ -21,6 +23,12 @@ LOST = 9
 def pooled_of(backend) -> tuple:
     """The functions of OPS, in that order, from this backend's bn_act and bn_act_bwd."""
     return functools.partial(bn_act_pool, backend), functools.partial(bn_act_pool_bwd, backend)
+
+
+def conv_bn_act_pool(backend, x, weight, *bn):
+    stride, padding, dilation, groups = PLACES
+    y = backend.conv_bn_act(x, weight, *bn, None, list(stride), list(padding), list(dilation), groups, True)
+    return F.max_pool2d(y, 3, 2, 1).contiguous(memory_format=output_format(x, weight))
 
 
 def size(h: int, w: int) -> list[int]:

@@ -241,6 +241,10 @@ def stem_conv(x, weight):
     return y.contiguous(memory_format=output_format(x, weight))
 
 
+def conv_bn_act_pool(*args):
+    return pooled.conv_bn_act_pool(sys.modules[__name__], *args)
+
+
 def stem_conv_weight_grad(grad, x, weight):
     acc = accumulator(x.dtype)
     wide = (t.to(acc) for t in (grad, x, weight))

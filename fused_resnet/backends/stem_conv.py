@@ -1,6 +1,6 @@
-"""The first convolution of an ImageNet ResNet in training and its weight's gradient by the compiled kernels
-(csrc/conv/stem_kernel.cuh, stem_weight_kernel.cuh): 7x7, stride 2, padding 3, of three channels in 16 bits, which are
-too few for a convolution by tensor cores as others are.
+"""The first convolution of an ImageNet ResNet, its weight's gradient, and with given statistics the whole stem, by the
+compiled kernels (csrc/conv/stem_kernel.cuh, stem_weight_kernel.cuh): 7x7, stride 2, padding 3, of three channels in 16
+bits, which are too few for a convolution by tensor cores as others are.
 
 Also home of what it shares with the engine's whole stem: filters as the kernel reads them, and rows of a block.
 """
@@ -12,11 +12,17 @@ import functools
 import torch
 from torch import Tensor
 
+from ..folding import scale_shift
 from ..kernels.tiles import ceil_div, family
 from .layout import as_rows, conv_map_size
 from .library import chip
 
-OPS = ("stem_conv", "stem_conv_weight_grad")
+COMPILED = {  # each op's kernel in the library
+    "stem_conv": "stem_conv",
+    "stem_conv_weight_grad": "stem_conv_weight_shares",
+    "conv_bn_act_pool": "stem_out",
+}
+OPS = tuple(COMPILED)
 PLACES = (2, 2), (3, 3), (1, 1), 1  # stride, padding, dilation, groups
 KERNEL = (7, 7)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -26,12 +32,14 @@ _ROWS = (1, 2, 4, 7, 14, 28, 56)
 _MOST_ROWS = 28  # so that ImageNet's maps are in parts at any batch, and have one variant
 _SHARED_KIB = {80: 164, 89: 100, 90: 228, 100: 228}  # of a multiprocessor, by family; a block has 1 beside its own
 _KIB_OF_WEIGHT = 85
-_START, _START_OF_WEIGHT = 1.0, 2.0  # what a block does beside its pairs of rows, in such pairs: to wait, to store
+TILE_OF_POOL = 56  # pooled columns: those of 112 of the convolution
+# What a block does beside its pairs of rows, in such pairs: to wait, to store; of pooled rows the one above the first.
+_START, _START_OF_WEIGHT, START_OF_POOL = 1.0, 2.0, 1.5
 
 
 def declines(x: Tensor, weight: Tensor, op: str = "stem_conv") -> str | None:
     """Why the kernel cannot run on these tensors, on a GPU that there is code for; None if it can."""
-    if not hasattr(torch.ops.fused_resnet_cuda, op if op == "stem_conv" else "stem_conv_weight_shares"):
+    if not hasattr(torch.ops.fused_resnet_cuda, COMPILED[op]):
         return f"has no {op}: the compiled library is older than the package"
     arch, _ = chip(x.device)
     if arch < 80:
@@ -72,6 +80,12 @@ def variant(x: Tensor, weight: Tensor) -> tuple:
     return h % 4, w % 4, *_parts(x, weight, rows, _TILE)
 
 
+def pool_variant(x: Tensor, weight: Tensor) -> tuple:
+    h, w = x.shape[2:]
+    rows = _rows_of_pool(*_sizes(x, weight), *chip(x.device))
+    return h % 4, w % 4, _pooled(w) > TILE_OF_POOL, rows > 1, rows < _pooled(h)
+
+
 def weight_grad_variant(grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
     h, w = x.shape[2:]
     rows = _rows_of_weight(*_sizes(x, weight), *chip(x.device))
@@ -94,6 +108,20 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     rows = _rows_of_weight(*_sizes(x, weight), *chip(x.device))
     shares = torch.ops.fused_resnet_cuda.stem_conv_weight_shares(as_rows(grad), _readable(x), rows)
     return shares.sum(0).view(-1, 7, 8, 4)[:, :, 1:, :3].permute(0, 3, 1, 2)
+
+
+def conv_bn_act_pool(x, weight, bn_weight, bn_bias, running_mean, running_var, eps) -> Tensor:
+    """max_pool(relu(BN(convolution of x))): [N, K, P, Q], channels_last. x, weight: as `stem_conv`'s."""
+    bias = None
+    if running_mean is not None:
+        scale, bias = scale_shift(bn_weight, bn_bias, running_mean, running_var, eps, torch.float32)
+        weight = (weight * scale.view(-1, 1, 1, 1)).to(x.dtype)
+    n, h, w, k = _sizes(x, weight)
+    bias = x.new_zeros(k, dtype=torch.float32) if bias is None else bias
+    y = x.new_empty(n, _pooled(h), _pooled(w), k).permute(0, 3, 1, 2)
+    rows = _rows_of_pool(n, h, w, k, *chip(x.device))
+    torch.ops.fused_resnet_cuda.stem_out(_readable(x), pack(weight), bias, rows, y)
+    return y
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -137,6 +165,12 @@ def _rows_of_weight(n: int, h: int, w: int, k: int, arch: int, sms: int) -> int:
     return _first(rows_by_cost(_pairs(h), across, _START_OF_WEIGHT, arch, sms, _KIB_OF_WEIGHT))
 
 
+@functools.lru_cache(maxsize=1024)
+def _rows_of_pool(n: int, h: int, w: int, k: int, arch: int, sms: int) -> int:
+    across = n * ceil_div(_pooled(w), TILE_OF_POOL) * (k // CHANNELS)
+    return _first(rows_by_cost(_pooled(h), across, START_OF_POOL, arch, sms))
+
+
 def _first(promising: list[int]) -> int:
     return next(rows for rows in promising if rows <= _MOST_ROWS)
 
@@ -149,6 +183,11 @@ def _pairs(size: int) -> int:
 def _columns(size: int) -> int:
     """Of the map, or its rows, by those of x."""
     return conv_map_size((size, size), KERNEL, *PLACES[:3])[0]
+
+
+def _pooled(size: int) -> int:
+    """Of the pooled map, by the rows (or columns) of x."""
+    return (_columns(size) - 1) // 2 + 1
 
 
 def _across(w: int, k: int, tile: int) -> int:

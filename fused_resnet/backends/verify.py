@@ -30,6 +30,7 @@ WEIGHT_AT = {
     "pointwise_bn_act_bwd": 3,
     "stem_conv": 1,
     "stem_conv_weight_grad": 2,
+    "conv_bn_act_pool": 1,
 }
 MAX_SAMPLE = 2**25  # elements of the largest tensor compared: a training may have left little memory beside it
 CHUNK = 2**22  # elements compared at once, in float64
@@ -142,7 +143,7 @@ def _sample(op: str, args: tuple, limit: float = MAX_SAMPLE) -> tuple:
         per_image = max(per_image, math.prod(conv_output_size(first, args[1], *args[8:11])[1:]))
     elif op == "pointwise_bn_act":
         per_image = max(per_image, math.prod(conv_output_size(first, args[1], args[12], [0, 0], [1, 1])[1:]))
-    elif op == "stem_conv":
+    elif op in ("stem_conv", "conv_bn_act_pool"):
         per_image = max(per_image, math.prod(conv_output_size(first, args[1], *stem_conv.PLACES[:3])[1:]))
     batch = max(1, int(min(first.shape[0], limit // max(1, per_image))))
     mean = 1 if op == "bn_stats" else 0  # a mean of zero is all rounding

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from ..backends import cuda_conv, library
-from ..backends.stem_conv import CHANNELS, pack, rows_by_cost  # noqa: F401  (pack: for who launches)
+from ..backends.stem_conv import CHANNELS, START_OF_POOL, TILE_OF_POOL, pack, rows_by_cost  # noqa: F401  (pack: for who launches)
 from ..kernels.tiles import ceil_div
 from . import triton_stem
 
-_TILE = 56  # pooled columns of a block
-_START = 1.5  # what a block does before its first pooled row, in pooled rows: a row of the convolution, and to wait
 _MOST_CONFIGS = 3
 
 
@@ -48,7 +46,7 @@ def declines(
 def _across(shape, k: int) -> int:
     """Blocks side by side: of images, columns and channels."""
     n, _, h, w = shape
-    return n * ceil_div(triton_stem.sizes(h, w)[3], _TILE) * (k // CHANNELS)
+    return n * ceil_div(triton_stem.sizes(h, w)[3], TILE_OF_POOL) * (k // CHANNELS)
 
 
 def configs(
@@ -58,7 +56,7 @@ def configs(
     if declines(shape, dtype, arch, k, input_dtype=input_dtype) is not None:
         return []
     p = triton_stem.sizes(*shape[2:])[2]
-    rows = rows_by_cost(p, _across(shape, k), _START, arch, sms)
+    rows = rows_by_cost(p, _across(shape, k), START_OF_POOL, arch, sms)
     return [{"rows": r} for r in rows[:_MOST_CONFIGS]]
 
 
