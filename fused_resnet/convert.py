@@ -121,12 +121,9 @@ def swap_blocks(
     shared = _shared_convolutions(found)
     _warn_of_biases(found)
     swapped = False
-    networks = _networks()
     for network in model.modules():
         if isinstance(network, ResidualNetwork):
             network.fused = True
-        elif type(network) in networks and not _FORWARDS & vars(network).keys():
-            network.__class__ = networks[type(network)]
     for each in found:
         _, block, anatomy = each
         if isinstance(block, (Fused, PreAct)) or _why_left(each, shared) is not None:
@@ -142,12 +139,32 @@ def swap_blocks(
             if former is not None:
                 conv.__dict__.setdefault(_FORMER, str(former))  # torch.save cannot write a memory format
     fused = [block for block in model.modules() if isinstance(block, (Fused, PreAct))]
+    _fuse_stems(model)
     if memory is not None:
         for block in fused:
             block.memory = memory
     if not fused:
         warnings.warn(_nothing_to_fuse([_report(each, shared) for each in found]), stacklevel=2)
     return model
+
+
+def _fuse_stems(model: nn.Module) -> None:
+    networks = _networks()
+    for network in model.modules():
+        kind = networks.get(type(network))
+        if kind is not None and not _FORWARDS & vars(network).keys() and _is_resnet(network, model, kind):
+            network.__class__ = kind
+
+
+def _is_resnet(network: nn.Module, model: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a network of a class that others have as well is one with fused blocks."""
+    if issubclass(kind, stem.ModuleStem):
+        network = model  # its blocks are beside it
+    elif not hasattr(kind, "takes"):
+        return True
+    elif not kind.takes(network):
+        return False
+    return any(isinstance(m, (Fused, PreAct)) for m in network.modules())
 
 
 def restore_blocks(model: nn.Module) -> nn.Module:

@@ -223,6 +223,11 @@ def direct(name: str) -> Callable:
     return call
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work, which the ops refuse."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def plain(args, tensors: list[int], numbers: list[int]) -> bool:
     """Whether these are an eager call's: plain tensors and numbers, at these places, and no tracer, transform, mode or
     profiler that has to see the op."""
@@ -232,8 +237,7 @@ def plain(args, tensors: list[int], numbers: list[int]) -> bool:
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
         or _get_tracing_state() is not None
-        or _are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or transformed()
     ):
         return False
     for i in tensors:

@@ -9,10 +9,12 @@ On a CPU batch norm and ReLU are one pass, in float32 and channels_last. torch.c
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
-import itertools
+import inspect
 import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,13 +25,13 @@ from torch import Tensor, fx, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import ResNet
 
-from .backends import cuda, forced, objection, refuses, triton
+from .backends import BACKENDS, cuda, forced, objection, refuses, triton
 from .backends.layout import is_channels_last
 from .backends.stem_conv import KERNEL, PLACES
 from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, tampered
 from .frozen import eps_of
 from .functional import batch_norm_act, on_own_batch, update_running_stats, uses_batch_statistics
-from .ops import lowered
+from .ops import lowered, transformed
 
 _ops = torch.ops.fused_resnet
 _FEW = 16  # channels
@@ -38,13 +40,15 @@ POOL = dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, ret
 
 class Stem(NamedTuple):
     """Where in a network the modules of its stem are: paths. relu, pool: '' for functions. before: convolution, norm
-    and ReLU of each that stands in front. joined: whether the convolution calls the norm."""
+    and ReLU of each that stands in front. around: what those are children of, but for the network: path, class, and all
+    children there. joined: whether the convolution calls the norm."""
 
     convolution: str = "conv1"
     norm: str = "bn1"
     relu: str = "relu"
     pool: str = "maxpool"
     before: tuple[tuple[str, str, str], ...] = ()
+    around: tuple[tuple[str, type[nn.Module], tuple[str, ...]], ...] = ()
     joined: bool = False
 
 
@@ -54,7 +58,7 @@ TORCHVISIONS = Stem()
 def pooled_stem(network: nn.Module, x: Tensor, stem: Stem = TORCHVISIONS) -> Tensor | None:
     """maxpool(relu(norm(convolution(x)))) of a network with these modules; None where they have to be called one by
     one, or are as fast."""
-    if isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or x.dim() != 4 or unpoolable(network, stem):
+    if is_recorded(x) or x.dim() != 4 or unpoolable(network, stem):
         return None
     norm = part(network, stem.norm)
     on_maps = on_own_batch(norm) and _has_pool(x)
@@ -71,9 +75,15 @@ def pooled_stem(network: nn.Module, x: Tensor, stem: Stem = TORCHVISIONS) -> Ten
     if not _on_gpu(x):
         return pool(conv_bn(x, conv, norm))
     if _is_plain(conv, stem.joined) and not _wants_gradients(x, conv.weight, norm.weight, norm.bias):
-        given = norm.weight, norm.bias, norm.running_mean, norm.running_var, eps_of(norm)
-        return _ops.conv_bn_act_pool.default(x, conv.weight, *given)
+        args = x, conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, eps_of(norm)
+        if forced() is None or refuses(BACKENDS[forced()], "conv_bn_act_pool", args) is None:
+            return _ops.conv_bn_act_pool.default(*args)
     return pool(batch_norm_act(_convolved(conv, x, stem.joined), norm))
+
+
+def is_recorded(x: Tensor) -> bool:
+    """Whether somebody writes down the path that this call takes, or transforms it."""
+    return isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or transformed()
 
 
 def _of_the_batch(y: Tensor, bn: nn.Module, pool: Callable[[Tensor], Tensor]) -> Tensor:
@@ -81,7 +91,7 @@ def _of_the_batch(y: Tensor, bn: nn.Module, pool: Callable[[Tensor], Tensor]) ->
     mean, var = _ops.bn_stats.default(y)
     args = (y, mean, var, bn.weight, bn.bias, bn.eps)
     if y.is_cuda and all(refuses(b, "bn_act_pool", args) or objection(b, "bn_act_pool", args)[0] for b in _own()):
-        return pool(F.relu(bn(y)))
+        return pool(F.relu_(bn(y)))
     update_running_stats(bn, y, mean, var)
     return _ops.bn_act_pool.default(*args)[0]
 
@@ -140,11 +150,12 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
 
 def unpoolable(network: nn.Module, stem: Stem = TORCHVISIONS) -> str | None:
     """Why norm, ReLU and pool of this network's stem are called as modules now, or None."""
-    paths = (stem.convolution, stem.norm, stem.relu, stem.pool, *itertools.chain(*stem.before))
-    for outer in dict.fromkeys(itertools.chain(*map(_around, paths))):
-        around = part(network, outer)
-        if around is None or (reason := tampered(around)):
-            return f"{outer}: {'is not there' if around is None else reason}"
+    for path, kind, children in stem.around:
+        around = part(network, path)
+        if type(around) is not kind or tuple(around._modules) != children:
+            return f"{path}: is not {kind.__name__} of {', '.join(children)}"
+        if reason := tampered(around):
+            return f"{path}: {reason}"
     first, norms, relus = zip(*stem.before, strict=True) if stem.before else ((), (), ())
     convolutions = (*first, stem.convolution) if stem.joined else first
     norms, relus = (*norms, stem.norm), (*relus, stem.relu) if stem.relu else relus
@@ -162,12 +173,6 @@ def unpoolable(network: nn.Module, stem: Stem = TORCHVISIONS) -> str | None:
             return f"{stem.pool}: {name} is {getattr(pool, name)}, not {expected}"
     reason = tampered(pool)
     return reason and f"{stem.pool}: {reason}"
-
-
-def _around(path: str) -> list[str]:
-    """The paths of what a module stands in, in its network."""
-    names = path.split(".")
-    return [".".join(names[:i]) for i in range(1, len(names))]
 
 
 def _has_pool(x: Tensor) -> bool:
@@ -196,23 +201,34 @@ class FusedLayerGetter(IntermediateLayerGetter):
     place."""
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        found = collected(self, x, TORCHVISIONS)
+        found = None if is_recorded(x) else collected(self, x, TORCHVISIONS)
         return super().forward(x) if found is None else found
+
+    @staticmethod
+    def takes(network: nn.Module) -> bool:
+        return begins(network, TORCHVISIONS)
 
 
 def collected(network: nn.ModuleDict, x: Tensor, stem: Stem) -> OrderedDict[str, Tensor] | None:
     """What a network hands out that calls its children one after another, its stem fused; None where that cannot be:
     where it hands out what is inside of the stem, say."""
-    first = [path.partition(".")[0] for path in stem[:4]]
-    names, wanted = list(network), network.return_layers
-    if names[:4] != first or not wanted.keys().isdisjoint(first) or (pooled := pooled_stem(network, x, stem)) is None:
+    first, wanted = list(network)[:4], network.return_layers
+    if not begins(network, stem) or any(name in wanted for name in first):
+        return None
+    pooled = pooled_stem(network, x, stem)
+    if pooled is None:
         return None
     x, out = pooled, OrderedDict()
-    for name in names[4:]:
+    for name in list(network)[4:]:
         x = network[name](x)
         if name in wanted:
             out[wanted[name]] = x
     return out
+
+
+def begins(network: nn.ModuleDict, stem: Stem) -> bool:
+    """Whether a network's first children are those of such a stem, in their order."""
+    return list(network._modules)[:4] == [path.partition(".")[0] for path in stem[:4]]
 
 
 class ModuleStem:
@@ -221,17 +237,13 @@ class ModuleStem:
     _original: type[nn.Module]
     _stem: Stem
 
-    def forward(self, *args, **kwargs) -> Tensor:
-        if len(args) == 1 and not kwargs and self._fits(args[0]):
-            stem = pooled_stem(self, args[0], self._stem)
-            if stem is not None:
-                return stem
-        return self._original.forward(self, *args, **kwargs)
-
-    def _fits(self, x) -> bool:
-        """Whether the forward of the class behind would not say anything against x."""
-        given = isinstance(x, Tensor) and x.dim() == 4
-        return given and x.shape[1] == getattr(self, "num_channels", x.shape[1])
+    def _pooled(self, x) -> Tensor | None:
+        """What the forward of the class behind would give, if that would not say anything against x."""
+        if not isinstance(x, Tensor) or is_recorded(x) or x.dim() != 4:
+            return None
+        if x.shape[1] != getattr(self, "num_channels", x.shape[1]):
+            return None
+        return pooled_stem(self, x, self._stem)
 
     def __reduce_ex__(self, protocol):
         build, args, *rest = super().__reduce_ex__(protocol)
@@ -242,7 +254,19 @@ class ModuleStem:
 @functools.cache
 def _fused_stem(original: type[nn.Module], stem: Stem) -> type[ModuleStem]:
     """The subclass of a stem's class whose forward is fused."""
-    names = {"__module__": original.__module__, "__doc__": original.__doc__, "_original": original, "_stem": stem}
+    _, argument = inspect.signature(original.forward).parameters
+
+    @functools.wraps(original.forward)  # its argument has the name that it had
+    def forward(self, *args, **kwargs):
+        if args and not kwargs or list(kwargs) == [argument]:
+            given = *args, *kwargs.values()
+            pooled = self._pooled(given[0]) if len(given) == 1 else None
+            if pooled is not None:
+                return pooled
+        return original.forward(self, *args, **kwargs)
+
+    names = {"__module__": original.__module__, "__doc__": original.__doc__, "forward": forward}
+    names |= {"_original": original, "_stem": stem}
     return type(original)(f"Fused{original.__name__}", (ModuleStem, original), names)
 
 
@@ -251,17 +275,33 @@ def _blank(original: type[nn.Module], stem: Stem) -> ModuleStem:
     return object.__new__(_fused_stem(original, stem))
 
 
-def _layer(path: str) -> tuple[str, str, str]:
-    """Of Hugging Face's ConvLayers."""
-    return f"{path}.convolution", f"{path}.normalization", f"{path}.activation"
+def _basic_stem(module: types.ModuleType) -> Stem:
+    """detectron2's BasicStem."""
+    return Stem("conv1", "conv1.norm", "", "", joined=True)
 
 
-# By module and class: what such a stem's forward is, that of the class alone.
+def _embeddings(kind: str, *more: str):
+    """A function of the module that has Hugging Face's embeddings: their stem, of layers of that class in the module.
+    more: the numbers of the layers, where there are several."""
+
+    def stem(module: types.ModuleType) -> Stem:
+        paths = [f"embedder.{i}" for i in more] or ["embedder"]
+        parts = "convolution", "normalization", "activation"
+        *before, last = (tuple(f"{path}.{part}" for part in parts) for path in paths)
+        around = [(path, getattr(module, kind), parts) for path in paths]
+        if more:
+            around.append(("embedder", nn.Sequential, more))
+        return Stem(*last, "pooler", before=tuple(before), around=tuple(around))
+
+    return stem
+
+
+# By module and class: a function of that module, which gives the class' stem. What its forward is, is known.
 _MODULES = {
-    ("detectron2.modeling.backbone.resnet", "BasicStem"): Stem("conv1", "conv1.norm", "", "", joined=True),
-    ("transformers.models.resnet.modeling_resnet", "ResNetEmbeddings"): Stem(*_layer("embedder"), "pooler"),
-    ("transformers.models.rt_detr.modeling_rt_detr_resnet", "RTDetrResNetEmbeddings"): Stem(
-        *_layer("embedder.2"), "pooler", before=(_layer("embedder.0"), _layer("embedder.1"))
+    ("detectron2.modeling.backbone.resnet", "BasicStem"): _basic_stem,
+    ("transformers.models.resnet.modeling_resnet", "ResNetEmbeddings"): _embeddings("ResNetConvLayer"),
+    ("transformers.models.rt_detr.modeling_rt_detr_resnet", "RTDetrResNetEmbeddings"): _embeddings(
+        "RTDetrResNetConvLayer", "0", "1", "2"
     ),
 }
 
@@ -269,10 +309,12 @@ _MODULES = {
 def networks() -> dict[type[nn.Module], type[nn.Module]]:
     """By class, as far as imported: the one whose stem is fused."""
     found = {ResNet: FusedResNet, IntermediateLayerGetter: FusedLayerGetter}
-    for (module, name), stem in _MODULES.items():
-        original = getattr(sys.modules.get(module), name, None)
+    for (name, kind), stem in _MODULES.items():
+        module = sys.modules.get(name)
+        original = getattr(module, kind, None)
         if original is not None:
-            found[original] = _fused_stem(original, stem)
+            with contextlib.suppress(AttributeError, ValueError):  # of a version that has other parts: it stays
+                found[original] = _fused_stem(original, stem(module))
     return found
 
 

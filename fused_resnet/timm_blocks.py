@@ -20,7 +20,7 @@ from .blocks import ACTIVATED, POOLS, Named, Side, convolution_unfusable, part, 
 from .frozen import is_frozen
 from .one_node import autocast_dtype
 from .preact import NamedPreAct, Shortcut, numbered
-from .stem import Stem, collected, pooled_stem
+from .stem import Stem, begins, collected, is_recorded, pooled_stem
 
 
 class _FusedTimm(Named):
@@ -178,9 +178,13 @@ class FusedFeatureListNet(FeatureListNet):
     """What timm makes of a ResNet for `features_only=True`, its stem fused; `swap_blocks` makes one of it, in place."""
 
     def _collect(self, x: Tensor) -> dict[str, Tensor]:
-        plain = type(self._modules.get("layer1")) is nn.Sequential and not getattr(self, "grad_checkpointing", False)
-        found = collected(self, x, _stem(self)) if plain else None
+        fits = not (is_recorded(x) or getattr(self, "grad_checkpointing", False))
+        found = collected(self, x, _stem(self)) if fits else None
         return super()._collect(x) if found is None else found
+
+    @staticmethod
+    def takes(network: nn.Module) -> bool:
+        return begins(network, _STEM) and type(network._modules.get("layer1")) is nn.Sequential
 
 
 def _stem(network: nn.Module) -> Stem:
@@ -189,7 +193,11 @@ def _stem(network: nn.Module) -> Stem:
 
 _STEM = Stem(relu="act1")
 _DEEP_STEM = Stem(
-    "conv1.6", "bn1", "act1", before=(("conv1.0", "conv1.1", "conv1.2"), ("conv1.3", "conv1.4", "conv1.5"))
+    "conv1.6",
+    "bn1",
+    "act1",
+    before=(("conv1.0", "conv1.1", "conv1.2"), ("conv1.3", "conv1.4", "conv1.5")),
+    around=(("conv1", nn.Sequential, tuple("0123456")),),
 )
 _RANDOM = (DropBlock2d, DropPath)
 FUSED = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_resnet.backends import cuda, stem_conv, verify
+from fused_resnet.backends import cuda, stem_conv, straight, verify
 from fused_resnet.backends import reference as backends_reference
 from fused_resnet.engine import compiled_stem, reference, triton_stem
 from fused_resnet.engine.guard import ELEMENTWISE, errors
@@ -18,6 +18,7 @@ from fused_resnet.engine.problem import TOLERANCE
 from tests.emulation import HERE, ROOT, between_nans, emulated_machine, error, nan_filled
 
 ops = torch.ops.fused_resnet_cuda
+OPS = "emulated_ops.cpp"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # A dtype is a matter of the products, a layout of how pixels come: neither asks for the other.
@@ -30,6 +31,12 @@ kinds = pytest.mark.parametrize(
 def machine(tmp_path_factory):
     """machine(multiprocessors, reversed) sets the emulated machine up."""
     return emulated_machine(tmp_path_factory, ROOT / "csrc" / "stem.cu", HERE / "emulated_stem.cpp")
+
+
+@pytest.fixture
+def pool(tmp_path_factory):
+    """The emulated pool of a stem whose batch norm is not folded."""
+    emulated_machine(tmp_path_factory, *(ROOT / "csrc" / f"{name}.cu" for name in ("bn_act", "pool")), HERE / OPS)
 
 
 @pytest.fixture(autouse=True)
@@ -311,7 +318,7 @@ def test_the_backends_function_is_the_reference(monkeypatch, layout, layout_of_w
 @pytest.mark.parametrize("layout_of_weight", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", ["norm", "no-affine", "none"])
-def test_the_backends_whole_stem_is_the_reference(monkeypatch, norm, layout, layout_of_weight):
+def test_the_backends_whole_stem_is_the_reference(monkeypatch, pool, norm, layout, layout_of_weight):
     """Batch norm folded, filters packed, rows chosen, and the memory layout that every backend gives."""
     monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 4))
     dtype = torch.float16 if layout == "nchw" else torch.bfloat16
@@ -322,6 +329,26 @@ def test_the_backends_whole_stem_is_the_reference(monkeypatch, norm, layout, lay
     y, expected = cuda.conv_bn_act_pool(*args), backends_reference.conv_bn_act_pool(*args)
     assert y.stride() == expected.stride() and error(y, expected) < torch.finfo(dtype).eps
     assert verify.difference(y, expected) < verify.TOLERANCE[dtype]
+    others = (*(torch.rand_like(a) if isinstance(a, torch.Tensor) else a for a in args[2:]),)
+    call = straight.Repeated("conv_bn_act_pool", cuda.conv_bn_act_pool, verify.TOLERANCE[dtype], (became := []).append)
+    for _ in range(straight.WATCH_AT):
+        call(*args)
+    (written,) = became
+    assert torch.equal(written(*args), y)
+    assert torch.equal(written(*args[:2], *others), cuda.conv_bn_act_pool(*args[:2], *others))
+
+
+@pytest.mark.parametrize("gamma, variance", [(1, 1), (0.1, 1e6), (-0.5, 1e8)])
+def test_batch_norms_of_large_variance(monkeypatch, pool, gamma, variance):
+    """Pictures of 0 to 255, say: a filter that is folded in float16 would lose its bits."""
+    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 4))
+    call = Call(2, 20, 22)
+    x, deviation = (call.x.float().abs() * variance**0.5 / 3).clamp_max(3e4).half(), torch.tensor(variance).sqrt()
+    vectors = [torch.full((64,), float(v)) for v in (gamma, 0.1, 0.2 * deviation, variance)]
+    judge = (a.double() for a in (x, call.weight, *vectors))
+    expected = backends_reference.conv_bn_act_pool(*judge, 1e-5)
+    y = cuda.conv_bn_act_pool(x, call.weight, *vectors, 1e-5)
+    assert verify.difference(y, expected) < verify.TOLERANCE[torch.float16] / 2
 
 
 # --- its weight's gradient --------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import inspect
 import pickle
 import re
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import fx, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import ResNet
@@ -822,6 +824,127 @@ def test_a_deep_stem_on_a_gpu(on_a_gpu):
     fused = fused_resnet.swap_blocks(copy.deepcopy(model))
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(fused(x), model(x))
+
+
+class Doubled(nn.Module):
+    """Another layer of the same parts."""
+
+    def __init__(self, layer):
+        super().__init__()
+        for name, child in layer.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x):
+        return 2 * self.activation(self.normalization(self.convolution(x)))
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["before", "later"])
+@pytest.mark.parametrize("name", ["timm", "resnet", "rt_detr", "rt_detr, a layer"])
+def test_what_has_other_parts_is_called(name, later):
+    """Modules behind those that the stem names, and layers of other classes."""
+    if name == "timm":
+        model = pytest.importorskip("timm").create_model("resnet18d", num_classes=4)
+        model.bn1, model.layer1[0].conv1 = nn.BatchNorm2d(16), nn.Conv2d(16, 64, 3, padding=1, bias=False)
+        model.layer1[0].downsample = nn.Sequential(nn.Conv2d(16, 64, 1, bias=False), nn.BatchNorm2d(64))
+        tail = nn.Conv2d(64, 16, 1)
+    else:
+        model = hugging_face(name.partition(",")[0])
+
+    def change(model):
+        if name == "timm":
+            model.conv1.append(copy.deepcopy(tail))
+        elif name == "rt_detr":
+            model.embedder.embedder.append(nn.ReLU6())
+        elif name == "resnet":
+            model.embedder.embedder = Doubled(model.embedder.embedder)
+        else:
+            model.embedder.embedder[1] = Doubled(model.embedder.embedder[1])
+
+    model.eval()
+    parity.randomize_norms(model, 0)
+    if not later:
+        change(model)
+    fused = fused_resnet.swap_blocks(copy.deepcopy(model))
+    if later:
+        change(model), change(fused)
+    x = torch.randn(2, 3, 64, 64)
+    part = (lambda m: m.forward_features) if name == "timm" else (lambda m: m.embedder)
+    torch.testing.assert_close(part(fused)(x), part(model)(x), rtol=1e-3, atol=1e-3)
+
+
+def compilable():
+    yield fused_resnet.swap_blocks(BODIES["segmenter"]().eval())
+    timm = pytest.importorskip("timm")
+    yield fused_resnet.swap_blocks(timm.create_model("resnet18", features_only=True, out_indices=(1, 2)).eval())
+    yield fused_resnet.swap_blocks(hugging_face("resnet").eval()).embedder
+
+
+def test_compilers_see_the_modules():
+    x = torch.randn(1, 3, 32, 32)
+    for model in compilable():
+        torch._dynamo.reset()
+        torch.compile(model, fullgraph=True, backend="eager")(x)
+        torch.export.export(model, (x,), strict=True)
+        graph = fx.symbolic_trace(model, concrete_args=None).graph if isinstance(model, FusedLayerGetter) else None
+        assert graph is None or sum(n.target == "maxpool" for n in graph.nodes) == 1
+
+
+def test_a_stem_is_called_as_before():
+    embeddings = fused_resnet.swap_blocks(hugging_face("resnet").eval()).embedder
+    assert list(inspect.signature(embeddings.forward).parameters) == ["pixel_values"]
+    batch = {"pixel_values": {0: torch.export.Dim("batch")}}
+    torch.export.export(embeddings, (torch.randn(2, 3, 32, 32),), dynamic_shapes=batch)
+    with pytest.raises(TypeError):
+        embeddings(x=torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "cudnn", "reference"])
+def test_a_forced_backend_without_the_op_of_given_statistics(on_a_gpu, name):
+    """Where its others run."""
+    model = network(torch.float32).eval()
+    fused = fused_resnet.swap_blocks(copy.deepcopy(model))
+    args = torch.randn(2, 3, 33, 41), fused.conv1.weight, *(torch.ones(64),) * 4, EPS
+    refused = stem.refuses(stem.BACKENDS[name], "conv_bn_act_pool", args) is not None
+    with torch.no_grad(), fused_resnet.backend(name):
+        if refused:
+            with pytest.raises(RuntimeError, match="conv_bn_act_pool|needs a CUDA device"):
+                ops.conv_bn_act_pool(*args)
+    with torch.no_grad(), fused_resnet.backend("reference"):
+        stem.pooled_stem(fused, args[0])
+    assert on_a_gpu == ["conv_bn_act_pool"]
+    on_a_gpu.clear()
+    with torch.no_grad(), contextlib.suppress(RuntimeError), fused_resnet.backend(name):  # the norm's: no GPU is here
+        stem.pooled_stem(fused, args[0])
+    assert on_a_gpu == ([] if refused else ["conv_bn_act_pool"])
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "vgg11"])
+def test_what_has_no_fused_block_keeps_its_class(name):
+    if name == "mobilenet":
+        model = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+    else:
+        model = pytest.importorskip("timm").create_model(name, features_only=True)
+    kinds = [type(m) for m in model.modules()]
+    with pytest.warns(UserWarning, match="no residual block was found"):
+        fused_resnet.swap_blocks(model)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_transforms_see_the_modules():
+    """The ops refuse them."""
+    model = fused_resnet.swap_blocks(network(torch.float32)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    seen = []
+
+    def stemmed(x):
+        seen.append(stem.pooled_stem(model, x))
+        return model.maxpool(model.relu(model.bn1(model.conv1(x)))).sum()
+
+    torch.func.grad(stemmed)(x)
+    torch.vmap(stemmed)(x[None])
+    torch.func.jvp(stemmed, (x,), (x,))
+    assert seen == [None] * 3
+    assert stem.pooled_stem(model, x) is not None
 
 
 def test_under_sync_batch_norm_a_stem_is_the_one_of_a_process_alone():

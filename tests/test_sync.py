@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fused_resnet import swap_blocks
+from fused_resnet import stem, swap_blocks
 from fused_resnet.functional import batch_norm_act
 
 C, MAP = 3, (7, 9)
@@ -423,7 +423,7 @@ def test_distributed_data_parallel(block, sizes, groups):
 
 
 class Stem(nn.SyncBatchNorm):
-    """The stem's, which is in no block and PyTorch's own, and that refuses a CPU."""
+    """The stem's, which is PyTorch's own in float64, and that refuses a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return batch_norm_act(x, self, relu=False)
@@ -439,6 +439,29 @@ def in_data_parallel(rank: int, block, sizes) -> dict[str, Tensor]:
     model = nn.parallel.DistributedDataParallel(swap_blocks(network(block)))
     synchronised(model.module)  # DDP refuses to wrap SyncBatchNorm on a CPU, and this keeps its parameters
     return train(model, rank, sizes)
+
+
+def through_the_stem(rank: int | None, sizes) -> dict[str, Tensor]:
+    model = network(BasicBlock).float()
+    x, cotangent = normal(sum(sizes), 3, 33, 34, seed=0), normal(sum(sizes), 64, 9, 9, seed=1)
+    if rank is None:
+        y = model.maxpool(model.relu(model.bn1(model.conv1(x.float()))))
+    else:
+        model = Sync.convert_sync_batchnorm(swap_blocks(model))
+        x, cotangent = parts(x, sizes)[rank], parts(cotangent, sizes)[rank]
+        y = stem.pooled_stem(model, x.float())
+    (y * cotangent.float()).sum().backward()
+    return {"output": y.detach(), "grad": model.conv1.weight.grad, "running_var": model.bn1.running_var}
+
+
+def test_a_fused_stem(two):
+    expected = through_the_stem(None, (2, 3))
+    found = two.run(through_the_stem, (2, 3))
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(torch.cat([f["output"] for f in found]), expected["output"], **close)
+    torch.testing.assert_close(sum(f["grad"] for f in found), expected["grad"], rtol=1e-3, atol=1e-3)
+    for f in found:
+        torch.testing.assert_close(f["running_var"], expected["running_var"], **close)
 
 
 @pytest.mark.parametrize("sync", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sync", "plain"])

@@ -282,4 +282,4 @@ def conv_bn_act_bwd(grad, y, x, weight, *rest):
 
 bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, pointwise_bn_act_bwd = composed.composed_of(sys.modules[__name__])
 bn_act_pool, bn_act_pool_bwd = pooled.pooled_of(sys.modules[__name__])
-conv_bn_act_pool = functools.partial(pooled.conv_bn_act_pool, sys.modules[__name__])
+conv_bn_act_pool = functools.partial(pooled.conv_bn_act_pool, conv_bn_act)

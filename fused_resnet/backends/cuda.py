@@ -279,8 +279,12 @@ def stem_conv(x, weight):
     return _laid_out(stem.stem_conv(x, weight), output_format(x, weight))
 
 
-def conv_bn_act_pool(x, weight, *bn):
-    return _laid_out(stem.conv_bn_act_pool(x, weight, *bn), output_format(x, weight))
+def conv_bn_act_pool(x, weight, bn_weight, bn_bias, mean, var, eps):
+    if x.dtype is torch.float16 and mean is not None:  # folded filters may leave its range
+        y = bn_act_pool(stem.stem_conv(x, weight), mean, var, bn_weight, bn_bias, eps)[0]
+    else:
+        y = stem.conv_bn_act_pool(x, weight, bn_weight, bn_bias, mean, var, eps)
+    return _laid_out(y, output_format(x, weight))
 
 
 def stem_conv_weight_grad(grad, x, weight):

@@ -87,4 +87,8 @@ def _fuses(device: int, dtype: torch.dtype) -> bool:
 bn_act_conv, bn_act_conv_bwd, pointwise_bn_act, _ = composed.composed_of(sys.modules[__name__])
 pointwise_bn_act_bwd = functools.partial(composed.recomputed_bwd, sys.modules[__name__])
 bn_act_pool, bn_act_pool_bwd = pooled.pooled_of(sys.modules[__name__])
-conv_bn_act_pool = functools.partial(pooled.conv_bn_act_pool, sys.modules[__name__])
+
+
+def conv_bn_act_pool(x, *args):
+    apart = x.dtype is torch.float16  # folded filters may leave its range
+    return pooled.conv_bn_act_pool(aten.conv_then_bn_act if apart else conv_bn_act, x, *args)

@@ -25,9 +25,10 @@ def pooled_of(backend) -> tuple:
     return functools.partial(bn_act_pool, backend), functools.partial(bn_act_pool_bwd, backend)
 
 
-def conv_bn_act_pool(backend, x, weight, *bn):
+def conv_bn_act_pool(conv_bn_act, x, weight, *bn):
+    """conv_bn_act: a backend's."""
     stride, padding, dilation, groups = PLACES
-    y = backend.conv_bn_act(x, weight, *bn, None, list(stride), list(padding), list(dilation), groups, True)
+    y = conv_bn_act(x, weight, *bn, None, list(stride), list(padding), list(dilation), groups, True)
     return F.max_pool2d(y, 3, 2, 1).contiguous(memory_format=output_format(x, weight))
 
 

@@ -242,7 +242,7 @@ def stem_conv(x, weight):
 
 
 def conv_bn_act_pool(*args):
-    return pooled.conv_bn_act_pool(sys.modules[__name__], *args)
+    return pooled.conv_bn_act_pool(conv_bn_act, *args)
 
 
 def stem_conv_weight_grad(grad, x, weight):

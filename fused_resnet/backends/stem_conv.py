@@ -81,9 +81,11 @@ def variant(x: Tensor, weight: Tensor) -> tuple:
 
 
 def pool_variant(x: Tensor, weight: Tensor) -> tuple:
+    """Of the kernel with the pool, and where that stands apart (cuda.py) of the convolution and of the pool."""
     h, w = x.shape[2:]
     rows = _rows_of_pool(*_sizes(x, weight), *chip(x.device))
-    return h % 4, w % 4, _pooled(w) > TILE_OF_POOL, rows > 1, rows < _pooled(h)
+    whole = h % 4, w % 4, _pooled(w) > TILE_OF_POOL, rows > 1, rows < _pooled(h)
+    return whole if x.dtype is not torch.float16 else (*whole, *variant(x, weight), _pooled(h) % 8 > 0)
 
 
 def weight_grad_variant(grad: Tensor, x: Tensor, weight: Tensor) -> tuple:
@@ -111,7 +113,8 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def conv_bn_act_pool(x, weight, bn_weight, bn_bias, running_mean, running_var, eps) -> Tensor:
-    """max_pool(relu(BN(convolution of x))): [N, K, P, Q], channels_last. x, weight: as `stem_conv`'s."""
+    """max_pool(relu(BN(convolution of x))): [N, K, P, Q], channels_last. x, weight: as `stem_conv`'s. BN is folded into
+    the filters."""
     bias = None
     if running_mean is not None:
         scale, bias = scale_shift(bn_weight, bn_bias, running_mean, running_var, eps, torch.float32)
