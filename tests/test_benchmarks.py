@@ -228,3 +228,14 @@ def test_the_hosts_part_of_a_step(tmp_path):
     for found in json.loads((tmp_path / "host.json").read_text())["steps"].values():
         assert found["launches"] > 500
         assert all(0 < found[name]["backward_ms"] for name in host.WAYS)
+
+
+def test_stems_are_timed_both_ways(monkeypatch, tmp_path):
+    from benchmarks import record, stems
+
+    monkeypatch.setattr(stems, "CASES", (("resnet18", 1, "eval"), ("resnet18", 2, "train")))
+    assert stems.main(["--rounds", "2", "--size", "32", "--json", str(tmp_path / "stems.json")]) == 0
+    found = json.loads((tmp_path / "stems.json").read_text())
+    assert found.keys() == json.loads((record.RESULTS / "stems-cpu.json").read_text()).keys()
+    for case in found["cases"].values():
+        assert all(part["fused_ms"] > 0 and len(part["speedup_20_50_80"]) == 3 for part in case.values())
