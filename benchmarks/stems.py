@@ -4,6 +4,7 @@
 
 float32, channels_last, images of 224x224. Rounds take turns; a ratio is that of a round's two times. Without: the
 network's own forward calls convolution, batch norm, ReLU and max-pool as modules, its blocks being the same fused ones.
+Stems of single images, which a network calls as modules, are fused here, too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="of the images")
     parser.add_argument("--json", type=Path, help="where to put the result")
     arguments = parser.parse_args(argv)
+    stem._PIXELS = 0
     result = {
         "environment": doctor.environment(),
         "threads": torch.get_num_threads(),

@@ -157,7 +157,8 @@ def _fuse_stems(model: nn.Module) -> None:
 
 
 def _is_resnet(network: nn.Module, model: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a network of a class that others have as well is one with fused blocks."""
+    """Whether a network is a ResNet by its class (which is enough: its blocks may be of others), or, of a class that
+    other networks have as well, one with fused blocks."""
     if issubclass(kind, stem.ModuleStem):
         network = model  # its blocks are beside it
     elif not hasattr(kind, "takes"):
@@ -175,14 +176,17 @@ def restore_blocks(model: nn.Module) -> nn.Module:
 
     Returns the same model. Raises TypeError if model is not a module.
     """
-    swaps = _kinds() | _networks()
-    originals = {fused: original for original, fused in swaps.items()}
+    kinds, networks = ({fused: own for own, fused in swaps.items()} for swaps in (_kinds(), _networks()))
     for m in _module(model).modules():
         if isinstance(m, ResidualNetwork):
             m.fused = False
-        elif type(m) in originals:
-            m.__class__ = originals[type(m)]
+        elif type(m) in kinds:
+            m.__class__ = kinds[type(m)]
             m.__dict__.pop("memory", None)
+        elif type(m) in networks:
+            m.__class__ = networks[type(m)]
+        elif isinstance(m, stem.ModuleStem):
+            stem.restore(m)
         elif isinstance(m, traced_blocks.TracedBlock):
             traced_blocks.restore(m)
         former = m.__dict__.pop(_FORMER, None)

@@ -1,10 +1,12 @@
 """Both ends of an ImageNet ResNet: its stem, whose maps are a network's largest, and its last average.
 
-With given statistics (eval mode, frozen batch norms) convolution, batch norm and ReLU are one op, and on a GPU, where
-no gradient is wanted, the max-pool with them. With those of the batch, on a GPU, batch norm, ReLU and pool are one
-pass: PyTorch's kernels go over the maps between convolution and pool four times in the forward and four in the
-backward, `bn_act_pool` reads them once and twice. In 16 bits a convolution of three channels has a kernel of its own.
-On a CPU batch norm and ReLU are one pass, in float32 and channels_last. torch.compile fuses the modules itself.
+On a GPU, with the statistics of the batch, batch norm, ReLU and pool are one pass: PyTorch's kernels go over the maps
+between convolution and pool four times in the forward and four in the backward, `bn_act_pool` reads them once and
+twice. With given statistics (eval mode, frozen batch norms) a convolution of three channels, batch norm, ReLU and pool
+are one op where no gradient is wanted; elsewhere batch norm and ReLU are a pass, or join a convolution of more
+channels. In 16 bits a convolution of three channels has a kernel of its own. On a CPU, in float32 and channels_last,
+batch norm and ReLU join the convolution, and with statistics of the batch are one pass. torch.compile fuses the modules
+itself.
 """
 
 from __future__ import annotations
@@ -25,16 +27,17 @@ from torch import Tensor, fx, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import ResNet
 
-from .backends import BACKENDS, cuda, forced, objection, refuses, triton
+from .backends import BACKENDS, ORDER, cuda, forced, objection, refuses, triton
 from .backends.layout import is_channels_last
 from .backends.stem_conv import KERNEL, PLACES
 from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, tampered
 from .frozen import eps_of
 from .functional import batch_norm_act, on_own_batch, update_running_stats, uses_batch_statistics
-from .ops import lowered, transformed
+from .ops import lowered, lowered_by_autocast, transformed
 
 _ops = torch.ops.fused_resnet
 _FEW = 16  # channels
+_PIXELS = 224 * 224  # the checks take as long as what so many would gain
 POOL = dict(kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, return_indices=False)
 
 
@@ -64,21 +67,28 @@ def pooled_stem(network: nn.Module, x: Tensor, stem: Stem = TORCHVISIONS) -> Ten
     on_maps = on_own_batch(norm) and _has_pool(x)
     if not (on_maps or _pays(network, x, stem)):
         return None
-    for conv, bn in ((part(network, paths[0]), part(network, paths[1])) for paths in stem.before):
-        # A kernel for convolutions has little to do for a picture's channels.
-        x = batch_norm_act(conv(x), bn) if _on_gpu(x) and x.shape[1] < _FEW else conv_bn(x, conv, bn)
+    for paths in stem.before:
+        x = _normed(x, part(network, paths[0]), part(network, paths[1]))
     conv, pool = part(network, stem.convolution), _pool(network, stem)
     if on_maps:
         return _of_the_batch(_convolved(conv, x, stem.joined), norm, pool)
     if uses_batch_statistics(norm):
         return pool(batch_norm_act(_convolved(conv, x, stem.joined), norm))
-    if not _on_gpu(x):
-        return pool(conv_bn(x, conv, norm))
-    if _is_plain(conv, stem.joined) and not _wants_gradients(x, conv.weight, norm.weight, norm.bias):
-        args = x, conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, eps_of(norm)
-        if forced() is None or refuses(BACKENDS[forced()], "conv_bn_act_pool", args) is None:
+    if _on_gpu(x) and _is_plain(conv, stem.joined) and not _wants_gradients(x, conv.weight, norm.weight, norm.bias):
+        given = norm.weight, norm.bias, norm.running_mean, norm.running_var, eps_of(norm)
+        args = lowered_by_autocast(x), lowered_by_autocast(conv.weight), *given
+        own = BACKENDS.get(forced())
+        if own is None or refuses(own, "conv_bn_act_pool", args) is None:
             return _ops.conv_bn_act_pool.default(*args)
-    return pool(batch_norm_act(_convolved(conv, x, stem.joined), norm))
+    return pool(_normed(x, conv, norm, stem.joined))
+
+
+def _normed(x: Tensor, conv: nn.Module, bn: nn.Module, joined: bool = False) -> Tensor:
+    """relu(bn(convolution of x)): one op, but for a picture's channels, of which a kernel has little to multiply."""
+    few = _on_gpu(x) and (x.shape[1] < _FEW or forced() is not None)  # what is forced may have the norm alone
+    if few or convolution_unfusable(conv, joined) is not None:
+        return batch_norm_act(_convolved(conv, x, joined), bn)
+    return conv_bn(x, conv, bn)
 
 
 def is_recorded(x: Tensor) -> bool:
@@ -97,13 +107,15 @@ def _of_the_batch(y: Tensor, bn: nn.Module, pool: Callable[[Tensor], Tensor]) ->
 
 
 def _pays(network: nn.Module, x: Tensor, stem: Stem) -> bool:
-    """Whether fused ops are faster than PyTorch's modules: on a CPU in float32 and channels_last."""
+    """Whether fused ops are faster than PyTorch's modules: on a CPU in float32 and channels_last, of more pixels than
+    one image of ImageNet's has."""
     if x.device.type != "cpu":
-        return x.is_cuda
+        return x.is_cuda and any(refuses(b, "bn_stats", (x,)) is None for b in ORDER["cuda"])
     conv = part(network, stem.convolution)
     if convolution_unfusable(conv, stem.joined) is not None or torch.is_autocast_enabled("cpu"):
         return False
-    return x.dtype is conv.weight.dtype is torch.float32 and is_channels_last(conv.weight)
+    large = x.numel() > _PIXELS * x.shape[1]
+    return large and x.dtype is conv.weight.dtype is torch.float32 and is_channels_last(conv.weight)
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -268,6 +280,11 @@ def _fused_stem(original: type[nn.Module], stem: Stem) -> type[ModuleStem]:
     names = {"__module__": original.__module__, "__doc__": original.__doc__, "forward": forward}
     names |= {"_original": original, "_stem": stem}
     return type(original)(f"Fused{original.__name__}", (ModuleStem, original), names)
+
+
+def restore(m: ModuleStem) -> None:
+    if "_original" in vars(type(m)):  # FSDP makes subclasses
+        m.__class__ = type(m)._original
 
 
 def _blank(original: type[nn.Module], stem: Stem) -> ModuleStem:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, DropBlock2d, DropPath
 from timm.models import regnet, resnetv2
-from timm.models._features import FeatureListNet
+from timm.models._features import FeatureDictNet, FeatureListNet
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, fx, nn
 
@@ -174,17 +174,30 @@ class FusedTimmResNet(ResNet):
         return self.layer4(self.layer3(self.layer2(self.layer1(stem))))
 
 
-class FusedFeatureListNet(FeatureListNet):
+class _FusedFeatures:
     """What timm makes of a ResNet for `features_only=True`, its stem fused; `swap_blocks` makes one of it, in place."""
 
     def _collect(self, x: Tensor) -> dict[str, Tensor]:
         fits = not (is_recorded(x) or getattr(self, "grad_checkpointing", False))
         found = collected(self, x, _stem(self)) if fits else None
-        return super()._collect(x) if found is None else found
+        if found is None:
+            return super()._collect(x)
+        return {  # as timm has it of a layer that gives several
+            name: (torch.cat(y, 1) if self.concat else y[0]) if isinstance(y, (tuple, list)) else y
+            for name, y in found.items()
+        }
 
     @staticmethod
     def takes(network: nn.Module) -> bool:
         return begins(network, _STEM) and type(network._modules.get("layer1")) is nn.Sequential
+
+
+class FusedFeatureDictNet(_FusedFeatures, FeatureDictNet):
+    __doc__ = _FusedFeatures.__doc__
+
+
+class FusedFeatureListNet(_FusedFeatures, FeatureListNet):
+    __doc__ = _FusedFeatures.__doc__
 
 
 def _stem(network: nn.Module) -> Stem:
@@ -207,7 +220,7 @@ FUSED = {
     _PreActBasic: FusedTimmPreActBasic,
     resnetv2.PreActBottleneck: FusedTimmPreActBottleneck,
 }
-NETWORKS = {ResNet: FusedTimmResNet, FeatureListNet: FusedFeatureListNet}
+NETWORKS = {ResNet: FusedTimmResNet, FeatureListNet: FusedFeatureListNet, FeatureDictNet: FusedFeatureDictNet}
 ACTIVATED.add(BatchNormAct2d)
 
 

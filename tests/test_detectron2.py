@@ -229,6 +229,7 @@ class Stemmed(nn.Module):
 @modes
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN"])
 def test_its_stem(monkeypatch, norm, train, device):
+    monkeypatch.setattr(stem, "_PIXELS", 0)
     torch.manual_seed(0)
     model = parity.randomize_norms(Stemmed(norm), 0).to(device).train(train)
     ours, found, real = swap_blocks(copy.deepcopy(model)), [], stem.pooled_stem
@@ -255,7 +256,8 @@ def test_its_stem(monkeypatch, norm, train, device):
     ],
     ids="norm-hook conv-hook no-norm activation group-norm".split(),
 )
-def test_a_stem_that_is_not_fused_runs_its_own_forward(change):
+def test_a_stem_that_is_not_fused_runs_its_own_forward(monkeypatch, change):
+    monkeypatch.setattr(stem, "_PIXELS", 0)
     torch.manual_seed(0)
     model = Stemmed("BN").eval()
     ours = swap_blocks(copy.deepcopy(model))

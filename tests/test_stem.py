@@ -8,12 +8,14 @@ import functools
 import inspect
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import fx, nn
+from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import ResNet
@@ -27,6 +29,11 @@ from tests import parity
 ops = torch.ops.fused_resnet
 CL = torch.channels_last
 EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def small_images_pay(monkeypatch):
+    monkeypatch.setattr(stem, "_PIXELS", 0)
 
 
 @pytest.fixture
@@ -425,15 +432,38 @@ def test_bad_arguments_of_the_whole_stem(change, message):
         ops.conv_bn_act_pool(**(given | change))
 
 
-def test_what_is_verified_apart_of_the_whole_stem(monkeypatch):
-    monkeypatch.setattr(stem_conv, "chip", lambda device: (90, 132))
-    weight = halves(64, 3, 7, 7)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_verified_apart_of_the_whole_stem(monkeypatch, dtype):
+    """In float16 its batch norm is not folded, and two kernels run."""
+    for module in (stem_conv, cuda):
+        monkeypatch.setattr(module, "chip", lambda device: (90, 132))
+    weight = halves(64, 3, 7, 7).to(dtype)
+    vectors = (torch.ones(64),) * 4
+
+    def variant(n, h, w):
+        x = torch.empty(n, 3, h, w, dtype=dtype, device="meta")
+        return cuda.variant("conv_bn_act_pool", x, weight, *vectors, EPS)
+
     shapes = [(256, 224, 224), (256, 222, 224), (256, 224, 222), (256, 223, 224), (256, 224, 256), (1, 224, 224)]
     shapes += [(512, 8, 16)]  # all of its rows by one block
-    found = [stem_conv.pool_variant(torch.empty(n, 3, h, w, device="meta"), weight) for n, h, w in shapes]
+    found = [variant(*shape) for shape in shapes]
     assert len(set(found)) == len(shapes)
-    assert stem_conv.pool_variant(torch.empty(41, 3, 224, 224, device="meta"), weight) == found[0]
+    assert variant(41, 224, 224) == found[0], "or the whole batch would be compared"
     assert stem_conv.declines(halves(1, 3, 9, 13), weight, "conv_bn_act_pool")  # with a sentence of its own
+
+
+def test_walks_are_those_of_the_kernel():
+    root = Path(__file__).parent.parent / "csrc"
+    if not root.exists():
+        pytest.skip("needs the sources")
+    text = "".join((root / name).read_text() for name in ("bn_act.cu", "kernels/bn_act.cuh", "kernels/bn_act_pool.cuh"))
+    constants = {name: int(value) for name, value in re.findall(r"constexpr int (k\w+) = (\d+);", text)}
+    names = ("kLongestWalk", "kShortestWalk", "kPoolBlocks", "kThreads")
+    assert [constants[name] for name in names] == [8, 2, 2, 256]
+    # A whole batch walks by eights, few images by fours: 56 windows are whole walks of both, 60 are not.
+    assert [pooled.walks(n, 64, 112, 112, 2, 132) for n in (256, 41)] == [(True, False)] * 2
+    assert [pooled.walks(n, 64, 120, 120, 2, 132) for n in (256, 30)] == [(True, True), (True, False)]
+    assert pooled.walks(1, 64, 4, 4, 2, 132) == (False, False)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -619,11 +649,13 @@ def test_a_forced_backend_without_the_op_leaves_the_modules(monkeypatch):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_cpu_fuses_float32_and_channels_last_only(train):
+def test_a_cpu_fuses_float32_and_channels_last_only(monkeypatch, train):
     """What was measured to be faster."""
     x = torch.zeros(2, 3, 32, 32)
     model = fused_resnet.swap_blocks(network(torch.float32)).train(train)
     assert stem.pooled_stem(model, x) is not None
+    monkeypatch.setattr(stem, "_PIXELS", 32 * 32)
+    assert stem.pooled_stem(model, x) is not None and stem.pooled_stem(model, x[:1]) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert stem.pooled_stem(model, x) is None
     model.conv1.register_forward_hook(lambda *args: None)
@@ -797,19 +829,20 @@ def test_stems_of_timm(monkeypatch, name, train):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["list", "dict"])
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("name", ["resnet18", "resnet18d"])
-def test_feature_extractors_of_timm(monkeypatch, name, first):
+def test_feature_extractors_of_timm(monkeypatch, name, first, kind):
     """Those that hand out the stem's inside, too."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    model = timm.create_model(name, features_only=True, out_indices=(first, 2, 4))
+    model = timm.create_model(name, features_only=True, out_indices=(first, 2, 4), feature_cls=kind)
     model = parity.randomize_norms(model, 0, branch=0.2).eval()
     fused = fused_resnet.swap_blocks(copy.deepcopy(model))
     found, real = [], stem.pooled_stem
     monkeypatch.setattr(stem, "pooled_stem", lambda *a: found.append(real(*a)) or found[-1])
     x = torch.randn(3, 3, 64, 64)
-    for got, want in zip(fused(x), model(x), strict=True):
+    for got, want in zip(*(list(y.values()) if kind == "dict" else y for y in (fused(x), model(x))), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
     assert len(found) == first and all(y is not None for y in found)
     assert type(pickle.loads(pickle.dumps(fused))) is type(fused) is not type(model)
@@ -824,6 +857,11 @@ def test_a_deep_stem_on_a_gpu(on_a_gpu):
     fused = fused_resnet.swap_blocks(copy.deepcopy(model))
     x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(fused(x), model(x))
+
+
+class Shifted(nn.Module):
+    def forward(self, x):
+        return 2 * x + 1
 
 
 class Doubled(nn.Module):
@@ -854,7 +892,7 @@ def test_what_has_other_parts_is_called(name, later):
         if name == "timm":
             model.conv1.append(copy.deepcopy(tail))
         elif name == "rt_detr":
-            model.embedder.embedder.append(nn.ReLU6())
+            model.embedder.embedder.append(Shifted())
         elif name == "resnet":
             model.embedder.embedder = Doubled(model.embedder.embedder)
         else:
@@ -883,10 +921,12 @@ def test_compilers_see_the_modules():
     x = torch.randn(1, 3, 32, 32)
     for model in compilable():
         torch._dynamo.reset()
-        torch.compile(model, fullgraph=True, backend="eager")(x)
-        torch.export.export(model, (x,), strict=True)
-        graph = fx.symbolic_trace(model, concrete_args=None).graph if isinstance(model, FusedLayerGetter) else None
-        assert graph is None or sum(n.target == "maxpool" for n in graph.nodes) == 1
+        kept = EagerAndRecordGraphs()
+        torch.compile(model, fullgraph=True, backend=kept)(x)
+        (compiled,) = kept.graphs
+        for graph in (compiled.graph, torch.export.export(model, (x,), strict=True).graph):
+            called = [str(n.target) for n in graph.nodes if n.op.startswith("call")]
+            assert sum("batch_norm" in target for target in called) == 1, "the blocks have ops for theirs"
 
 
 def test_a_stem_is_called_as_before():
@@ -916,6 +956,23 @@ def test_a_forced_backend_without_the_op_of_given_statistics(on_a_gpu, name):
     with torch.no_grad(), contextlib.suppress(RuntimeError), fused_resnet.backend(name):  # the norm's: no GPU is here
         stem.pooled_stem(fused, args[0])
     assert on_a_gpu == ([] if refused else ["conv_bn_act_pool"])
+
+
+def test_an_unknown_backend_is_told(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(fused_resnet.backends, "_forced", ["bogus"])
+    model = fused_resnet.swap_blocks(network()).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="there is no backend 'bogus'"):
+        stem.pooled_stem(model, torch.zeros(2, 3, 32, 32).double())
+
+
+def test_restored_networks_keep_what_is_theirs():
+    model = network()
+    model.memory = "mine"
+    assert fused_resnet.restore_blocks(fused_resnet.swap_blocks(model)).memory == "mine"
+    model = fused_resnet.swap_blocks(hugging_face("resnet"))
+    old = stem._fused_stem(type(model.embedder)._original, stem.Stem("of", "another", "version", ""))
+    model.embedder.__class__ = old
+    assert type(fused_resnet.restore_blocks(model).embedder) is old._original
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "vgg11"])

@@ -447,6 +447,7 @@ def through_the_stem(rank: int | None, sizes) -> dict[str, Tensor]:
     if rank is None:
         y = model.maxpool(model.relu(model.bn1(model.conv1(x.float()))))
     else:
+        stem._PIXELS = 0  # in a process of its own
         model = Sync.convert_sync_batchnorm(swap_blocks(model))
         x, cotangent = parts(x, sizes)[rank], parts(cotangent, sizes)[rank]
         y = stem.pooled_stem(model, x.float())

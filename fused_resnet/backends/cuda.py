@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import aten, composed, cuda_conv, cudnn, pooled, triton
 from . import stem_conv as stem
-from .layout import as_float32_vectors, as_rows, output_format, with_strides_of
+from .layout import as_float32_vectors, as_rows, conv_map_size, output_format, with_strides_of
 from .library import FACTS, build_facts, chip, covers, load
 
 NAME = "cuda"
@@ -106,12 +106,15 @@ def defers(op: str, *args) -> str | None:
 def variant(op: str, x: Tensor, *args) -> tuple | None:
     """The compiled convolution that a call takes and whether it divides the reduction; the edges of a pool's map."""
     if op in pooled.OPS:
-        h, w = (args[0] if op == "bn_act_pool_bwd" else x).shape[2:]
-        return h % 2, w % 2, pooled.size(h, w)[0] % 8 > 0  # 8 windows: a whole walk of csrc/kernels/bn_act_pool.cuh
+        return _pool_variant(args[0] if op == "bn_act_pool_bwd" else x)
     if op == "stem_conv":
         return stem.variant(x, *args)
     if op == "conv_bn_act_pool":
-        return stem.pool_variant(x, args[0])
+        if not _is_apart(x, args[3]):
+            return stem.pool_variant(x, args[0])
+        n, _, h, w = x.shape
+        shape = n, args[0].shape[0], *conv_map_size((h, w), stem.KERNEL, *stem.PLACES[:3])
+        return *stem.variant(x, args[0]), *_pool_variant(torch.empty(shape, dtype=x.dtype, device="meta"), x.device)
     if op == "stem_conv_weight_grad":
         return stem.weight_grad_variant(x, *args)
     places = None
@@ -279,8 +282,18 @@ def stem_conv(x, weight):
     return _laid_out(stem.stem_conv(x, weight), output_format(x, weight))
 
 
+def _pool_variant(x: Tensor, device: torch.device | None = None) -> tuple:
+    h, w = x.shape[2:]
+    return h % 2, w % 2, *pooled.walks(*x.shape, x.element_size(), chip(device or x.device)[1])
+
+
+def _is_apart(x: Tensor, mean: Tensor | None) -> bool:
+    """Whether a stem's batch norm is not folded into its filters, which may leave float16's range."""
+    return x.dtype is torch.float16 and mean is not None
+
+
 def conv_bn_act_pool(x, weight, bn_weight, bn_bias, mean, var, eps):
-    if x.dtype is torch.float16 and mean is not None:  # folded filters may leave its range
+    if _is_apart(x, mean):
         y = bn_act_pool(stem.stem_conv(x, weight), mean, var, bn_weight, bn_bias, eps)[0]
     else:
         y = stem.conv_bn_act_pool(x, weight, bn_weight, bn_bias, mean, var, eps)

@@ -72,6 +72,16 @@ def _windows(size: int, windows: int, device):
         yield p.clamp(max=windows - 1), h - 2 * p + 1, (p < windows) & ((h % 2 == 1) | (i == 0))
 
 
+def walks(n: int, c: int, h: int, w: int, element: int, sms: int) -> tuple[bool, bool]:
+    """Whether windows below one another are walked by several threads of the compiled kernel, and whether a walk is cut
+    short at the edge: csrc/bn_act.cu, `divide`. element: bytes of one."""
+    p, q = size(h, w)
+    steps, vectors = 8, -(-c * element // 16)
+    while steps > 2 and n * q * vectors * -(-p // steps) < 4 * sms * 256:
+        steps //= 2
+    return p > steps, p % steps > 0
+
+
 def winning(a: Tensor, winner: Tensor) -> Tensor:
     """The values of a: [N, C, H, W] at the windows' winners; zero where there is none."""
     place, there = _places(winner, a.shape)

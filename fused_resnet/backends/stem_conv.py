@@ -81,11 +81,9 @@ def variant(x: Tensor, weight: Tensor) -> tuple:
 
 
 def pool_variant(x: Tensor, weight: Tensor) -> tuple:
-    """Of the kernel with the pool, and where that stands apart (cuda.py) of the convolution and of the pool."""
     h, w = x.shape[2:]
     rows = _rows_of_pool(*_sizes(x, weight), *chip(x.device))
-    whole = h % 4, w % 4, _pooled(w) > TILE_OF_POOL, rows > 1, rows < _pooled(h)
-    return whole if x.dtype is not torch.float16 else (*whole, *variant(x, weight), _pooled(h) % 8 > 0)
+    return h % 4, w % 4, _pooled(w) > TILE_OF_POOL, rows > 1, rows < _pooled(h)
 
 
 def weight_grad_variant(grad: Tensor, x: Tensor, weight: Tensor) -> tuple:

@@ -241,7 +241,7 @@ def signature(candidate, op: str, args: tuple) -> tuple:
         if not isinstance(a, Tensor):
             key.append(tuple(a) if isinstance(a, list) else a)
         elif a.dim() < 4:
-            key.append((a.dtype, *a.shape))
+            key.append((a.dtype, *a.shape, a.data_ptr() % 16))
         else:
             shape = a.shape if i == weight_at else a.shape[1]
             layout = a.is_contiguous(), a.is_contiguous(memory_format=torch.channels_last), a.data_ptr() % 16
