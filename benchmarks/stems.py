@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         "threads": torch.get_num_threads(),
         "rounds": arguments.rounds,
         "size": arguments.size,
-        "cases": {
+        "stems": {
             f"{name}/{mode}/{batch}": measured(name, batch, mode, arguments.rounds, arguments.size)
             for name, batch, mode in CASES
         },

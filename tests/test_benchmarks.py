@@ -238,5 +238,5 @@ def test_stems_are_timed_both_ways(monkeypatch, tmp_path):
     assert stems.main(["--rounds", "2", "--size", "32", "--json", str(tmp_path / "stems.json")]) == 0
     found = json.loads((tmp_path / "stems.json").read_text())
     assert found.keys() == json.loads((record.RESULTS / "stems-cpu.json").read_text()).keys()
-    for case in found["cases"].values():
+    for case in found["stems"].values():
         assert all(part["fused_ms"] > 0 and len(part["speedup_20_50_80"]) == 3 for part in case.values())
