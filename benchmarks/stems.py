@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torchvision.models.resnet import ResNet
@@ -30,16 +31,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=224, help="of the images")
     parser.add_argument("--json", type=Path, help="where to put the result")
     arguments = parser.parse_args(argv)
-    stem._PIXELS = 0
+    with patch.object(stem, "_PIXELS", 0):
+        stems = {
+            f"{name}/{mode}/{batch}": measured(name, batch, mode, arguments.rounds, arguments.size)
+            for name, batch, mode in CASES
+        }
     result = {
         "environment": doctor.environment(),
         "threads": torch.get_num_threads(),
         "rounds": arguments.rounds,
         "size": arguments.size,
-        "stems": {
-            f"{name}/{mode}/{batch}": measured(name, batch, mode, arguments.rounds, arguments.size)
-            for name, batch, mode in CASES
-        },
+        "stems": stems,
     }
     text = json.dumps(result, indent=2)
     print(text)

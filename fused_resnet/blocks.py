@@ -7,6 +7,7 @@ fused path cannot honour (hooks, parametrizations, foreign norm layers) runs thr
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable, Iterable
 
@@ -61,6 +62,19 @@ class Fused:
 
     def _unfused(self, x: Tensor) -> Tensor:
         return super().forward(x)
+
+
+class Derived:
+    """A module of a class that was derived from its own when it was needed. _again: a function and its arguments that
+    give one without state, for copies and pickles."""
+
+    _original: type[nn.Module]
+    _again: tuple[Callable, tuple]
+
+    def __reduce_ex__(self, protocol):
+        build, args, *rest = super().__reduce_ex__(protocol)
+        own = build in (copyreg.__newobj__, copyreg._reconstructor) and "_original" in vars(type(self))
+        return (*self._again, *rest) if own else (build, args, *rest)  # FSDP makes subclasses
 
 
 class Named(Fused):

@@ -12,7 +12,6 @@ itself.
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import functools
 import inspect
 import sys
@@ -30,10 +29,10 @@ from torchvision.models.resnet import ResNet
 from .backends import BACKENDS, ORDER, cuda, forced, objection, refuses, triton
 from .backends.layout import is_channels_last
 from .backends.stem_conv import KERNEL, PLACES
-from .blocks import conv_bn, convolution_unfusable, part, parts_unfusable, tampered
+from .blocks import Derived, conv_bn, convolution_unfusable, part, parts_unfusable, tampered
 from .frozen import eps_of
 from .functional import batch_norm_act, on_own_batch, update_running_stats, uses_batch_statistics
-from .ops import lowered, lowered_by_autocast, transformed
+from .ops import lowered_by_autocast, needs_gradient, transformed
 
 _ops = torch.ops.fused_resnet
 _FEW = 16  # channels
@@ -61,7 +60,7 @@ TORCHVISIONS = Stem()
 def pooled_stem(network: nn.Module, x: Tensor, stem: Stem = TORCHVISIONS) -> Tensor | None:
     """maxpool(relu(norm(convolution(x)))) of a network with these modules; None where they have to be called one by
     one, or are as fast."""
-    if is_recorded(x) or x.dim() != 4 or unpoolable(network, stem):
+    if _is_recorded(x) or x.dim() != 4 or unpoolable(network, stem):
         return None
     norm = part(network, stem.norm)
     on_maps = on_own_batch(norm) and _has_pool(x)
@@ -74,7 +73,7 @@ def pooled_stem(network: nn.Module, x: Tensor, stem: Stem = TORCHVISIONS) -> Ten
         return _of_the_batch(_convolved(conv, x, stem.joined), norm, pool)
     if uses_batch_statistics(norm):
         return pool(batch_norm_act(_convolved(conv, x, stem.joined), norm))
-    if _on_gpu(x) and _is_plain(conv, stem.joined) and not _wants_gradients(x, conv.weight, norm.weight, norm.bias):
+    if _on_gpu(x) and _is_plain(conv, stem.joined) and not _differentiated(x, conv.weight, norm.weight, norm.bias):
         given = norm.weight, norm.bias, norm.running_mean, norm.running_var, eps_of(norm)
         args = lowered_by_autocast(x), lowered_by_autocast(conv.weight), *given
         own = BACKENDS.get(forced())
@@ -91,7 +90,7 @@ def _normed(x: Tensor, conv: nn.Module, bn: nn.Module, joined: bool = False) -> 
     return conv_bn(x, conv, bn)
 
 
-def is_recorded(x: Tensor) -> bool:
+def _is_recorded(x: Tensor) -> bool:
     """Whether somebody writes down the path that this call takes, or transforms it."""
     return isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or transformed()
 
@@ -122,8 +121,8 @@ def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _wants_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return any(t is not None and needs_gradient(t) for t in tensors)
 
 
 def _pool(network: nn.Module, stem: Stem) -> Callable[[Tensor], Tensor]:
@@ -133,9 +132,7 @@ def _pool(network: nn.Module, stem: Stem) -> Callable[[Tensor], Tensor]:
 def _convolved(conv: nn.Module, x: Tensor, joined: bool = False) -> Tensor:
     """The convolution of x, by the kernel for three channels where it may serve."""
     if type(x) is Tensor and x.shape[-1] % 2 == 0 and _is_plain(conv, joined):
-        operands = x, conv.weight
-        if torch.is_autocast_enabled("cuda") and x.is_cuda:
-            operands = tuple(lowered(t, torch.get_autocast_dtype("cuda")) for t in operands)  # as the op would
+        operands = lowered_by_autocast(x), lowered_by_autocast(conv.weight)  # as the op would
         if _has_kernel(*operands):
             return _ops.stem_conv.default(*operands)
     return conv._conv_forward(x, conv.weight, conv.bias) if joined else conv(x)
@@ -213,7 +210,7 @@ class FusedLayerGetter(IntermediateLayerGetter):
     place."""
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        found = None if is_recorded(x) else collected(self, x, TORCHVISIONS)
+        found = collected(self, x, TORCHVISIONS)
         return super().forward(x) if found is None else found
 
     @staticmethod
@@ -224,14 +221,14 @@ class FusedLayerGetter(IntermediateLayerGetter):
 def collected(network: nn.ModuleDict, x: Tensor, stem: Stem) -> OrderedDict[str, Tensor] | None:
     """What a network hands out that calls its children one after another, its stem fused; None where that cannot be:
     where it hands out what is inside of the stem, say."""
-    first, wanted = list(network)[:4], network.return_layers
-    if not begins(network, stem) or any(name in wanted for name in first):
+    names, wanted = list(network), network.return_layers
+    if not begins(network, stem) or any(name in wanted for name in names[:4]):
         return None
     pooled = pooled_stem(network, x, stem)
     if pooled is None:
         return None
     x, out = pooled, OrderedDict()
-    for name in list(network)[4:]:
+    for name in names[4:]:
         x = network[name](x)
         if name in wanted:
             out[wanted[name]] = x
@@ -243,24 +240,15 @@ def begins(network: nn.ModuleDict, stem: Stem) -> bool:
     return list(network._modules)[:4] == [path.partition(".")[0] for path in stem[:4]]
 
 
-class ModuleStem:
+class ModuleStem(Derived):
     """A stem that is a module by itself, fused; `_fused_stem` derives one of its class."""
 
-    _original: type[nn.Module]
     _stem: Stem
 
     def _pooled(self, x) -> Tensor | None:
         """What the forward of the class behind would give, if that would not say anything against x."""
-        if not isinstance(x, Tensor) or is_recorded(x) or x.dim() != 4:
-            return None
-        if x.shape[1] != getattr(self, "num_channels", x.shape[1]):
-            return None
-        return pooled_stem(self, x, self._stem)
-
-    def __reduce_ex__(self, protocol):
-        build, args, *rest = super().__reduce_ex__(protocol)
-        own = build in (copyreg.__newobj__, copyreg._reconstructor) and "_original" in vars(type(self))
-        return (_blank, (type(self)._original, type(self)._stem), *rest) if own else (build, args, *rest)
+        fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == getattr(self, "num_channels", x.shape[1])
+        return pooled_stem(self, x, self._stem) if fits else None
 
 
 @functools.cache
@@ -278,7 +266,7 @@ def _fused_stem(original: type[nn.Module], stem: Stem) -> type[ModuleStem]:
         return original.forward(self, *args, **kwargs)
 
     names = {"__module__": original.__module__, "__doc__": original.__doc__, "forward": forward}
-    names |= {"_original": original, "_stem": stem}
+    names |= {"_original": original, "_again": (_blank, (original, stem)), "_stem": stem}
     return type(original)(f"Fused{original.__name__}", (ModuleStem, original), names)
 
 

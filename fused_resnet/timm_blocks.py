@@ -20,7 +20,7 @@ from .blocks import ACTIVATED, POOLS, Named, Side, convolution_unfusable, part, 
 from .frozen import is_frozen
 from .one_node import autocast_dtype
 from .preact import NamedPreAct, Shortcut, numbered
-from .stem import Stem, begins, collected, is_recorded, pooled_stem
+from .stem import Stem, begins, collected, pooled_stem
 
 
 class _FusedTimm(Named):
@@ -178,8 +178,7 @@ class _FusedFeatures:
     """What timm makes of a ResNet for `features_only=True`, its stem fused; `swap_blocks` makes one of it, in place."""
 
     def _collect(self, x: Tensor) -> dict[str, Tensor]:
-        fits = not (is_recorded(x) or getattr(self, "grad_checkpointing", False))
-        found = collected(self, x, _stem(self)) if fits else None
+        found = None if getattr(self, "grad_checkpointing", False) else collected(self, x, _stem(self))
         if found is None:
             return super()._collect(x)
         return {  # as timm has it of a layer that gives several

@@ -17,7 +17,6 @@ of classes, but for the block's forward itself.
 from __future__ import annotations
 
 import abc
-import copyreg
 import enum
 import functools
 import itertools
@@ -31,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .blocks import Fused, Side, convolution_unfusable, part, tampered
+from .blocks import Derived, Fused, Side, convolution_unfusable, part, tampered
 from .frozen import is_frozen
 from .one_node import autocast_dtype
 from .preact import PreAct, Shortcut
@@ -240,10 +239,9 @@ def _changed(block: nn.Module, seen: tuple[_Seen, ...]) -> str | None:
     return next(filter(None, (module.changed(block) for module in seen)), None)
 
 
-class TracedBlock:
+class TracedBlock(Derived):
     """A block of any class, fused; `fused_class` derives one of it. memory, an attribute: as FusedBasicBlock's."""
 
-    _original: type[nn.Module]
     _traced: types.FunctionType  # the forward that was recognised
     _anatomy: Anatomy | PreAnatomy
 
@@ -264,12 +262,6 @@ class TracedBlock:
         lowered = autocast_dtype(x)
         return lowered is None or self._anatomy.lowers(self, x, lowered)
 
-    def __reduce_ex__(self, protocol):
-        build, args, *rest = super().__reduce_ex__(protocol)
-        kind = type(self)
-        own = build in (copyreg.__newobj__, copyreg._reconstructor) and "_original" in vars(kind)
-        return (_blank, (kind._original, issubclass(kind, PreAct)), *rest) if own else (build, args, *rest)
-
 
 class _Traced(TracedBlock, Fused):
     """relu(chain(x) + shortcut(x))."""
@@ -283,7 +275,7 @@ class _TracedPreAct(TracedBlock, PreAct):
 def fused_class(original: type[nn.Module], pre: bool = False) -> type[TracedBlock]:
     """The subclass of a block's class whose forward is fused. pre: whether that is a pre-activation block's."""
     names = {"__module__": original.__module__, "__doc__": original.__doc__}
-    names |= {"_original": original, "_traced": original.forward}
+    names |= {"_original": original, "_again": (_blank, (original, pre)), "_traced": original.forward}
     return type(original)(f"Fused{original.__name__}", (_TracedPreAct if pre else _Traced, original), names)
 
 
@@ -376,7 +368,7 @@ def _refused(block: nn.Module) -> str | None:
     return f"{used[0]}: a name that fused blocks have for something else" if used else None
 
 
-_CLASSES = (Fused, PreAct, TracedBlock)
+_CLASSES = (Fused, PreAct, Derived, TracedBlock)
 _RESERVED = {n for c in _CLASSES for n in (*vars(c), *c.__annotations__) if n[:2] != "__"} - {"forward"}
 
 

@@ -233,7 +233,6 @@ def test_the_hosts_part_of_a_step(tmp_path):
 def test_stems_are_timed_both_ways(monkeypatch, tmp_path):
     from benchmarks import record, stems
 
-    monkeypatch.setattr(stems.stem, "_PIXELS", 0)  # what it sets itself, set back later
     monkeypatch.setattr(stems, "CASES", (("resnet18", 1, "eval"), ("resnet18", 2, "train")))
     assert stems.main(["--rounds", "2", "--size", "32", "--json", str(tmp_path / "stems.json")]) == 0
     found = json.loads((tmp_path / "stems.json").read_text())

@@ -738,6 +738,13 @@ def test_a_cpus_stem_counts_its_batches_once():
     torch.testing.assert_close(fused.bn1.running_var, model.bn1.running_var)
 
 
+def noted(monkeypatch, module) -> list:
+    """What this module's pooled_stem gives from now on."""
+    found, real = [], stem.pooled_stem
+    monkeypatch.setattr(module, "pooled_stem", lambda *args: found.append(real(*args)) or found[-1])
+    return found
+
+
 BODIES = {
     "detector": lambda: (
         torchvision.models.detection.fasterrcnn_resnet50_fpn(
@@ -758,8 +765,7 @@ def test_bodies_of_detectors_and_segmenters(monkeypatch, name, train):
     fused = fused_resnet.swap_blocks(copy.deepcopy(body))
     assert type(fused) is FusedLayerGetter and list(fused.state_dict()) == list(body.state_dict())
     assert type(pickle.loads(pickle.dumps(fused))) is FusedLayerGetter
-    found, real = [], stem.pooled_stem
-    monkeypatch.setattr(stem, "pooled_stem", lambda *a: found.append(real(*a)) or found[-1])
+    found = noted(monkeypatch, stem)
     x = torch.randn(2, 3, 64, 96)
     got, want = fused(x), body(x)
     assert list(got) == list(want) and found[0] is not None
@@ -792,8 +798,7 @@ def test_stems_of_hugging_face(monkeypatch, tmp_path, name, train):
     model = parity.randomize_norms(hugging_face(name), 0, branch=0.2).train(train)
     own = type(model.embedder)
     fused = fused_resnet.swap_blocks(copy.deepcopy(model))
-    found, real = [], stem.pooled_stem
-    monkeypatch.setattr(stem, "pooled_stem", lambda *a: found.append(real(*a)) or found[-1])
+    found = noted(monkeypatch, stem)
     assert isinstance(fused.embedder, own) and isinstance(fused.embedder, stem.ModuleStem)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(fused.embedder(x), model.embedder(x), rtol=1e-4, atol=1e-5)
@@ -820,8 +825,7 @@ def test_stems_of_timm(monkeypatch, name, train):
     fused = fused_resnet.swap_blocks(copy.deepcopy(model))
     from fused_resnet import timm_blocks
 
-    found, real = [], stem.pooled_stem
-    monkeypatch.setattr(timm_blocks, "pooled_stem", lambda *a: found.append(real(*a)) or found[-1])
+    found = noted(monkeypatch, timm_blocks)
     x = torch.randn(3, 3, 64, 64)
     torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-3)
     assert found[0] is not None
@@ -839,8 +843,7 @@ def test_feature_extractors_of_timm(monkeypatch, name, first, kind):
     model = timm.create_model(name, features_only=True, out_indices=(first, 2, 4), feature_cls=kind)
     model = parity.randomize_norms(model, 0, branch=0.2).eval()
     fused = fused_resnet.swap_blocks(copy.deepcopy(model))
-    found, real = [], stem.pooled_stem
-    monkeypatch.setattr(stem, "pooled_stem", lambda *a: found.append(real(*a)) or found[-1])
+    found = noted(monkeypatch, stem)
     x = torch.randn(3, 3, 64, 64)
     for got, want in zip(*(list(y.values()) if kind == "dict" else y for y in (fused(x), model(x))), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import aten, composed, cuda_conv, cudnn, pooled, triton
 from . import stem_conv as stem
-from .layout import as_float32_vectors, as_rows, conv_map_size, output_format, with_strides_of
+from .layout import as_float32_vectors, as_rows, conv_output_size, output_format, with_strides_of
 from .library import FACTS, build_facts, chip, covers, load
 
 NAME = "cuda"
@@ -106,15 +106,15 @@ def defers(op: str, *args) -> str | None:
 def variant(op: str, x: Tensor, *args) -> tuple | None:
     """The compiled convolution that a call takes and whether it divides the reduction; the edges of a pool's map."""
     if op in pooled.OPS:
-        return _pool_variant(args[0] if op == "bn_act_pool_bwd" else x)
+        maps = args[0] if op == "bn_act_pool_bwd" else x
+        return _pool_variant(maps.shape, maps)
     if op == "stem_conv":
         return stem.variant(x, *args)
     if op == "conv_bn_act_pool":
-        if not _is_apart(x, args[3]):
+        if not pooled.is_apart(x, args[3]):
             return stem.pool_variant(x, args[0])
-        n, _, h, w = x.shape
-        shape = n, args[0].shape[0], *conv_map_size((h, w), stem.KERNEL, *stem.PLACES[:3])
-        return *stem.variant(x, args[0]), *_pool_variant(torch.empty(shape, dtype=x.dtype, device="meta"), x.device)
+        shape = conv_output_size(x, args[0], *stem.PLACES[:3])
+        return *stem.variant(x, args[0]), *_pool_variant(shape, x)
     if op == "stem_conv_weight_grad":
         return stem.weight_grad_variant(x, *args)
     places = None
@@ -282,18 +282,13 @@ def stem_conv(x, weight):
     return _laid_out(stem.stem_conv(x, weight), output_format(x, weight))
 
 
-def _pool_variant(x: Tensor, device: torch.device | None = None) -> tuple:
-    h, w = x.shape[2:]
-    return h % 2, w % 2, *pooled.walks(*x.shape, x.element_size(), chip(device or x.device)[1])
-
-
-def _is_apart(x: Tensor, mean: Tensor | None) -> bool:
-    """Whether a stem's batch norm is not folded into its filters, which may leave float16's range."""
-    return x.dtype is torch.float16 and mean is not None
+def _pool_variant(shape, like: Tensor) -> tuple:
+    """Of a map of this shape in the dtype and on the device of `like`."""
+    return shape[2] % 2, shape[3] % 2, *pooled.walks(*shape, like.element_size(), chip(like.device)[1])
 
 
 def conv_bn_act_pool(x, weight, bn_weight, bn_bias, mean, var, eps):
-    if _is_apart(x, mean):
+    if pooled.is_apart(x, mean):
         y = bn_act_pool(stem.stem_conv(x, weight), mean, var, bn_weight, bn_bias, eps)[0]
     else:
         y = stem.conv_bn_act_pool(x, weight, bn_weight, bn_bias, mean, var, eps)

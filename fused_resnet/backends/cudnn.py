@@ -90,5 +90,4 @@ bn_act_pool, bn_act_pool_bwd = pooled.pooled_of(sys.modules[__name__])
 
 
 def conv_bn_act_pool(x, *args):
-    apart = x.dtype is torch.float16  # folded filters may leave its range
-    return pooled.conv_bn_act_pool(aten.conv_then_bn_act if apart else conv_bn_act, x, *args)
+    return pooled.conv_bn_act_pool(aten.conv_then_bn_act if pooled.is_apart(x, args[3]) else conv_bn_act, x, *args)

@@ -32,6 +32,11 @@ def conv_bn_act_pool(conv_bn_act, x, weight, *bn):
     return F.max_pool2d(y, 3, 2, 1).contiguous(memory_format=output_format(x, weight))
 
 
+def is_apart(x: Tensor, mean: Tensor | None) -> bool:
+    """Whether a stem has a batch norm that is not to be folded into its filters: they may leave float16's range."""
+    return x.dtype is torch.float16 and mean is not None
+
+
 def size(h: int, w: int) -> list[int]:
     """Of the pooled map."""
     return conv_map_size((h, w), (3, 3), (2, 2), (1, 1), (1, 1))
